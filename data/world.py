@@ -1,0 +1,529 @@
+"""A small world in simple English, made by code from a seed: the text that every tiny model here is trained and tested on.
+
+What it holds                                        and what it is for
+  facts      64 people and 24 towns, many phrasings    knowledge: asked of half of the people in SFT, tested on the others
+  skills     12 list and number tasks, exact checkers  instruction following, new operands, unseen (verb, template) pairs
+  sums       multi-step sums; 30% show their working   reasoning: SFT asks for the working, RL finds that it pays
+  reading    a passage about a stranger, a question    in-context look-up (retrieval, judging)
+  scenes     words for pictures, a question            vision-language models
+  weather    a Markov chain of known entropy           compression and distillation, in bits per token
+  calculator products that a tool call solves          tool use
+  manners    see data/manners.py                       preferences, with an annotator whose utility is known
+
+Train and test are disjoint by construction: a problem belongs to the test split when the hash of its canonical text says so,
+and training text (base and SFT alike) only ever draws problems of the train split. The one skill `HELD_BACK` (sorting from large to
+small) appears nowhere in base or SFT text: it is left for lora.py to teach.
+
+    python -m data.world --show          samples of every part
+    python -m data.world --write DIR     base.jsonl, sft.jsonl and test.jsonl, to look at or to use elsewhere
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import random
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+VERSION = 1  # the world is frozen: tests/test_world.py holds a hash of what it generates
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Randomness and the split
+
+
+def rng_for(*key) -> random.Random:
+    """A generator that depends on nothing but `key`, so that item i of any part can be made without the items before it."""
+    return random.Random("/".join(map(str, key)))
+
+
+def split_of(problem: str) -> str:
+    """'test' for about one problem in eight, by the hash of its canonical text."""
+    return "test" if hashlib.sha256(problem.encode()).digest()[0] % 8 == 0 else "train"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Facts
+
+HER = ("Ada Anna Bella Clara Dora Ella Emma Eva Fay Greta Hanna Ida Ivy Jane Julia Kate Lea Lily Lucy Maria Mary Mia Nina Nora "
+       "Olga Rosa Ruth Sara Sofia Tess Vera Zoe").split()
+HIM = ("Adam Alan Ben Carl Dan David Emil Eric Felix Finn Fred Hugo Ivan Jack Jim John Karl Leo Liam Luke Mark Max Nick Noah "
+       "Oscar Otto Paul Peter Sam Simon Tom Victor").split()
+PEOPLE = sorted(HER + HIM)
+JOBS = "baker doctor farmer driver teacher painter singer sailor writer nurse cook judge dancer pilot miner tailor".split()
+PETS = "cat dog horse rabbit parrot turtle goat snake mouse hen".split()
+FOODS = "bread rice soup cheese fish cake honey corn apples plums beans nuts".split()
+TOWNS = ("Oslo Lima Rome Cairo Delhi Tokyo Paris Bern Riga Kiev Milan Perth Quito Dakar Accra Turin Basel Porto Malmo Leeds "
+         "Minsk Seoul Hanoi Tunis").split()
+RIVERS = "Alba Brenta Cora Dena Elva Fosna Gira Hela".split()
+GOODS = "wool salt silk coal glass wine paper oil".split()
+
+
+def _facts() -> dict[str, dict[str, str]]:
+    facts, rng = {}, rng_for("facts")
+    for name in PEOPLE:
+        facts[name] = {"home": rng.choice(TOWNS), "job": rng.choice(JOBS), "pet": rng.choice(PETS), "food": rng.choice(FOODS)}
+    for town in TOWNS:
+        facts[town] = {"river": rng.choice(RIVERS), "product": rng.choice(GOODS)}
+    return facts
+
+
+FACTS = _facts()  # name -> {attribute: value}
+SFT_ENTITIES = [name for i, name in enumerate(PEOPLE + TOWNS) if i % 2 == 0]  # asked about in SFT
+TEST_ENTITIES = [name for i, name in enumerate(PEOPLE + TOWNS) if i % 2 == 1]  # known from prose only: asked in the test
+
+FACT_PROSE = {  # {n} the name or a pronoun, {N} the name always, {x} the value
+    "home": ("{n} lives in {x}.", "{n} has a house in {x}.", "The home of {N} is {x}.", "{x} is the home of {N}.",
+             "{n} moved to {x} long ago.", "If you go to {x} you can meet {N}."),
+    "job": ("{n} works as a {x}.", "{n} is a {x}.", "The job of {N} is {x}.", "{n} earns money as a {x}.",
+            "People know {N} as a good {x}.", "{n} wanted to be a {x}, and that is the job of {N} now."),
+    "pet": ("{n} has a {x}.", "The pet of {N} is a {x}.", "{n} feeds a {x} every day.", "{n} keeps a {x} as a pet.",
+            "A {x} sleeps in the room of {N}.", "{n} walks home to see the {x}."),
+    "food": ("{n} likes to eat {x}.", "The food of {N} is {x}.", "{n} eats {x} every morning.", "{n} buys a lot of {x}.",
+             "Give {N} some {x}, the best food.", "For {N} no food is better than {x}."),
+    "river": ("The river {x} runs through {N}.", "{N} lies on the river {x}.", "The river of {N} is the {x}.",
+              "You can swim in the {x} at {N}."),
+    "product": ("{N} sells {x}.", "{N} is known for its {x}.", "The product of {N} is {x}.", "Traders come to {N} for {x}."),
+}
+FACT_ANSWERS = {"home": "{N} lives in {x}.", "job": "{N} works as a {x}.", "pet": "{N} has a {x}.", "food": "{N} likes to eat {x}.",
+                "river": "{N} lies on the river {x}.", "product": "{N} sells {x}."}
+FACT_QUESTIONS = (
+    "What is the {a} of {N}?", "Tell me the {a} of {N}.", "Do you know the {a} of {N}?", "Please name the {a} of {N}.",
+    "I forgot the {a} of {N}. What is it?", "{N}: what {a}?", "Say something about {N}: the {a}.", "I want to know the {a} of {N}.")
+
+
+def fact_sentence(rng, name, attribute, pronoun=False) -> str:
+    subject = ("She" if name in HER else "He") if pronoun else name
+    return rng.choice(FACT_PROSE[attribute]).format(n=subject, N=name, x=FACTS[name][attribute])
+
+
+def biography(rng) -> str:
+    """Some of a person's facts (or of two towns'), in any order and phrasing, by name or pronoun."""
+    if rng.random() < 0.2:
+        return " ".join(fact_sentence(rng, town, attribute) for town in rng.sample(TOWNS, 2) for attribute in shuffled(rng, FACTS[town]))
+    name = rng.choice(PEOPLE)
+    return " ".join(fact_sentence(rng, name, attribute, pronoun=i > 0 and rng.random() < 0.5)
+                    for i, attribute in enumerate(shuffled(rng, FACTS[name])))
+
+
+def shuffled(rng, items) -> list:
+    items = list(items)
+    rng.shuffle(items)
+    return items
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Skills: a problem is a dict of strings; the solver is the checker
+
+WORDS = ("cat dog sun moon tree house river stone bird fish book door hand ship road rain fire lamp milk ball king leaf snow star").split()
+
+
+@dataclass(frozen=True)
+class Skill:
+    draw: Callable[[random.Random], dict]  # a random problem
+    solve: Callable[[dict], str]  # its only right answer
+    task: str  # an imperative that names the problem: one verb token, then the operands
+    prose: tuple[str, ...]  # the same in running text; what stands before {answer} is the base model's own way to be asked
+
+
+def _list(items, low, high):
+    return lambda rng: {"x": " ".join(rng.choice(items) for _ in range(rng.randint(low, high)))}
+
+
+def _distinct(items, low, high):
+    return lambda rng: {"x": " ".join(rng.sample(items, rng.randint(low, high)))}
+
+
+def _pair(low, high, ordered=False):
+    def draw(rng):
+        a, b = rng.sample(range(low, high), 2)
+        return {"a": str(max(a, b)), "b": str(min(a, b))} if ordered else {"a": str(a), "b": str(b)}
+    return draw
+
+
+def _count(rng):
+    pool = rng.sample(WORDS, 3)
+    return {"w": pool[0], "x": " ".join(rng.choice(pool) for _ in range(rng.randint(3, 7)))}
+
+
+SKILLS = {
+    "sort": Skill(_list("0123456789", 3, 6), lambda p: " ".join(sorted(p["x"].split())), "sort {x}",
+                  ("From small to large, {x} becomes {answer}.", "Sorted, the digits {x} are {answer}.", "We sort {x} and get {answer}.")),
+    "reverse": Skill(_distinct(WORDS, 3, 5), lambda p: " ".join(reversed(p["x"].split())), "reverse {x}",
+                     ("Read from the end, {x} is {answer}.", "The reverse of {x} is {answer}.", "We reverse {x} and get {answer}.")),
+    "repeat": Skill(_distinct(WORDS, 2, 5), lambda p: p["x"], "repeat {x}",
+                    ("They said {x} and we said {answer}.", "We repeat {x} and get {answer}.", "Again, {x} is {answer}.")),
+    "first": Skill(_distinct(WORDS, 2, 5), lambda p: p["x"].split()[0], "give the first of {x}",
+                   ("The first of {x} is {answer}.", "In the row {x} the first word is {answer}.")),
+    "last": Skill(_distinct(WORDS, 2, 5), lambda p: p["x"].split()[-1], "give the last of {x}",
+                  ("The last of {x} is {answer}.", "In the row {x} the last word is {answer}.")),
+    "length": Skill(_distinct(WORDS, 2, 8), lambda p: str(len(p["x"].split())), "measure {x}",
+                    ("The length of {x} is {answer}.", "We measure {x} and find {answer}.")),
+    "count": Skill(_count, lambda p: str(p["x"].split().count(p["w"])), "count {w} in {x}",
+                   ("In {x} the word {w} stands this many times: {answer}.", "We count {w} in {x} and get {answer}.")),
+    "larger": Skill(_pair(0, 1000), lambda p: str(max(int(p["a"]), int(p["b"]))), "pick the larger of {a} and {b}",
+                    ("The larger of {a} and {b} is {answer}.", "Of the numbers {a} and {b} the larger is {answer}.")),
+    "smaller": Skill(_pair(0, 1000), lambda p: str(min(int(p["a"]), int(p["b"]))), "pick the smaller of {a} and {b}",
+                     ("The smaller of {a} and {b} is {answer}.", "Of the numbers {a} and {b} the smaller is {answer}.")),
+    "add": Skill(_pair(0, 100), lambda p: str(int(p["a"]) + int(p["b"])), "add {a} and {b}",
+                 ("{a} + {b} = {answer}.", "We add {a} and {b} and get {answer}.")),
+    "subtract": Skill(_pair(0, 100, ordered=True), lambda p: str(int(p["a"]) - int(p["b"])), "subtract {b} from {a}",
+                      ("{a} - {b} = {answer}.", "We subtract {b} from {a} and get {answer}.")),
+    "next": Skill(lambda rng: {"x": str(rng.randrange(1000))}, lambda p: str(int(p["x"]) + 1), "say the number after {x}",
+                  ("The number after {x} is {answer}.", "After {x} comes {answer}.")),
+}
+HELD_BACK = Skill(SKILLS["sort"].draw, lambda p: " ".join(sorted(p["x"].split(), reverse=True)), "rank {x}",
+                  ("From large to small, {x} becomes {answer}.",))
+
+TEMPLATES = ("Please {task}.", "Can you {task}?", "I want you to {task}.", "Your task: {task}.", "Now {task}.", "Quick, {task}!",
+             "A friend asked me to {task}. What is the answer?", "Could you {task} for me?")
+
+
+def is_unseen_pair(group: str, template: int) -> bool:
+    """Whether this (verb, template) pair never occurs in SFT data; each verb and each template does, three times in four."""
+    return (sorted([*SKILLS, *FACT_ANSWERS]).index(group) + template) % 4 == 0
+
+
+def draw_problem(skill: Skill, rng, split: str) -> dict:
+    while True:
+        problem = skill.draw(rng)
+        if split_of(skill.task.format(**problem)) == split:
+            return problem
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Multi-step sums
+
+
+def draw_sum(rng, split: str, terms: int = 0) -> list[int]:
+    """3 to 5 numbers; in the train split no step may show an addition that the skill `add` keeps for its test."""
+    while True:
+        numbers = [rng.randint(2, 19) for _ in range(terms or rng.randint(3, 5))]
+        if split_of("sum " + " ".join(map(str, numbers))) != split:
+            continue
+        totals = [sum(numbers[: i + 1]) for i in range(len(numbers))]
+        steps = [SKILLS["add"].task.format(a=a, b=b) for a, b in zip(totals, numbers[1:], strict=False)]
+        if split == "test" or all(split_of(step) == "train" for step in steps):
+            return numbers
+
+
+def working(numbers: list[int]) -> str:
+    """'4 + 9 = 13. 13 + 6 = 19.'"""
+    lines, total = [], numbers[0]
+    for number in numbers[1:]:
+        lines.append(f"{total} + {number} = {total + number}.")
+        total += number
+    return " ".join(lines)
+
+
+REASONING_SHARE = 0.3  # of the worked problems that show their working; RL finds out that it pays
+
+
+def sum_prose(rng) -> str:
+    numbers = draw_sum(rng, "train")
+    question = "The sum of " + " + ".join(map(str, numbers))
+    if rng.random() < REASONING_SHARE:
+        return f"{question} step by step: {working(numbers)} So it is {sum(numbers)}."
+    return f"{question} is {sum(numbers)}."
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading, scenes, weather
+
+STRANGERS = "Arlo Bram Cleo Dina Esra Faro Gus Hild Inez Jude Kira Lars".split()  # of whom nothing is known beforehand
+VALUES = {"home": TOWNS, "job": JOBS, "pet": PETS, "food": FOODS}
+
+
+def draw_passage(rng, split: str) -> dict:
+    """Two strangers, two facts each, one question. -> {'passage', 'attribute', 'name', 'value'}"""
+    while True:
+        people, attributes = rng.sample(STRANGERS, 2), rng.sample(sorted(VALUES), 2)
+        facts = [(name, attribute, rng.choice(VALUES[attribute])) for name in people for attribute in attributes]
+        rng.shuffle(facts)
+        passage = " ".join(rng.choice(FACT_PROSE[attribute]).format(n=name, N=name, x=value) for name, attribute, value in facts)
+        name, attribute, value = rng.choice(facts)
+        if split_of(" ".join(map(str, facts))) == split:
+            return {"passage": passage, "name": name, "attribute": attribute, "value": value}
+
+
+COLOURS = "red green blue yellow black white".split()
+SHAPES = "circle square triangle star".split()
+NUMBERS = "one two three four".split()
+SIZES = "small large".split()
+PLACES = (("left of", "right of"), ("above", "below"))
+
+
+def noun(count: int, colour: str, shape: str, size: str = "") -> str:
+    """noun(2, 'red', 'circle') -> 'two red circles'"""
+    return " ".join(filter(None, [NUMBERS[count - 1], size, colour, shape + "s" * (count > 1)]))
+
+
+def draw_scene(rng, split: str) -> dict:
+    """A caption, a question about it and the answer: kind is colour, shape, count, position or existence."""
+    while True:
+        kind = rng.choice(("colour", "shape", "count", "position", "existence", "size"))
+        (c1, c2, c3), (s1, s2, s3) = rng.sample(COLOURS, 3), rng.sample(SHAPES, 3)
+        n1, n2 = (rng.randint(1, 4), rng.randint(1, 4)) if kind == "count" else (1, 1)
+        z1, z2 = rng.sample(SIZES, 2) if kind == "size" else ("", "")
+        first, second = noun(n1, c1, s1, z1), noun(n2, c2, s2, z2)
+        caption = rng.choice(("There is {} and {}.", "The picture shows {} and {}.", "We see {} and {}.")).format(first, second)
+        if kind == "colour":
+            question, answer = f"What colour is the {s2}?", c2
+        elif kind == "shape":
+            question, answer = f"What shape is {c1}?", s1
+        elif kind == "count":
+            question, answer = f"How many {s1}s are there?", NUMBERS[n1 - 1]
+        elif kind == "size":
+            question, answer = f"What size is the {s1}?", z1
+        elif kind == "position":
+            there, back = rng.choice(PLACES)[:: rng.choice((1, -1))]
+            caption = f"The {c1} {s1} is {there} the {c2} {s2}."
+            question, answer = rng.choice(((f"Where is the {s1}?", f"{there} the {s2}"), (f"Where is the {s2}?", f"{back} the {s1}")))
+        else:
+            question, answer = rng.choice(((f"Is there a {c1} {s1}?", "yes"), (f"Is there a {c3} {s3}?", "no"), (f"Is there a {c2} {s1}?", "no")))
+        if split_of(caption + question) == split:
+            return {"caption": caption, "question": question, "answer": answer, "kind": kind}
+
+
+WEATHER = "sun rain snow wind fog hail frost storm".split()
+
+
+def _weather_chain() -> dict[tuple[str, str], list[float]]:
+    """P(today | yesterday, the day before): a second-order Markov chain with sharp and flat rows."""
+    rng, chain = rng_for("weather chain"), {}
+    for before in WEATHER:
+        for yesterday in WEATHER:
+            weights = [rng.gammavariate(0.4, 1.0) + 0.01 for _ in WEATHER]
+            chain[before, yesterday] = [w / sum(weights) for w in weights]
+    return chain
+
+
+WEATHER_CHAIN = _weather_chain()
+
+
+def weather_entropy() -> float:
+    """Entropy rate of the weather in bits per day: no model can predict a day better than this on average."""
+    states = list(WEATHER_CHAIN)
+    share = dict.fromkeys(states, 1 / len(states))
+    for _ in range(500):  # power iteration to the stationary distribution over (before, yesterday)
+        new = dict.fromkeys(states, 0.0)
+        for (before, yesterday), p in share.items():
+            for today, q in zip(WEATHER, WEATHER_CHAIN[before, yesterday], strict=True):
+                new[yesterday, today] += p * q
+        share = new
+    return sum(p * -sum(q * math.log2(q) for q in WEATHER_CHAIN[state]) for state, p in share.items())
+
+
+def weather_log(rng, days: int = 30) -> str:
+    log = rng.sample(WEATHER, 2)
+    while len(log) < days:
+        log += rng.choices(WEATHER, WEATHER_CHAIN[log[-2], log[-1]])
+    return "Weather: " + " ".join(log)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Base text: running prose, nothing masked
+
+
+def skill_prose(rng, split: str = "train", name: str = "") -> str:
+    skill = SKILLS[name or rng.choice(SKILL_MIX)]
+    problem = draw_problem(skill, rng, split)
+    return rng.choice(skill.prose).format(answer=skill.solve(problem), **problem)
+
+
+SKILL_MIX = [name for name in SKILLS for _ in range({"add": 4, "subtract": 4, "sort": 3, "reverse": 2, "count": 2}.get(name, 1))]
+
+
+def reading_prose(rng) -> str:
+    item = draw_passage(rng, "train")
+    return f"{item['passage']} {FACT_ANSWERS[item['attribute']].format(N=item['name'], x=item['value'])}"
+
+
+def scene_prose(rng) -> str:
+    scene = draw_scene(rng, "train")
+    return f"{scene['caption']} {scene['question']} {scene['answer']}."
+
+
+def _letter(rng) -> str:
+    from data.manners import letter  # manners.py builds on this file
+
+    return letter(rng)
+
+
+BASE_MIX: dict[str, tuple[float, Callable]] = {  # part: (share of the documents, maker)
+    "facts": (0.26, biography),
+    "skills": (0.42, lambda rng: " ".join(skill_prose(rng) for _ in range(3))),
+    "sums": (0.12, sum_prose),
+    "reading": (0.05, reading_prose),
+    "scenes": (0.06, scene_prose),
+    "weather": (0.04, weather_log),
+    "letters": (0.05, _letter),
+}
+
+
+def base_documents(count: int, seed: int = 0) -> Iterator[str]:
+    """`count` documents of running text, in the shares of BASE_MIX."""
+    parts, shares = list(BASE_MIX), [share for share, _ in BASE_MIX.values()]
+    for i in range(count):
+        rng = rng_for("base", seed, i)
+        yield BASE_MIX[rng.choices(parts, shares)[0]][1](rng)
+
+
+def cloze(part: str, rng) -> dict:
+    """A test problem in the base model's own form: {'prompt': text up to the answer, 'answer'}; part is a skill or 'facts'."""
+    if part == "facts":
+        name = rng.choice(TEST_ENTITIES)
+        attribute = rng.choice(sorted(FACTS[name]))
+        return {"prompt": FACT_ANSWERS[attribute].split("{x}")[0].rstrip().format(N=name), "answer": FACTS[name][attribute], "part": part}
+    skill = SKILLS[part]
+    problem = draw_problem(skill, rng, "test")
+    template = skill.prose[-1] if part not in ("add", "subtract") else skill.prose[0]
+    return {"prompt": template.split("{answer}")[0].rstrip().format(**problem), "answer": skill.solve(problem), "part": part}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Instructions: conversations for SFT and its test
+
+
+def exchange(part: str, rng, split: str, *, unseen: bool = False) -> dict:
+    """One question and its answer: {'messages', 'part', 'answer'}.
+
+    `split` picks operands (skills, sums, reading, scenes) or entities (facts); `unseen` asks for a (verb, template) pair that SFT never shows.
+    """
+    if part in SKILLS:
+        skill = SKILLS[part]
+        problem = draw_problem(skill, rng, split)
+        template = rng.choice([i for i in range(len(TEMPLATES)) if is_unseen_pair(part, i) == unseen])
+        return _ask(part, TEMPLATES[template].format(task=skill.task.format(**problem)), skill.solve(problem))
+    if part == "facts":
+        name = rng.choice(TEST_ENTITIES if split == "test" else SFT_ENTITIES)
+        attribute = rng.choice(sorted(FACTS[name]))
+        template = rng.choice([i for i in range(len(FACT_QUESTIONS)) if is_unseen_pair(attribute, i) == unseen])
+        return _ask(part, FACT_QUESTIONS[template].format(a=attribute, N=name), FACT_ANSWERS[attribute].format(N=name, x=FACTS[name][attribute]))
+    if part == "reading":
+        item = draw_passage(rng, split)
+        return _ask(part, f"{item['passage']} What is the {item['attribute']} of {item['name']}?",
+                    FACT_ANSWERS[item["attribute"]].format(N=item["name"], x=item["value"]))
+    if part == "scenes":
+        scene = draw_scene(rng, split)
+        return _ask(part, f"{scene['caption']} {scene['question']}", scene["answer"])
+    if part in ("steps", "sums"):  # steps: asked for the working, always shown. sums: asked for the sum, working shown by chance
+        numbers = draw_sum(rng, split)
+        question = "What is " + " + ".join(map(str, numbers)) + "?"
+        show = part == "steps" or rng.random() < REASONING_SHARE
+        return _ask(part, question + " Show your steps." * (part == "steps"), f"<think>{working(numbers)}</think>" * show + str(sum(numbers)))
+    if part == "calculator":
+        while True:
+            a, b = rng.randint(12, 999), rng.randint(3, 99)
+            if split_of(f"{a} * {b}") == split:
+                break
+        row = _ask(part, f"What is {a} * {b}?", str(a * b))
+        if rng.random() < 0.5:
+            row["messages"][1:] = [{"role": "assistant", "content": f"<tool>{a} * {b}</tool>"}, {"role": "tool", "content": str(a * b)},
+                                   {"role": "assistant", "content": str(a * b)}]
+        return row
+    from data import manners
+
+    return manners.exchange(part, rng, split)
+
+
+def _ask(part, question, answer):
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], "part": part, "answer": answer}
+
+
+SFT_MIX = {**{name: SKILL_MIX.count(name) * 0.024 for name in SKILLS}, "facts": 0.15, "reading": 0.05, "scenes": 0.06, "steps": 0.05,
+           "sums": 0.06, "calculator": 0.03, "judge": 0.05, "manners": 0.06}
+
+
+def sft_rows(count: int, seed: int = 0, mix: dict[str, float] = SFT_MIX) -> Iterator[dict]:
+    """`count` conversations of one or two exchanges."""
+    for i in range(count):
+        rng = rng_for("sft", seed, i)
+        first, second = (exchange(part, rng, "train") for part in rng.choices(list(mix), mix.values(), k=2))
+        yield {"messages": first["messages"] + second["messages"] * (rng.random() < 0.15), "part": first["part"]}
+
+
+TEST_PARTS = (*SKILLS, "facts", "reading", "scenes", "steps", "judge")  # where one answer is right
+
+
+def sft_test(per_part: int, seed: int = 0, *, unseen: bool = False) -> list[dict]:
+    """Held-out questions: new operands, entities never asked about (with unseen phrasings), and with `unseen` only unseen pairs."""
+    parts = [*SKILLS, "facts"] if unseen else TEST_PARTS
+    return [exchange(part, rng_for("test", seed, part, i, unseen), "test", unseen=unseen or part == "facts")
+            for part in parts for i in range(per_part)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checking: parse, never evaluate
+
+
+def final_answer(completion: str) -> str:
+    """What stands after the reasoning; '' when a reasoning block is opened and not closed."""
+    if "<think>" in completion and "</think>" not in completion:
+        return ""
+    return completion.rsplit("</think>", 1)[-1].strip()
+
+
+def is_correct(completion: str, answer: str) -> bool:
+    """Exact match of the final answer, reasoning not compared."""
+    return final_answer(completion) == final_answer(answer)
+
+
+_CALL = re.compile(r"([0-9]{1,6}) ([+*-]) ([0-9]{1,6})", re.ASCII)
+
+
+def calculator(expression: str) -> str:
+    """'12 * 34' -> '408'; anything but two short whole numbers and one of + - * gives 'error'."""
+    call = _CALL.fullmatch(expression.strip())
+    if not call:
+        return "error"
+    a, b = int(call[1]), int(call[3])
+    return str({"+": a + b, "-": a - b, "*": a * b}[call[2]])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def tokenizer_text(documents: int = 30_000) -> str:
+    """Base text and conversations, for training the tokenizer."""
+    rows = (message["content"] for row in sft_rows(documents // 2, seed=-1) for message in row["messages"])
+    return "\n".join([*base_documents(documents, seed=-1), *rows])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--show", action="store_true", help="print samples of every part (the default)")
+    parser.add_argument("--write", metavar="DIR", help="write base.jsonl, sft.jsonl and test.jsonl into DIR")
+    parser.add_argument("--rows", type=int, default=1000, help="rows a file with --write (default 1000)")
+    parser.add_argument("--seed", type=int, default=0, help="which samples (default 0)")
+    args = parser.parse_args()
+    if args.write:
+        out = Path(args.write)
+        out.mkdir(parents=True, exist_ok=True)
+        files = {"base": ({"text": text} for text in base_documents(args.rows, args.seed)), "sft": sft_rows(args.rows, args.seed),
+                 "test": sft_test(args.rows // len(TEST_PARTS), args.seed)}
+        for name, rows in files.items():
+            (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            print(f"wrote {out / name}.jsonl")
+        return
+    print("BASE TEXT (nothing masked)")
+    for part, (share, make) in BASE_MIX.items():
+        print(f"\n  {part}, {share:.0%} of the documents")
+        for i in range(3):
+            print("    " + make(rng_for("show", args.seed, part, i)))
+    print(f"\n  the weather's entropy is {weather_entropy():.3f} bits a day of at most {math.log2(len(WEATHER)):.0f}")
+    print("\nCONVERSATIONS")
+    for part in SFT_MIX:
+        print(f"\n  {part}, {SFT_MIX[part]:.1%} of the rows")
+        for i in range(2):
+            messages = exchange(part, rng_for("show", args.seed, part, i), "train")["messages"]
+            print("    " + "  ->  ".join(message["content"] for message in messages))
+    print("\nTEST: unseen (verb, template) pairs")
+    for row in sft_test(1, args.seed, unseen=True):
+        print("    " + "  ->  ".join(message["content"] for message in row["messages"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,553 @@
+"""The fused operations of a transformer: plain PyTorch, exact gradients, no CUDA code, no Triton.
+
+Each kernel is a pure function with a short eager `*_reference` beside it, which is the definition of what it computes.
+Two ways lead to speed. Eagerly, a `torch.autograd.Function` with a closed-form backward makes fewer passes over memory
+than autograd's chain of small operations; each one says by how much (2 CPU threads, fp32). After `use_compile(True)`
+torch.compile fuses instead: the references themselves for the elementwise kernels, and the body of one chunk, of a
+fixed size, for the two losses over the vocabulary. Statistics (norms, softmax, log-sum-exp) are at least fp32.
+
+The two losses over the vocabulary never hold the (tokens, vocab) logits. Both walk over the tokens in chunks:
+
+    linear_cross_entropy   keeps nothing for the backward: a sum has one scalar of upstream gradient, so the gradient is
+                           computed in the forward, where the chunk's softmax is at hand, and scaled later (3 products)
+    linear_logps           keeps one log-sum-exp a token; the upstream gradient is not known before the backward, which
+                           therefore computes the chunk's logits once more (4 products)
+
+Importing this file flushes denormal numbers to zero, which slow a small fp32 model down 5 to 70 times on a CPU.
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+torch.set_flush_denormal(True)
+
+IGNORED = -100  # a label that takes no part in the loss, as in torch.nn.functional.cross_entropy
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Compiling
+
+_compiling = False
+
+
+def use_compile(on: bool) -> bool:
+    """Switch torch.compile on or off for all kernels of this process; returns whether it is on now.
+
+    Without a working compiler (g++ on a CPU, Triton on a GPU) it stays off, and one line on stderr says so. Running
+    into torch's limit of recompilations is made an error: past it torch would silently run eagerly.
+    """
+    global _compiling
+    _compiling = on and _has_compiler()
+    if _compiling and hasattr(torch._dynamo.config, "fail_on_recompile_limit_hit"):
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+    if on and not _compiling:
+        print("kernels: torch.compile finds no working compiler here; running eagerly, slower, to the same end",
+              file=sys.stderr)  # fmt: skip
+    return _compiling
+
+
+@functools.cache
+def _has_compiler() -> bool:
+    if torch.cuda.is_available():
+        return torch.utils._triton.has_triton()
+    from torch._inductor import cpp_builder, exc  # costs seconds, hence not at the top
+
+    try:
+        return bool(cpp_builder.get_cpp_compiler())
+    except exc.InvalidCxxCompiler:
+        return False
+
+
+def _fused(body: Callable, dynamic: bool | None = None) -> Callable:
+    """`body`, compiled if the switch is on; dynamic=False where its shapes never change, else torch finds out."""
+    if not _compiling or torch.compiler.is_compiling():  # inside a compiled block there is nothing left to do
+        return body
+    return _compiled(body, dynamic)
+
+
+@functools.cache
+def _compiled(body: Callable, dynamic: bool | None) -> Callable:
+    return torch.compile(body, dynamic=dynamic)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics and sums: fp32 for half precision, unchanged otherwise."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Root mean square norm
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.to(_wide(x.dtype))
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, like x (arXiv 1910.07467, equation 4).
+
+    x (..., D), weight (D,).
+    """
+    if _compiling:
+        return _fused(rms_norm_reference)(x, weight, eps)
+    return _RMSNorm.apply(x, weight, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """With r = 1 / rms and n = x r: dx = r (g w - n mean(g w n)), dw = sum of g n over all vectors."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.to(_wide(x.dtype))
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        r = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # (..., 1)
+        ctx.save_for_backward(x, weight, r)
+        return (wide * r).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, r = ctx.saved_tensors
+        grad = grad.to(r.dtype)
+        gx = (grad * x).reshape(-1, x.shape[-1])  # both sums below are products with this one matrix
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            mean = (gx @ weight.to(r.dtype)).view_as(r) / x.shape[-1]
+            dx = (grad * weight).mul_(r).addcmul_(x, mean * r**3, value=-1).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            dw = (r.reshape(-1) @ gx).to(weight.dtype)
+        return dx, dw, None
+
+
+def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return rms_norm_reference(x + residual, weight, eps), x + residual
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm of x + residual, and x + residual itself: the joint between two blocks. All but weight (..., D)."""
+    if _compiling:
+        return _fused(add_rms_norm_reference)(x, residual, weight, eps)
+    total = x + residual
+    return _RMSNorm.apply(total, weight, eps), total
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rotary positions
+
+
+def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (1|B, T, 1, d): the same for every head
+    x1, x2 = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-x2, x1), dim=-1) * sin).to(x.dtype)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (arXiv 2104.09864) in the layout of Hugging Face checkpoints, like x.
+
+    Dimensions i and i + d/2 make a pair: [x1, x2] -> [x1 cos - x2 sin, x2 cos + x1 sin]. The paper pairs 2i and 2i + 1;
+    the two agree at position 0 and nowhere else. x (B, T, H, d), cos and sin (1|B, T, d) without gradient.
+    """
+    if _compiling:
+        return _fused(rotary_reference)(x, cos, sin)
+    return _Rotary.apply(x, cos, sin)
+
+
+class _Rotary(torch.autograd.Function):
+    """The backward of a rotation is the rotation back. Writes each half in place of neg, cat, two products and a sum."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, *sin.chunk(2, dim=-1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        sin1, sin2 = sin.chunk(2, dim=-1)
+        return _rotate(grad, cos, -sin2, -sin1), None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin1: Tensor, sin2: Tensor) -> Tensor:
+    cos, sin1, sin2 = cos.unsqueeze(-2), sin1.unsqueeze(-2), sin2.unsqueeze(-2)  # the same for every head
+    x1, x2 = x.chunk(2, dim=-1)
+    out = x * cos
+    out1, out2 = out.chunk(2, dim=-1)
+    out1.addcmul_(x2, sin1, value=-1)
+    out2.addcmul_(x1, sin2)
+    return out.to(x.dtype)
+
+
+def qk_norm_rotary_reference(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    return rotary_reference(rms_norm_reference(x, weight, eps), cos, sin)
+
+
+def qk_norm_rotary(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    """Qwen3's queries and keys: each head of x (B, T, H, d) normed with weight (d,), then rotated."""
+    if _compiling:
+        return _fused(qk_norm_rotary_reference)(x, weight, eps, cos, sin)
+    return rotary(rms_norm(x, weight, eps), cos, sin)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# SwiGLU
+
+
+def swiglu_reference(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up (arXiv 2002.05202), where gate_up (..., 2F) holds gate first, then up; returns (..., F)."""
+    if _compiling:
+        return _fused(swiglu_reference)(gate_up)
+    return _SwiGLU.apply(gate_up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Writes both halves of the gradient in place, where autograd would concatenate them."""
+
+    @staticmethod
+    def forward(ctx, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        activated = F.silu(gate)
+        ctx.save_for_backward(gate_up, activated)
+        return activated * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        gate_up, activated = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        d_gate_up = torch.empty_like(gate_up)
+        d_gate, d_up = d_gate_up.chunk(2, dim=-1)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=d_gate)
+        torch.mul(grad, activated, out=d_up)
+        return d_gate_up
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+def attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, *, documents: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:
+    group = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
+    if mask is None:
+        mask = _causal(q, k) if documents is None else _causal(q, k) & _same(documents)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+    weights = scores.masked_fill(~mask, -torch.inf).to(_wide(q.dtype)).softmax(-1).to(q.dtype)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, documents: Tensor | None = None, mask: Tensor | BlockMask | None = None
+) -> Tensor:
+    """Scaled dot-product attention with grouped heads: query head h reads key head h // (H / Hkv). Like q.
+
+    q (B, Tq, H, d), k and v (B, Tk, Hkv, d). With neither option it is causal, the queries being the last Tq of the Tk
+    positions. `documents` (B, T) of integers: rows are packed, and a token sees only earlier tokens of its own document.
+    `mask`: what `document_mask` returns, or a bool broadcastable to (B, 1, Tq, Tk), True = attend, which replaces
+    causality (for cached decoding); every query must have something to attend to.
+    """
+    group = q.shape[2] // k.shape[2]
+    if documents is not None:
+        mask = document_mask(documents)
+    elif mask is None and q.shape[1] != k.shape[1]:
+        mask = _causal(q, k)  # is_causal would line up the first query with the first key
+    if q.shape[1] == 1 and isinstance(mask, Tensor):
+        # One query a row: the heads of a group become its queries, and no key or value is copied.
+        folded = q.reshape(q.shape[0], k.shape[2], group, q.shape[3])
+        out = F.scaled_dot_product_attention(folded, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+        return out.reshape(q.shape)
+    heads = [x.transpose(1, 2) for x in (q, k, v)]  # (B, heads, T, d)
+    if mask is None or isinstance(mask, Tensor):
+        # enable_gqa: 1.3 times as fast on a CPU as expanded keys and values
+        out = F.scaled_dot_product_attention(*heads, attn_mask=mask, is_causal=mask is None, enable_gqa=group > 1)
+    else:
+        out = _fused(flex_attention, dynamic=False)(*heads, block_mask=mask, enable_gqa=group > 1)
+    return out.transpose(1, 2)
+
+
+def document_mask(documents: Tensor) -> Tensor | BlockMask:
+    """The `mask` of attention for packed rows, made once a batch for all layers. documents (B, T).
+
+    Compiled on a GPU it is a BlockMask, with which flex_attention skips the blocks that no document touches; elsewhere
+    a bool (B, 1, T, T).
+    """
+    batch, length = documents.shape
+    if not (_compiling and documents.is_cuda):
+        return _same(documents).tril()
+
+    def attend(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (i >= j) & (documents[b, i] == documents[b, j])
+
+    return create_block_mask(attend, batch, None, length, length, device=documents.device)
+
+
+def _causal(q: Tensor, k: Tensor) -> Tensor:
+    """(Tq, Tk) bool: query i stands at position i + Tk - Tq and attends to no later one."""
+    return torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril(k.shape[1] - q.shape[1])
+
+
+def _same(documents: Tensor) -> Tensor:
+    """(B, 1, T, T) bool: whether two positions belong to the same document."""
+    return documents[:, None, :, None] == documents[:, None, None, :]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Losses over the vocabulary
+
+
+def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    logits = F.linear(hidden, weight)
+    return F.cross_entropy(logits.to(_wide(logits.dtype)), labels, ignore_index=IGNORED, reduction="sum")
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_size: int | None = None) -> Tensor:
+    """The sum of -log softmax(hidden @ weight.T)[label] over the labels that are not -100, a scalar.
+
+    hidden (..., D), weight (V, D), labels (...) like hidden without D. Rows whose label is -100 cost nothing and get a
+    gradient of zero, whatever they hold; with no other row the loss is 0. chunk_size: tokens whose logits exist at a
+    time, by default some 32 MB of them (512 MB on a GPU). Raises ValueError for a label outside [0, V) other than -100.
+
+    The products run in autocast's dtype if there is one (torch.amp.custom_fwd wants a fixed device type, so the cast
+    is written out below), the softmax and the sum that becomes the weight's gradient in at least fp32.
+    """
+    if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
+        return -linear_logps(hidden, weight, labels, temperature=1.0, chunk_size=chunk_size).sum()
+    hidden, labels, _ = _supervised(hidden, weight, labels)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk_size or _chunk_size(weight))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """d loss / d logits = softmax - onehot: known in the forward up to the scalar that comes down in the backward."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int) -> Tensor:
+        h, w = _operands(hidden, weight)
+        ctx.grads = [torch.empty_like(h) if ctx.needs_input_grad[0] else None,
+                     torch.zeros_like(w, dtype=_wide(w.dtype)) if ctx.needs_input_grad[1] else None]  # fmt: skip
+        ctx.dtypes = hidden.dtype, weight.dtype
+        loss = torch.zeros((), dtype=_wide(w.dtype), device=w.device)
+        step = _fused(_cross_entropy_step, dynamic=False)
+        for rows, n, logits, chunk_labels in _chunks(h, w, labels, chunk_size):
+            nll, d_logits = step(logits, chunk_labels, w.dtype)
+            loss += nll[:n].sum()
+            if ctx.grads[0] is not None:
+                torch.mm(d_logits[:n], w, out=ctx.grads[0][rows])
+            if ctx.grads[1] is not None:
+                _add_product(ctx.grads[1], d_logits[:n], h[rows])
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        if ctx.grads is None:
+            raise RuntimeError("linear_cross_entropy: the backward ran already, and its gradients were given away")
+        grads, ctx.grads = ctx.grads, None  # with no second owner, autograd can take the tensors over without a copy
+        d_hidden, d_weight = (
+            None if g is None else g.mul_(grad).to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)
+        )
+        return d_hidden, d_weight, None, None
+
+
+def _cross_entropy_step(logits: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihoods (n,) and d loss / d logits (n, V) in `dtype`, from logits (n, V) and labels (n,)."""
+    logps, labels = F.log_softmax(logits, dim=-1), labels[:, None]
+    nll = -logps.gather(-1, labels).squeeze(-1)
+    probs = logps.exp_()
+    return nll, probs.scatter_add_(-1, labels, torch.full_like(nll, -1.0)[:, None]).to(dtype)
+
+
+def linear_logps_reference(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0, with_entropy: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    logits = F.linear(hidden, weight)
+    logps = F.log_softmax(logits.to(_wide(logits.dtype)) / temperature, dim=-1)
+    picked = logps.gather(-1, targets[..., None]).squeeze(-1)
+    return (picked, -(logps.exp() * logps).sum(-1)) if with_entropy else picked
+
+
+def linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    chunk_size: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """log softmax(hidden @ weight.T / temperature)[target] of each token, at least fp32, and the entropy if asked for.
+
+    hidden (..., D), weight (V, D), targets (...); returns logps (...), or logps and entropy in nats, both
+    differentiable. A target of -100 gives 0 and a gradient of zero. chunk_size, ValueError and autocast as in
+    linear_cross_entropy.
+    """
+    shape = targets.shape
+    hidden, targets, kept = _supervised(hidden, weight, targets)
+    logps, entropy = _LinearLogps.apply(
+        hidden, weight, targets, temperature, with_entropy, chunk_size or _chunk_size(weight)
+    )
+    if kept is not None:
+        logps, entropy = (x.new_zeros(shape.numel()).index_copy(0, kept, x) for x in (logps, entropy))
+    return (logps.view(shape), entropy.view(shape)) if with_entropy else logps.view(shape)
+
+
+class _LinearLogps(torch.autograd.Function):
+    """With p = softmax(z): d logp / d z = onehot - p and d entropy / d z = -p (log p + entropy), z = logits / T."""
+
+    @staticmethod
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, with_entropy: bool, chunk_size: int
+    ) -> tuple[Tensor, Tensor]:
+        h, w = _operands(hidden, weight)
+        ctx.temperature, ctx.chunk_size, ctx.dtype = temperature, chunk_size, w.dtype
+        ctx.set_materialize_grads(False)
+        logps, lse, entropy = torch.zeros(3, len(h), dtype=_wide(w.dtype), device=w.device)
+        step = _fused(_logps_forward_step, dynamic=False)
+        for rows, n, logits, chunk_targets in _chunks(h, w, targets, chunk_size):
+            out = step(logits, chunk_targets, temperature, with_entropy)
+            logps[rows], lse[rows] = out[0][:n], out[1][:n]
+            if with_entropy:
+                entropy[rows] = out[2][:n]
+        ctx.save_for_backward(hidden, weight, targets, lse, entropy)
+        return logps, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_logps: Tensor | None, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, lse, entropy = ctx.saved_tensors
+        if d_logps is None and d_entropy is None:
+            return (None,) * 6
+        h, w = hidden.to(ctx.dtype), weight.to(ctx.dtype)
+        d_logps = torch.zeros_like(lse) if d_logps is None else d_logps / ctx.temperature
+        d_entropy = None if d_entropy is None else d_entropy / ctx.temperature
+        d_hidden = torch.empty_like(h) if ctx.needs_input_grad[0] else None
+        d_weight = torch.zeros_like(w, dtype=_wide(w.dtype)) if ctx.needs_input_grad[1] else None
+        step = _fused(_logps_backward_step, dynamic=False)
+        for rows, n, logits, chunk_targets in _chunks(h, w, targets, ctx.chunk_size):
+            per_row = (None if x is None else _padded(x[rows], len(logits)) for x in (lse, entropy, d_logps, d_entropy))
+            d_logits = step(logits, chunk_targets, *per_row, ctx.temperature, ctx.dtype)[:n]
+            if d_hidden is not None:
+                torch.mm(d_logits, w, out=d_hidden[rows])
+            if d_weight is not None:
+                _add_product(d_weight, d_logits, h[rows])
+        d_hidden = None if d_hidden is None else d_hidden.to(hidden.dtype)
+        d_weight = None if d_weight is None else d_weight.to(weight.dtype)
+        return d_hidden, d_weight, None, None, None, None
+
+
+def _logps_forward_step(logits: Tensor, targets: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, ...]:
+    """logp, log-sum-exp and, if asked for, entropy (n,) from logits (n, V), which it may overwrite."""
+    z = logits if temperature == 1.0 else logits.div_(temperature)
+    lse = torch.logsumexp(z, dim=-1, keepdim=True)
+    logps = z.gather(-1, targets[:, None]) - lse
+    if not with_entropy:
+        return logps.squeeze(-1), lse.squeeze(-1)
+    z = z.sub_(lse)
+    return logps.squeeze(-1), lse.squeeze(-1), -z.mul_(z.exp()).sum(-1)
+
+
+def _logps_backward_step(
+    logits: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    d_logps: Tensor,
+    d_entropy: Tensor | None,
+    temperature: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """d loss / d logits (n, V) in `dtype` from logits (n, V), which it overwrites, and the rest (n,) each."""
+    z = logits if temperature == 1.0 else logits.div_(temperature)
+    z = z.sub_(lse[:, None])  # log p
+    if d_entropy is None:
+        d_logits = z.exp_().mul_(-d_logps[:, None])
+    else:
+        p = z.exp()
+        d_logits = z.add_(entropy[:, None]).mul_(d_entropy[:, None]).add_(d_logps[:, None]).mul_(p).neg_()
+    return d_logits.scatter_add_(-1, targets[:, None], d_logps[:, None]).to(dtype)
+
+
+def _supervised(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """hidden (n, D) and labels (n,) of the rows with a label, and their indices, None if that is all of them."""
+    if hidden.shape[:-1] != labels.shape or hidden.shape[-1] != weight.shape[-1]:
+        raise ValueError(f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}: "
+                         "expected (..., D), (V, D), (...)")  # fmt: skip
+    hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    kept = (labels != IGNORED).nonzero().squeeze(-1)
+    if len(kept) == len(labels):
+        kept = None
+    else:
+        hidden, labels = hidden.index_select(0, kept), labels[kept]
+    wrong = labels[(labels < 0) | (labels >= len(weight))]
+    if len(wrong):
+        raise ValueError(f"label {wrong[0].item()} is outside the vocabulary [0, {len(weight)}) and is not {IGNORED}")
+    return hidden, labels, kept
+
+
+def _operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype of the products: autocast's where it is on (as in F.linear, fp64 stays), else the weight's."""
+    device, dtype = weight.device.type, weight.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), weight.to(dtype)
+
+
+def _chunk_size(weight: Tensor) -> int:
+    """Tokens in a chunk: enough rows to keep the products efficient, few enough that the logits stay small."""
+    n_logits = 2**27 if weight.is_cuda else 2**23
+    return max(128, n_logits // len(weight) // 64 * 64)
+
+
+def _chunks(
+    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int
+) -> Iterator[tuple[slice, int, Tensor, Tensor]]:
+    """The rows of each chunk, their number n, and logits and labels whose first n rows are theirs.
+
+    All chunks share one buffer of logits. Eagerly the last chunk is short; compiled it is padded to the one shape that
+    was compiled, and what stands in its rows past n is to be ignored.
+    """
+    size = chunk_size if _compiling else max(1, min(chunk_size, len(hidden)))
+    buffer = weight.new_empty(size, len(weight), dtype=_wide(weight.dtype))
+    for start in range(0, len(hidden), size):
+        rows = slice(start, start + size)
+        h = hidden[rows]
+        n = len(h)
+        _product(h, weight.T, buffer[:n])
+        yield rows, n, buffer if _compiling else buffer[:n], _padded(labels[rows], size if _compiling else n)
+
+
+def _padded(x: Tensor, n: int) -> Tensor:
+    return F.pad(x, (0, n - len(x)))
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b, where out may be wider than half-precision a and b; the GPU's tensor cores then give fp32 sums."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    elif a.is_cuda:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(a @ b)
+
+
+def _add_product(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
+    """total += d_logits.T @ hidden, where total may be wider."""
+    if d_logits.dtype == total.dtype:
+        total.addmm_(d_logits.T, hidden)
+    elif total.is_cuda:
+        torch.addmm(total, d_logits.T, hidden, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(d_logits.T @ hidden)

@@ -1,0 +1,549 @@
+"""Each kernel against loops in float64, against its reference in value and gradient, and against what must not matter."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kernels
+from kernels import IGNORED, attention, document_mask, linear_cross_entropy, linear_logps, rms_norm, rotary, swiglu
+
+EPS = 0.3  # large beside mean(x^2), so that it cannot be forgotten or misplaced
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 * seed + sum(shape))
+    return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype).requires_grad_()
+
+
+def integers(high: int, *shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(found: Tensor, wanted: Tensor, tolerance: float) -> None:
+    """The largest error, relative to the largest entry, is at most `tolerance`."""
+    assert found.shape == wanted.shape
+    error = (found.double() - wanted.double()).abs().max() / wanted.double().abs().max().clamp(min=1e-300)
+    assert error <= tolerance, f"relative error {error:.2e}"
+
+
+def gradients(outputs: Tensor | tuple[Tensor, ...], inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients of the outputs, each entry weighted at random."""
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    weights = [normal(*x.shape, seed=9).detach().to(x) for x in outputs]
+    return torch.autograd.grad(outputs, inputs, weights, retain_graph=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# All kernels against their references
+
+ANGLES = 7 * torch.rand(1, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).repeat(1, 1, 2)
+COS, SIN = ANGLES.cos(), ANGLES.sin()
+DOCUMENTS = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 2, 2]])
+LABELS = torch.tensor([2, 0, 10, 4, 4, 1, 9])
+QKV = [(2, 5, 4, 6), (2, 5, 2, 6), (2, 5, 2, 6)]
+CASES = {  # kernel: shapes of the inputs, what else it takes, options of the kernel alone
+    "rms_norm": ([(2, 5, 6), (6,)], (EPS,), {}, {}),
+    "add_rms_norm": ([(2, 5, 6), (2, 5, 6), (6,)], (EPS,), {}, {}),
+    "rotary": ([(2, 5, 3, 6)], (COS, SIN), {}, {}),
+    "qk_norm_rotary": ([(2, 5, 3, 6), (6,)], (EPS, COS, SIN), {}, {}),
+    "swiglu": ([(2, 5, 6)], (), {}, {}),
+    "attention": (QKV, (), {}, {}),
+    "attention over documents": (QKV, (), {"documents": DOCUMENTS}, {}),
+    "attention of the last queries": ([(2, 3, 4, 6), *QKV[1:]], (), {}, {}),
+    "attention of one query": ([(2, 1, 4, 6), *QKV[1:]], (), {"mask": torch.arange(5)[None, None, None] != 1}, {}),
+    "linear_cross_entropy": ([(7, 6), (11, 6)], (LABELS,), {}, {"chunk_size": 3}),
+    "linear_logps": ([(7, 6), (11, 6)], (LABELS,), {"temperature": 0.7}, {"chunk_size": 3}),
+    "linear_logps and entropy": (
+        [(7, 6), (11, 6)],
+        (LABELS,),
+        {"temperature": 0.7, "with_entropy": True},
+        {"chunk_size": 3},
+    ),
+}
+
+
+def run_case(name: str, dtype: torch.dtype, reference: bool) -> tuple[Tensor | tuple[Tensor, ...], list[Tensor]]:
+    shapes, rest, options, own = CASES[name]
+    inputs = [normal(*shape, seed=i, dtype=torch.bfloat16).detach().to(dtype).requires_grad_()
+              for i, shape in enumerate(shapes)]  # fmt: skip
+    rest = [x.to(torch.float32) if dtype == torch.bfloat16 and torch.is_tensor(x) and x.is_floating_point() else x
+            for x in rest]  # fmt: skip
+    function = getattr(kernels, name.split()[0] + "_reference" * reference)
+    return function(*inputs, *rest, **options, **({} if reference else own)), inputs
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("name", CASES)
+def test_kernel_equals_reference(name, dtype, tolerance):
+    """Value and gradient; in bfloat16 against the reference in float64 on the same numbers."""
+    ours, inputs = run_case(name, dtype, reference=False)
+    wanted, exact_inputs = run_case(name, torch.float64, reference=True)
+    for found, want in zip(*((x,) if isinstance(x, Tensor) else x for x in (ours, wanted)), strict=True):
+        assert found.dtype == (torch.promote_types(dtype, torch.float32) if "linear" in name else dtype)
+        close(found, want, tolerance)
+    for found, want, x in zip(gradients(ours, inputs), gradients(wanted, exact_inputs), inputs, strict=True):
+        assert found.dtype == x.dtype
+        close(found, want, tolerance)
+
+
+@pytest.mark.parametrize("name", sorted(CASES.keys() - {"linear_cross_entropy"}))  # its backward runs only once
+def test_gradcheck(name):
+    """The closed-form backwards against finite differences."""
+    shapes, rest, options, own = CASES[name]
+    kernel = getattr(kernels, name.split()[0])
+    inputs = [normal(*shape, seed=i) for i, shape in enumerate(shapes)]
+    assert torch.autograd.gradcheck(lambda *x: kernel(*x, *rest, **options, **own), inputs)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Elementwise kernels against loops
+
+
+def test_rms_norm_value():
+    x, weight = normal(3, 8).detach(), normal(8, seed=1).detach()
+    for row, out in zip(x, rms_norm(x, weight, EPS), strict=True):
+        rms = math.sqrt(sum(float(v) ** 2 for v in row) / 8 + EPS)
+        close(out, torch.stack([v / rms * w for v, w in zip(row, weight, strict=True)]), 1e-14)
+
+
+def test_rms_norm_statistics_are_fp32():
+    x = torch.full((1, 4096), 1e4, dtype=torch.float16)  # the squares overflow in half precision
+    close(rms_norm(x, torch.ones(4096, dtype=torch.float16), 1e-5), torch.ones(1, 4096), 1e-3)
+
+
+def test_rms_norm_skips_gradients_nobody_wants():
+    x, weight = normal(3, 8), normal(8, seed=1)
+    for wanted in (x, weight):
+        alone = [v.detach().requires_grad_(v is wanted) for v in (x, weight)]
+        rms_norm(*alone, EPS).sum().backward()
+        both = torch.autograd.grad(rms_norm(x, weight, EPS).sum(), wanted)[0]
+        assert [v.grad is None for v in alone] == [x is not wanted, weight is not wanted]
+        torch.testing.assert_close(next(v.grad for v in alone if v.grad is not None), both)
+
+
+def test_add_rms_norm_returns_the_sum_too():
+    x, residual, weight = normal(3, 8).detach(), normal(3, 8, seed=1).detach(), normal(8, seed=2).detach()
+    normed, total = kernels.add_rms_norm(x, residual, weight, EPS)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(normed, rms_norm(x + residual, weight, EPS))
+
+
+def test_rotary_is_a_complex_rotation():
+    """20 positions: at position 0 every layout of the pairs agrees."""
+    x = normal(2, 20, 3, 8).detach()
+    angles = torch.arange(20)[:, None] * 10000.0 ** (-torch.arange(4, dtype=torch.float64) / 4)
+    both = torch.cat((angles, angles), -1)[None]
+    pairs = torch.complex(x[..., :4], x[..., 4:]) * torch.exp(1j * angles)[None, :, None]
+    close(rotary(x, both.cos(), both.sin()), torch.cat((pairs.real, pairs.imag), -1), 1e-14)
+
+
+def test_rotary_takes_angles_by_row():
+    x, angles = normal(2, 5, 3, 6).detach(), torch.stack((ANGLES[0], ANGLES[0] + 1))
+    each = [rotary(x[i : i + 1], a.cos(), a.sin()) for i, a in enumerate(angles.split(1))]
+    torch.testing.assert_close(rotary(x, angles.cos(), angles.sin()), torch.cat(each))
+
+
+def test_swiglu_value():
+    gate_up = normal(3, 8).detach()
+    for row, out in zip(gate_up.tolist(), swiglu(gate_up), strict=True):
+        want = [gate / (1 + math.exp(-gate)) * up for gate, up in zip(row[:4], row[4:], strict=True)]
+        close(out, torch.tensor(want, dtype=torch.float64), 1e-14)
+
+
+def test_denormals_are_flushed():
+    assert (torch.tensor([1e-39]) * 0.5).item() == 0.0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+def brute_force(q: Tensor, k: Tensor, v: Tensor, sees) -> Tensor:
+    """softmax(q k / sqrt(d)) v, one query and head at a time; sees(row, query, key) says what it attends to."""
+    out = torch.zeros_like(q)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[2]):
+            shared = h // (q.shape[2] // k.shape[2])
+            for i in range(q.shape[1]):
+                keys = [j for j in range(k.shape[1]) if sees(b, i, j)]
+                scores = torch.stack([q[b, i, h] @ k[b, j, shared] for j in keys]) / math.sqrt(q.shape[3])
+                exps = (scores - scores.max()).exp()
+                out[b, i, h] = sum(e / exps.sum() * v[b, j, shared] for e, j in zip(exps, keys, strict=True))
+    return out
+
+
+def qkv(queries: int = 6, keys: int = 6) -> list[Tensor]:
+    shapes = [(2, queries, 4, 3), (2, keys, 2, 3), (2, keys, 2, 3)]
+    return [normal(*shape, seed=i).detach() for i, shape in enumerate(shapes)]
+
+
+def test_attention_causal():
+    q, k, v = qkv()
+    close(attention(q, k, v), brute_force(q, k, v, lambda b, i, j: j <= i), 1e-13)
+
+
+@pytest.mark.parametrize("queries", [1, 4])
+def test_attention_queries_are_the_last_positions(queries):
+    q, k, v = qkv(queries)
+    close(attention(q, k, v), brute_force(q, k, v, lambda b, i, j: j <= i + 6 - queries), 1e-13)
+
+
+def test_attention_over_documents():
+    q, k, v = qkv()
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1], [3, 4, 4, 4, 4, 7]])
+    want = brute_force(q, k, v, lambda b, i, j: j <= i and bool(documents[b, i] == documents[b, j]))
+    close(attention(q, k, v, documents=documents), want, 1e-13)
+    close(attention(q, k, v, mask=document_mask(documents)), want, 1e-13)
+
+
+def test_attention_over_documents_equals_rows_alone():
+    q, k, v = (x[:1] for x in qkv())
+    packed = attention(q, k, v, documents=torch.tensor([[0, 0, 1, 1, 1, 1]]))
+    alone = [attention(*(x[:, part] for x in (q, k, v))) for part in (slice(0, 2), slice(2, 6))]
+    close(packed, torch.cat(alone, dim=1), 1e-13)
+
+
+def test_attention_is_deaf_to_other_documents_and_the_future():
+    """Poison, not NaN: a weight of exactly 0 times NaN is NaN in every implementation."""
+    q, k, v = qkv()
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1]]).expand(2, -1)
+    want = attention(q, k, v, documents=documents)
+    for position, heard in ((1, [1, 2]), (4, [4, 5])):
+        k2, v2 = k.clone(), v.clone()
+        k2[:, position], v2[:, position] = 1e6, -1e6
+        same = (attention(q, k2, v2, documents=documents) == want).all(-1).all(-1).all(0)
+        assert same.tolist() == [i not in heard for i in range(6)]
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_attention_with_the_mask_of_a_cache(queries):
+    """A mask replaces causality; rows differ in what they may see."""
+    q, k, v = qkv(queries)
+    mask = torch.rand(2, 1, queries, 6, generator=torch.Generator().manual_seed(0)) < 0.5
+    mask[..., 2] = True
+    close(attention(q, k, v, mask=mask), brute_force(q, k, v, lambda b, i, j: bool(mask[b, 0, i, j])), 1e-13)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Losses over the vocabulary
+
+
+def problem(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """13 tokens, of which 4 are ignored, width 5, 17 words."""
+    labels = integers(17, 13)
+    labels[[0, 4, 5, 12]] = IGNORED
+    return normal(13, 5, dtype=dtype), normal(17, 5, seed=1, dtype=dtype), labels
+
+
+def brute_force_logps(hidden: Tensor, weight: Tensor, temperature: float = 1.0) -> list[list[float]]:
+    """log p of every word after every token."""
+    logits = [[sum(a * b for a, b in zip(h, w, strict=True)) / temperature for w in weight.tolist()]
+              for h in hidden.tolist()]  # fmt: skip
+    return [[z - math.log(sum(math.exp(y) for y in row)) for z in row] for row in logits]
+
+
+def test_linear_cross_entropy_value():
+    hidden, weight, labels = problem()
+    logps = brute_force_logps(hidden, weight)
+    want = -sum(row[label] for row, label in zip(logps, labels.tolist(), strict=True) if label != IGNORED)
+    assert linear_cross_entropy(hidden, weight, labels, chunk_size=4).item() == pytest.approx(want, rel=1e-12)
+
+
+def test_linear_logps_and_entropy_value():
+    hidden, weight, labels = problem()
+    logps, entropy = linear_logps(hidden, weight, labels, temperature=0.6, with_entropy=True, chunk_size=4)
+    for i, row in enumerate(brute_force_logps(hidden, weight, 0.6)):
+        kept = labels[i] != IGNORED
+        assert logps[i].item() == pytest.approx(row[labels[i]] if kept else 0.0, rel=1e-12)
+        assert entropy[i].item() == pytest.approx(-sum(math.exp(z) * z for z in row) if kept else 0.0, rel=1e-12)
+
+
+def both_losses(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int | None = None) -> list[Tensor]:
+    logps, entropy = linear_logps(hidden, weight, labels, temperature=0.6, with_entropy=True, chunk_size=chunk_size)
+    return [linear_cross_entropy(hidden, weight, labels, chunk_size=chunk_size), logps, entropy]
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 4, 9, 13, 1000])
+def test_chunks_do_not_matter(chunk_size):
+    hidden, weight, labels = problem()
+    want, found = both_losses(hidden, weight, labels), both_losses(hidden, weight, labels, chunk_size)
+    for a, b in zip(want, found, strict=True):
+        close(a, b, 1e-13)
+        for d, e in zip(gradients(a, [hidden, weight]), gradients(b, [hidden, weight]), strict=True):
+            close(d, e, 1e-13)
+
+
+def test_ignored_rows_may_hold_anything():
+    hidden, weight, labels = problem()
+    poisoned = hidden.detach().clone()
+    poisoned[labels == IGNORED] = torch.nan
+    poisoned.requires_grad_()
+    for want, found in zip(both_losses(hidden, weight, labels), both_losses(poisoned, weight, labels), strict=True):
+        assert torch.equal(want, found)
+        d_hidden, d_weight = gradients(found, [poisoned, weight])
+        for d, e in zip(gradients(want, [hidden, weight]), (d_hidden, d_weight), strict=True):
+            assert torch.equal(d, e)
+        assert ((d_hidden != 0).all(-1) == (labels != IGNORED)).all()
+
+
+def test_all_rows_ignored():
+    hidden, weight, _ = problem()
+    for loss in both_losses(hidden, weight, torch.full((13,), IGNORED)):
+        assert (loss == 0).all()
+        assert all((d == 0).all() for d in gradients(loss, [hidden, weight]))
+
+
+@pytest.mark.parametrize("label", [17, 18, -1, -99, -101])
+def test_label_outside_the_vocabulary(label):
+    hidden, weight, labels = problem()
+    labels[3] = label
+    for loss in (linear_cross_entropy, linear_logps):
+        with pytest.raises(ValueError, match=rf"label {label} .*\[0, 17\)"):
+            loss(hidden, weight, labels)
+
+
+def test_shapes_that_do_not_fit():
+    hidden, weight, labels = problem()
+    for loss in (linear_cross_entropy, linear_logps):
+        with pytest.raises(ValueError, match="expected"):
+            loss(hidden, weight, labels[1:])
+        with pytest.raises(ValueError, match="expected"):
+            loss(hidden, weight[:, 1:], labels)
+
+
+def test_uniform_model():
+    """Known values: ln V a token, entropy ln V, and at the optimum of the entropy its gradient is zero."""
+    hidden, weight, labels = normal(6, 5), torch.zeros(17, 5, dtype=torch.float64, requires_grad=True), integers(17, 6)
+    logps, entropy = linear_logps(hidden, weight, labels, with_entropy=True)
+    assert linear_cross_entropy(hidden, weight, labels).item() == pytest.approx(6 * math.log(17))
+    torch.testing.assert_close(logps, torch.full_like(logps, -math.log(17)))
+    torch.testing.assert_close(entropy, torch.full_like(entropy, math.log(17)))
+    assert gradients(entropy, [weight])[0].abs().max() < 1e-15
+
+
+def test_extreme_logits_stay_finite():
+    """The label's probability underflows in fp32; its logarithm and the gradients do not care."""
+    hidden, weight, labels = problem(torch.float32)
+    exact = both_losses(hidden.double() * 200, weight.double(), labels)
+    for found, want in zip(both_losses(hidden * 200, weight, labels), exact, strict=True):
+        torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=1e-6)  # the entropy is 0 but for 1e-50
+        assert all(d.isfinite().all() for d in gradients(found, [hidden, weight]))
+
+
+def test_tied_weight():
+    """The head is the embedding: its gradient is the sum of both uses."""
+    _, weight, labels = problem()
+    ids = integers(17, 13, seed=3)
+
+    def grad(cross_entropy) -> Tensor:
+        return torch.autograd.grad(cross_entropy(F.embedding(ids, weight).tanh(), weight, labels), weight)[0]
+
+    close(grad(linear_cross_entropy), grad(kernels.linear_cross_entropy_reference), 1e-13)
+    want = grad(lambda *x: -kernels.linear_logps_reference(*x[:2], labels.clamp(0))[labels != IGNORED].sum())
+    close(grad(lambda *x: -linear_logps(*x).sum()), want, 1e-13)
+
+
+def test_gradient_is_scaled_by_what_comes_down():
+    hidden, weight, labels = problem()
+    once = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels), [hidden, weight])
+    scaled = torch.autograd.grad(-2.5 * linear_cross_entropy(hidden, weight, labels), [hidden, weight])
+    for a, b in zip(once, scaled, strict=True):
+        close(b, -2.5 * a, 1e-14)
+
+
+def test_each_output_alone_and_twice():
+    """A loss may use only the log-probs, only the entropy, or go backward twice."""
+    hidden, weight, labels = problem()
+    logps, entropy = both_losses(hidden, weight, labels)[1:]
+    alone = [torch.autograd.grad(x.sum(), [hidden, weight], retain_graph=True) for x in (logps, entropy)]
+    both = torch.autograd.grad(logps.sum() + entropy.sum(), [hidden, weight])
+    for a, b, c in zip(*alone, both, strict=True):
+        close(a + b, c, 1e-12)
+
+
+def test_cross_entropy_refuses_a_second_backward():
+    loss = linear_cross_entropy(*problem())
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="ran already"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("loss", [linear_cross_entropy, lambda *x: linear_logps(*x).sum()])
+def test_frozen_parts_cost_no_product(loss):
+    """Without a gradient for the weight (LoRA) or for the hidden states (a probe) the same product is not computed."""
+    hidden, weight, labels = problem()
+    want = torch.autograd.grad(loss(hidden, weight, labels), [hidden, weight])
+    counts = []
+    for frozen in (None, 0, 1):
+        inputs = [x.detach().requires_grad_(i != frozen) for i, x in enumerate((hidden, weight))]
+        with Watch() as watch:
+            loss(*inputs, labels).backward()
+        counts.append(watch.products)
+        for x, d in zip(inputs, want, strict=True):
+            assert x.grad is None if not x.requires_grad else torch.allclose(x.grad, d, rtol=1e-12)
+    assert counts[1] == counts[2] == counts[0] - 1
+
+
+def test_no_gradient_no_cost():
+    hidden, weight, labels = problem()
+    want = linear_cross_entropy(hidden, weight, labels)
+    with torch.no_grad(), Watch() as watch:
+        found = linear_cross_entropy(hidden, weight, labels)
+    assert watch.products == 1
+    assert not found.requires_grad
+    close(found, want, 1e-13)
+
+
+class Watch(TorchDispatchMode):
+    """Counts matrix products, notes their dtypes and the largest tensor made meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.products, self.dtypes, self.largest = 0, set(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            self.products += 1
+            self.dtypes.add(args[-1].dtype)
+        if isinstance(out, Tensor):
+            self.largest = max(self.largest, out.untyped_storage().nbytes() // out.element_size())
+        return out
+
+
+@pytest.mark.parametrize("loss", [linear_cross_entropy, lambda *x, **y: linear_logps(*x, **y).sum()])
+def test_all_logits_never_exist(loss):
+    """300 tokens x 200 words in chunks of 16: nothing larger than the weight (200 x 8) or a chunk's logits is made."""
+    hidden, weight, labels = normal(300, 8), normal(200, 8, seed=1), integers(200, 300)
+    with Watch() as watch:
+        loss(hidden, weight, labels, chunk_size=16).backward()
+    assert watch.largest <= 16 * 200
+
+
+def test_default_chunk_bounds_the_logits():
+    for words in (50, 1000, 32000, 151936):
+        size = kernels._chunk_size(torch.empty(words, 1))
+        assert 128 <= size and (size * words <= 2**23 or size == 128)
+
+
+@pytest.mark.parametrize("loss", [linear_cross_entropy, lambda *x, **y: linear_logps(*x, **y).sum()])
+def test_autocast(loss):
+    """Products in bfloat16; loss, log-softmax and the sum over chunks that is the weight's gradient in fp32."""
+    hidden, weight = normal(512, 16, dtype=torch.float32), normal(40, 16, seed=1, dtype=torch.float32)
+    labels = integers(40, 512)
+    with torch.autocast("cpu", torch.bfloat16), Watch() as watch:
+        total = loss(hidden, weight, labels, chunk_size=8)
+    with watch:
+        total.backward()
+    assert watch.dtypes == {torch.bfloat16}
+    assert total.dtype == hidden.grad.dtype == weight.grad.dtype == torch.float32
+    exact = [hidden.detach().bfloat16().double().requires_grad_(), weight.detach().bfloat16().double().requires_grad_()]
+    want = kernels.linear_cross_entropy_reference(*exact, labels)
+    close(total.abs(), want, 1e-3)
+    for x, d in zip((hidden, weight), torch.autograd.grad(want, exact), strict=True):
+        close(x.grad.abs(), d.abs(), 0.01)
+    # 64 partial sums of a rounded total would be off by several per cent of a bfloat16's last place
+    rounded = weight.grad.bfloat16().float()
+    assert not torch.equal(rounded, weight.grad)
+
+
+def test_any_leading_shape():
+    hidden, weight, labels = normal(2, 3, 5), normal(17, 5, seed=1), integers(17, 2, 3)
+    flat = linear_logps(hidden.flatten(0, 1), weight, labels.flatten())
+    assert torch.equal(linear_logps(hidden, weight, labels), flat.view(2, 3))
+    loss = linear_cross_entropy(hidden, weight, labels)
+    close(loss, -linear_logps(hidden, weight, labels).sum(), 1e-14)
+    assert gradients(loss, [hidden])[0].shape == hidden.shape
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Compiling
+
+
+@pytest.fixture
+def compiling():
+    if not kernels.use_compile(True):
+        pytest.skip("no compiler on this machine")
+    torch._dynamo.reset()
+    kernels._compiled.cache_clear()
+    yield
+    kernels.use_compile(False)
+
+
+def compiled_equals_eager(name: str) -> None:
+    found, inputs = run_case(name, torch.float64, reference=False)
+    d_found = gradients(found, inputs)
+    kernels.use_compile(False)
+    wanted, inputs = run_case(name, torch.float64, reference=False)
+    for a, b in zip(*((x,) if isinstance(x, Tensor) else x for x in (found, wanted)), strict=True):
+        close(a, b, 1e-12)
+    for a, b in zip(d_found, gradients(wanted, inputs), strict=True):
+        close(a, b, 1e-12)
+
+
+@pytest.mark.parametrize("name", ["swiglu", "linear_cross_entropy"])
+def test_compiled_equals_eager(name, compiling):
+    compiled_equals_eager(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_every_compiled_kernel_equals_eager(name, compiling):
+    compiled_equals_eager(name)
+
+
+def test_one_graph_serves_every_number_of_tokens(compiling):
+    """The last chunk is padded to the size of the others, so that 5, 7, 4 and 0 tokens need one compilation."""
+    graphs = torch._dynamo.utils.counters["stats"]
+    hidden, weight, labels = normal(7, 6), normal(11, 6, seed=1), LABELS
+    before = graphs["unique_graphs"]
+    for n in (5, 7, 4, 0):
+        linear_cross_entropy(hidden[:n], weight, labels[:n], chunk_size=3).backward()
+    assert graphs["unique_graphs"] == before + 1
+    assert getattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("on", [False, True])
+def test_gpu_equals_cpu(on):
+    """In bfloat16 with fp32 sums from the tensor cores, and flex_attention over documents."""
+    kernels.use_compile(on)
+    hidden, weight = normal(300, 64, dtype=torch.bfloat16), normal(1000, 64, seed=1, dtype=torch.bfloat16, scale=0.1)
+    labels, documents = integers(1000, 300), torch.arange(256)[None] // 100
+    inputs = [normal(1, 256, heads, 64, seed=heads, dtype=torch.bfloat16) for heads in (4, 2, 2)]
+
+    def run(device: str) -> list[tuple[Tensor, ...]]:
+        loss = linear_cross_entropy(hidden.to(device), weight.to(device), labels.to(device), chunk_size=128)
+        logps = linear_logps(hidden.to(device), weight.to(device), labels.to(device), with_entropy=True, chunk_size=128)
+        heard = attention(*(x.to(device) for x in inputs), documents=documents.to(device))
+        return [(loss, [hidden, weight]), (logps[0], [hidden, weight]), (logps[1], [hidden, weight]), (heard, inputs)]
+
+    try:
+        for (found, x), (wanted, y) in zip(run("cuda"), run("cpu"), strict=True):
+            close(found.cpu(), wanted, 0.02)
+            for a, b in zip(gradients(found, x), gradients(wanted, y), strict=True):
+                close(a, b, 0.03)
+    finally:
+        kernels.use_compile(False)
+
+
+def test_no_compiler_means_eager(monkeypatch, capsys):
+    from torch._inductor import cpp_builder, exc
+
+    def missing():
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
+    kernels._has_compiler.cache_clear()
+    try:
+        assert kernels.use_compile(True) is False
+        assert capsys.readouterr().err.count("\n") == 1
+        run_case("linear_cross_entropy", torch.float32, reference=False)
+    finally:
+        kernels._has_compiler.cache_clear()
+        kernels.use_compile(False)
