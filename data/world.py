@@ -327,10 +327,31 @@ def weather_log(rng, days: int = 30) -> str:
 # Base text: running prose, nothing masked
 
 
-def skill_prose(rng, split: str = "train", name: str = "") -> str:
-    skill = SKILLS[name or rng.choice(SKILL_MIX)]
-    problem = draw_problem(skill, rng, split)
-    return rng.choice(skill.prose).format(answer=skill.solve(problem), **problem)
+def skill_prose(rng) -> str:
+    """Three solved problems, mostly about the same operands: what comes back can be copied, which teaches to copy."""
+    sentences, problem = [], {}
+    while len(sentences) < 3:
+        name = rng.choice(SKILL_MIX)
+        skill = SKILLS[name]
+        if not problem or rng.random() < 0.2:
+            problem = draw_problem(skill, rng, "train")
+        if fits(name, problem):
+            w = rng.choice(problem["x"].split()) if "x" in problem else ""
+            asked = problem | ({"w": problem.get("w", w)} if name == "count" else {})
+            if split_of(skill.task.format(**asked)) == "train":
+                sentences.append(rng.choice(skill.prose).format(answer=skill.solve(asked), **asked))
+    return " ".join(sentences)
+
+
+def fits(name: str, problem: dict) -> bool:
+    """Whether the operands of `problem` are such as skill `name` takes."""
+    if name in ("larger", "smaller", "add", "subtract"):
+        return "a" in problem and (name in ("larger", "smaller") or max(int(problem["a"]), int(problem["b"])) < 100) and (
+            name != "subtract" or int(problem["a"]) >= int(problem["b"]))
+    items = problem.get("x", "").split()
+    if name == "next":
+        return len(items) == 1 and items[0].isdigit()
+    return len(items) > 1 and (name != "sort" or items[0].isdigit())
 
 
 SKILL_MIX = [name for name in SKILLS for _ in range({"add": 4, "subtract": 4, "sort": 3, "reverse": 2, "count": 2}.get(name, 1))]
@@ -354,7 +375,7 @@ def _letter(rng) -> str:
 
 BASE_MIX: dict[str, tuple[float, Callable]] = {  # part: (share of the documents, maker)
     "facts": (0.26, biography),
-    "skills": (0.42, lambda rng: " ".join(skill_prose(rng) for _ in range(3))),
+    "skills": (0.42, skill_prose),
     "sums": (0.12, sum_prose),
     "reading": (0.05, reading_prose),
     "scenes": (0.06, scene_prose),

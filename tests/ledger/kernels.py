@@ -31,8 +31,8 @@ MUTANTS = [
         ),
         (
             "add_rms_norm returns its input",
-            "_RMSNorm.apply(total, weight, eps), total",
-            "_RMSNorm.apply(total, weight, eps), x",
+            "rms_norm(total, weight, eps), total",
+            "rms_norm(total, weight, eps), x",
             "test_add_rms_norm_returns_the_sum_too",
         ),
         (

@@ -1,0 +1,718 @@
+"""A Llama/Qwen-style transformer: forward pass, cached generation, Hugging Face checkpoints in and out.
+
+    x = embed(input_ids)
+    x = x + attention(norm(x));  x = x + down(silu(gate(norm(x))) * up(norm(x)))       for every block
+    logits = head(norm(x))
+
+RMSNorm (arXiv 1910.07467), rotary positions (2104.09864), grouped-query attention (2305.13245), SwiGLU (2002.05202), a
+bias on q, k and v for Qwen2, norms on q and k for Qwen3, a tied or untied head. Llama, SmolLM2, Qwen2, Qwen2.5 and Qwen3
+checkpoints load and save unchanged. Not here: sliding windows, mixtures of experts, dropout, quantized checkpoints.
+
+A row is [prompt][completion][padding]. Causal attention never looks at what stands to the right, so that padding needs
+no mask. `hidden_before(input_ids)[:, t]` is the state that predicts token t: the only shift in this codebase.
+
+    python model.py --model out/sft/checkpoint "Please sort 3 1 2."     one answer
+    python model.py --model DIR                                         a chat in the terminal
+    python model.py --model DIR --raw "The reverse of cat dog is"       continue the text, no chat
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import struct
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import kernels
+from data import chat
+from data.formats import UserError
+from data.tokenizer import Tokenizer, from_hf, save_hf
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+@dataclass(frozen=True)
+class Config:
+    """The shape of a transformer; `rope_scaling` is None or the "llama3" dictionary of a Hugging Face config."""
+
+    family: str  # "llama", "qwen2" or "qwen3": how the checkpoint calls itself
+    vocab_size: int
+    depth: int  # blocks
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn_width: int
+    max_length: int
+    rope_theta: float = 10_000.0
+    rope_scaling: dict | None = None
+    norm_eps: float = 1e-5
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    tied: bool = True  # the head is the embedding
+
+    @classmethod
+    def from_depth(cls, depth: int, vocab_size: int, max_length: int) -> "Config":
+        """One dial for models that are trained here: width 32 * depth, two query heads to a key head."""
+        width, head_dim = 32 * depth, 32 if depth < 12 else 64
+        heads = max(1, width // head_dim)
+        return cls(
+            family="llama", vocab_size=vocab_size, depth=depth, width=width, heads=heads,
+            kv_heads=heads // 2 if heads % 2 == 0 else heads, head_dim=head_dim,
+            ffn_width=math.ceil(width * 8 / 3 / 64) * 64, max_length=max_length,
+        )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The network
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; q, k and v are one matrix, split only where a checkpoint is read or written."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.sizes, self.head_dim = (c.heads, c.kv_heads, c.kv_heads), c.head_dim
+        self.qkv = nn.Linear(c.width, sum(self.sizes) * c.head_dim, bias=c.qkv_bias)
+        self.out = nn.Linear(c.heads * c.head_dim, c.width, bias=False)
+        self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask, past: tuple[Tensor, Tensor, int] | None) -> Tensor:
+        B, T, _ = x.shape
+        qkv = self.qkv(x).view(B, T, -1, self.head_dim)  # (B, T, H + 2 Hkv, d)
+        if self.q_norm is not None:
+            q, k, v = qkv.split(self.sizes, dim=2)
+            q = kernels.qk_norm_rotary(q, self.q_norm.weight, self.q_norm.eps, cos, sin)
+            k = kernels.qk_norm_rotary(k, self.k_norm.weight, self.k_norm.eps, cos, sin)
+        else:
+            qk, v = qkv.split((self.sizes[0] + self.sizes[1], self.sizes[2]), dim=2)
+            q, k = kernels.rotary(qk, cos, sin).split(self.sizes[:2], dim=2)
+        if past is not None:
+            keys, values, used = past
+            keys[:, used : used + T], values[:, used : used + T] = k, v
+            k, v = keys[:, : used + T], values[:, : used + T]
+        return self.out(kernels.attention(q, k, v, mask=mask).reshape(B, T, -1))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.gate_up = nn.Linear(c.width, 2 * c.ffn_width, bias=False)
+        self.down = nn.Linear(c.ffn_width, c.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(kernels.swiglu(self.gate_up(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.attention_norm, self.attention = RMSNorm(c.width, c.norm_eps), Attention(c)
+        self.ffn_norm, self.ffn = RMSNorm(c.width, c.norm_eps), FeedForward(c)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask, past: tuple[Tensor, Tensor, int] | None) -> Tensor:
+        h = self.attention(self.attention_norm(x), cos, sin, mask, past)
+        h, x = kernels.add_rms_norm(h, x, self.ffn_norm.weight, self.ffn_norm.eps)
+        return x + self.ffn(h)
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        if config.tied:
+            self.head.weight = self.embed.weight
+        self.checkpoint_activations = False  # recompute each block in the backward pass (arXiv 1604.06174)
+        self._angles: tuple[Tensor, Tensor] | None = None
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """N(0, 0.02), and smaller by sqrt(2 * depth) where a block adds to the residual stream (GPT-2)."""
+        for name, p in self.named_parameters():
+            if p.ndim == 2:
+                into_residual = name.endswith(("attention.out.weight", "ffn.down.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.depth) if into_residual else 0.02)
+            elif name.endswith(".bias"):
+                nn.init.zeros_(p)
+
+    def forward(self, input_ids: Tensor, *, documents: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) that follow each of input_ids (B, T)."""
+        return self.head(self.hidden(input_ids, documents=documents))
+
+    def hidden_before(self, input_ids: Tensor, *, documents: Tensor | None = None,
+                      embeddings: Tensor | None = None) -> Tensor:  # fmt: skip
+        """(B, T, D): the state that predicts token t, which has seen the tokens before t; zeros at position 0.
+
+        Where documents (B, T) are packed, the first position of each holds the state of another: mask it.
+        """
+        return F.pad(self.hidden(input_ids, documents=documents, embeddings=embeddings), (0, 0, 1, -1))
+
+    def hidden(self, input_ids: Tensor, *, documents: Tensor | None = None, embeddings: Tensor | None = None,
+               cache: "KVCache | None" = None) -> Tensor:  # fmt: skip
+        """The state (B, T, D) after the final norm, which has seen the tokens up to and including t.
+
+        input_ids (B, T). documents (B, T) of integers: a token sees earlier tokens of its own document only.
+        embeddings (B, T, D) stand in for the tokens' own. With a cache, the tokens follow those that it holds.
+        """
+        x = self.embed(input_ids) if embeddings is None else embeddings
+        T, used = x.shape[1], cache.used if cache else 0
+        cos, sin = self._rotary_table(used + T, x.device)
+        if cache is None or used == 0:
+            cos, sin = cos[None, :T], sin[None, :T]  # (1, T, d)
+        else:
+            positions = cache.lengths[:, None] + torch.arange(T, device=x.device)
+            cos, sin = cos[positions], sin[positions]  # (B, T, d): rows may be of different lengths
+        mask = kernels.document_mask(documents) if documents is not None else cache.mask(T) if cache else None
+        for i, block in enumerate(self.blocks):
+            past = cache.block(i) if cache else None
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, mask, past, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, mask, past)
+        if cache:
+            cache.advance(T)
+        return self.norm(x)
+
+    def _rotary_table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin (at least `length`, d), kept from call to call, in fp32."""
+        if self._angles is None or len(self._angles[0]) < length or self._angles[0].device != device:
+            positions = torch.arange(1 << (length - 1).bit_length(), device=device, dtype=torch.float32)
+            angles = torch.outer(positions, inverse_frequencies(self.config).to(device)).repeat(1, 2)
+            self._angles = angles.cos(), angles.sin()
+        return self._angles
+
+
+def inverse_frequencies(config: Config) -> Tensor:
+    """Radians a position (d / 2,), theta^(-2i/d); with Llama 3's scaling, long wavelengths are stretched by `factor`."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    if config.rope_scaling is None:
+        return frequencies
+    s = config.rope_scaling
+    turns = s["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # within the context of pre-training
+    keep = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
+    return frequencies * (keep + (1 - keep) / s["factor"])
+
+
+def token_logps(
+    model: Transformer, input_ids: Tensor, *, temperature: float = 1.0, documents: Tensor | None = None
+) -> Tensor:
+    """log pi(token t | tokens before t) (B, T) of softmax(logits / temperature); position 0, which nothing predicts, is 0.
+
+    The (B, T, V) logits are never held (kernels.linear_logps).
+    """
+    targets = input_ids.clone()
+    targets[:, 0] = kernels.IGNORED
+    hidden = model.hidden_before(input_ids, documents=documents)
+    return kernels.linear_logps(hidden, model.head.weight, targets, temperature=temperature)
+
+
+def frozen(model: Transformer) -> Transformer:
+    """A copy in eval mode that takes no gradient: a reference model or a teacher."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Generation
+
+
+class KVCache:
+    """Keys and values of every block for rows of different lengths.
+
+    All rows write at one column, `used`: a short prompt is followed by columns that stay hidden from its row, which
+    costs nothing beyond what the longest row needs and makes every write a slice. Positions are each row's own.
+    """
+
+    def __init__(self, model: Transformer, rows: int, capacity: int, dtype: torch.dtype):
+        c, device = model.config, model.embed.weight.device
+        of_row = c.depth, rows, c.kv_heads
+        self.transposed = device.type == "cpu"  # the product of queries and keys is then twice as fast
+        size = (c.head_dim, capacity) if self.transposed else (capacity, c.head_dim)
+        self.keys = torch.zeros(*of_row, *size, dtype=dtype, device=device)
+        self.values = torch.zeros(*of_row, capacity, c.head_dim, dtype=dtype, device=device)
+        self.visible = torch.ones(rows, 1, 1, capacity, dtype=torch.bool, device=device)
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # tokens that each row holds
+        self.used = 0  # columns written
+
+    def block(self, i: int) -> tuple[Tensor, Tensor, int]:
+        """Keys and values (B, capacity, Hkv, d) of block i, to be written from column `used` on."""
+        keys = self.keys[i].permute(0, 3, 1, 2) if self.transposed else self.keys[i].transpose(1, 2)
+        return keys, self.values[i].transpose(1, 2), self.used
+
+    def mask(self, T: int) -> Tensor | None:
+        """(B, 1, 1|T, used + T) bool for the next T tokens; None: causal."""
+        if self.used == 0:
+            return None
+        keys = self.visible[..., : self.used + T]
+        if T == 1:
+            return keys
+        return keys & torch.ones(T, self.used + T, dtype=torch.bool, device=keys.device).tril(self.used)
+
+    def advance(self, T: int) -> None:
+        self.lengths += T
+        self.used += T
+
+    def cut(self, lengths: Tensor) -> None:
+        """After right-padded prompts: row b holds `lengths[b]` tokens, and its padding is never seen."""
+        self.lengths = lengths.clone()
+        self.visible[..., : self.used] = torch.arange(self.used, device=lengths.device) < lengths[:, None, None, None]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows, in this order, each as often as it is named."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.visible, self.lengths = self.visible[rows], self.lengths[rows]
+
+
+class Generation(NamedTuple):
+    """Row r is sample r % samples of prompt r // samples."""
+
+    input_ids: Tensor  # (B, T): [prompt][completion][zeros]
+    completion_mask: Tensor  # (B, T): 1 on the completion, its ending token included
+    logps: Tensor  # (B, T): of the completion's tokens at `temperature` (1 if that is 0), before top-k and top-p; else 0
+    completions: list[list[int]]  # ids, the ending token included
+    finished: Tensor  # (B,): whether the completion ended by itself
+
+
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # every step has a new length, each of which would be compiled
+def generate(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    eos_ids: Sequence[int],
+    samples: int = 1,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    vocab_size: int | None = None,
+) -> Generation:
+    """Sample `samples` completions of each prompt, of at most max_new_tokens tokens, that end with one of eos_ids.
+
+    temperature 0 takes the most probable token; top_k 0 and top_p 1 keep all. Ids from `vocab_size` on (the padding of a
+    checkpoint's vocabulary) are never sampled. A row depends on its own prompt and on its own row of uniforms, drawn
+    from `seed`: not on the rows beside it. Raises ValueError for an empty prompt or one that leaves no room.
+    """
+    longest = max(map(len, prompts))
+    if min(map(len, prompts)) == 0:
+        raise ValueError("an empty prompt: there is nothing to predict the first token from")
+    if longest + max_new_tokens > model.config.max_length:
+        raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of "
+                         f"{model.config.max_length}")  # fmt: skip
+    device, rows = model.embed.weight.device, len(prompts) * samples
+    uniforms = torch.rand(rows, max_new_tokens, generator=torch.Generator().manual_seed(seed)).to(device)
+    eos = torch.tensor(list(eos_ids), device=device, dtype=torch.long)
+
+    # Prefill every distinct prompt once.
+    distinct = {tuple(prompt): None for prompt in prompts}
+    place = {prompt: i for i, prompt in enumerate(distinct)}
+    ids = torch.zeros(len(distinct), longest, dtype=torch.long)
+    for prompt, i in place.items():
+        ids[i, : len(prompt)] = torch.tensor(prompt)
+    lengths = torch.tensor([len(prompt) for prompt in distinct], device=device)
+    narrow = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if narrow else model.embed.weight.dtype
+    cache = KVCache(model, len(distinct), longest + max_new_tokens, dtype)
+    state = model.hidden(ids.to(device), cache=cache)[torch.arange(len(distinct), device=device), lengths - 1]
+    cache.cut(lengths)
+    source = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=device).repeat_interleave(samples)
+    state = state[source]
+    cache.select(source)
+
+    # Go on one token at a time. Rows that ended are computed until enough of them are dropped together; what they say
+    # after their ending token is cut off below.
+    tokens = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
+    logps = torch.zeros(rows, max_new_tokens, device=device)
+    alive = torch.arange(rows, device=device)
+    ended = torch.zeros(rows, dtype=torch.bool, device=device)
+    patience = 1 if device.type == "cpu" else 16  # a look at `ended` makes the CPU wait for the GPU
+    for t in range(max_new_tokens):
+        logits = model.head(state)[:, :vocab_size].float()
+        token, logp = sample(logits, uniforms[alive, t], temperature=temperature, top_k=top_k, top_p=top_p)
+        tokens[alive, t], logps[alive, t] = token, logp
+        ended |= torch.isin(token, eos)
+        if t + 1 == max_new_tokens:
+            break
+        if (t + 1) % patience == 0:
+            n_ended = int(ended.sum())
+            if n_ended == len(alive):
+                break
+            if n_ended * 8 >= len(alive):
+                kept = (~ended).nonzero().squeeze(-1)
+                token, alive, ended = token[kept], alive[kept], ended[kept]
+                cache.select(kept)
+        state = model.hidden(token[:, None], cache=cache)[:, 0]
+
+    is_end = torch.isin(tokens, eos)
+    finished = is_end.any(-1)
+    n_new = torch.where(finished, is_end.int().argmax(-1) + 1, max_new_tokens).tolist()
+    tokens, logps, completions = tokens.cpu(), logps.cpu(), []
+    starts = [len(prompt) for prompt in prompts for _ in range(samples)]
+    width = max(start + n for start, n in zip(starts, n_new, strict=True))
+    input_ids, completion_mask = torch.zeros(2, rows, width, dtype=torch.long)
+    aligned_logps = torch.zeros(rows, width)
+    for r, (start, n) in enumerate(zip(starts, n_new, strict=True)):
+        completions.append(tokens[r, :n].tolist())
+        input_ids[r, : start + n] = torch.tensor([*prompts[r // samples], *completions[-1]])
+        completion_mask[r, start : start + n] = 1
+        aligned_logps[r, start : start + n] = logps[r, :n]
+    return Generation(input_ids.to(device), completion_mask.to(device), aligned_logps.to(device), completions, finished)
+
+
+def sample(logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+    """A token (B,) for each row of logits (B, V) by inverse CDF of uniforms (B,) in [0, 1), and its log-prob (B,)."""
+    logps = torch.log_softmax(logits / temperature if temperature else logits, dim=-1)
+    if temperature == 0:
+        token = logps.argmax(-1)
+    else:
+        p = logps.exp()
+        if top_k:
+            p = p.masked_fill(p < p.topk(min(top_k, p.shape[-1])).values[:, -1:], 0.0)
+        if top_p < 1:
+            sorted_p, order = p.sort(descending=True, stable=True)
+            before = sorted_p.cumsum(-1) - sorted_p  # what is more probable; the smallest set that reaches top_p stays
+            dropped = before >= top_p * sorted_p.sum(-1, keepdim=True)
+            p = p.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), 0.0)
+        cdf = p.cumsum(-1)
+        token = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).squeeze(-1)
+    return token, logps.gather(-1, token[:, None]).squeeze(-1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Safetensors: 8 bytes of header length, a JSON header, raw little-endian bytes
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write `tensors` to the file `path`, whole or not at all."""
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    new = Path(path).with_name(Path(path).name + ".new")
+    with new.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors.values():
+            if tensor.numel():
+                raw = tensor.detach().cpu().contiguous().reshape(-1)
+                file.write(memoryview(raw.view(torch.uint8).numpy()))
+    os.replace(new, path)
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, on the CPU; the header is checked before anything is allocated."""
+    header, start = _safetensors_header(Path(path))
+    tensors = {}
+    with Path(path).open("rb") as file:
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, end = entry["data_offsets"]
+            raw = bytearray(end - begin)
+            file.seek(start + begin)
+            if file.readinto(raw) != len(raw):
+                raise UserError(f"{path}: cut short while it was read, in {name}")
+            dtype = DTYPES[entry["dtype"]]
+            flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+            tensors[name] = flat.reshape(entry["shape"])
+    return tensors
+
+
+def _safetensors_header(path: Path) -> tuple[dict[str, dict], int]:
+    """{name: {"dtype", "shape", "data_offsets"}} and where the data starts; UserError unless all of it fits the file."""
+
+    def refuse(what: str):
+        raise UserError(f"{path}: not a whole safetensors file: {what}")
+
+    def unique(pairs: list[tuple[str, object]]) -> dict:
+        if len(dict(pairs)) < len(pairs):
+            refuse("a name occurs twice in the header")
+        return dict(pairs)
+
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            n = struct.unpack("<Q", file.read(8))[0] if size >= 8 else refuse(f"{size} bytes are too few")
+            if n > size - 8:
+                refuse(f"the header should have {n} bytes, {size - 8} are there")
+            header = json.loads(file.read(n), object_pairs_hook=unique)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except ValueError:
+        refuse("the header is not JSON")
+    if not isinstance(header, dict):
+        refuse("the header is not a JSON object")
+    header.pop("__metadata__", None)
+    spans = []
+    for name, entry in header.items():
+        match entry:
+            case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]}:
+                pass
+            case _:
+                refuse(f"the entry of {name} is malformed")
+        if dtype not in DTYPES:
+            refuse(f"{name} has dtype {dtype}; known are {', '.join(DTYPES)}")
+        if not all(type(x) is int and x >= 0 for x in (*shape, begin, end)):
+            refuse(f"{name} has shape {shape} at {begin} to {end}")
+        if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+            refuse(f"{name} of shape {shape} and dtype {dtype} does not fill bytes {begin} to {end}")
+        spans.append((begin, end))
+    filled = 0
+    for begin, end in sorted(spans):
+        if begin != filled:
+            refuse(f"its tensors leave or share bytes at {min(begin, filled)}")
+        filled = end
+    if filled != size - 8 - n:
+        refuse(f"its tensors have {filled} bytes, the data {size - 8 - n}")
+    return header, 8 + n
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hugging Face checkpoints
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ENDS = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"}
+PARTS = {  # of a block, here: there, where q, k, v and gate, up are matrices of their own
+    "attention_norm.weight": ("input_layernorm.weight",),
+    "attention.qkv.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    "attention.qkv.bias": ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
+    "attention.q_norm.weight": ("self_attn.q_norm.weight",),
+    "attention.k_norm.weight": ("self_attn.k_norm.weight",),
+    "attention.out.weight": ("self_attn.o_proj.weight",),
+    "ffn_norm.weight": ("post_attention_layernorm.weight",),
+    "ffn.gate_up.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "ffn.down.weight": ("mlp.down_proj.weight",),
+}
+
+
+def _their_names(config: Config, name: str) -> tuple[tuple[str, ...], list[int]]:
+    """The Hugging Face names of the rows of parameter `name`, and how many rows each has (none if it is one alone)."""
+    if name in ENDS:
+        return (ENDS[name],), []
+    _, i, part = name.split(".", 2)
+    sizes = {
+        "attention.qkv": [config.head_dim * n for n in (config.heads, config.kv_heads, config.kv_heads)],
+        "ffn.gate_up": [config.ffn_width] * 2,
+    }
+    return tuple(f"model.layers.{i}.{theirs}" for theirs in PARTS[part]), sizes.get(part.rsplit(".", 1)[0], [])
+
+
+def load(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+         ) -> tuple[Transformer, Tokenizer | None]:  # fmt: skip
+    """The model of a Hugging Face directory, in `dtype`, and its tokenizer, None if it has none.
+
+    Every tensor must be there, none too many, each of the shape that config.json says; UserError otherwise.
+    """
+    path = Path(path)
+    config = read_config(path / "config.json")
+    tensors = _read_weights(path)
+    with torch.device("meta"):
+        model = Transformer(config)
+    state = {}
+    for name, parameter in model.named_parameters():  # a tied head is named once, as the embedding
+        theirs, sizes = _their_names(config, name)
+        if missing := [key for key in theirs if key not in tensors]:
+            raise UserError(f"{path}: the weights lack {missing[0]}")
+        parts = [tensors.pop(key) for key in theirs]
+        shapes = [(n, *parameter.shape[1:]) for n in sizes] or [tuple(parameter.shape)]
+        for key, part, shape in zip(theirs, parts, shapes, strict=True):
+            if tuple(part.shape) != shape or not part.is_floating_point():
+                raise UserError(f"{path}: {key} is {tuple(part.shape)} {part.dtype}, config.json asks for {shape}")
+        state[name] = torch.cat([part.to(device, dtype) for part in parts])
+    if config.tied:
+        state["head.weight"] = state["embed.weight"]
+        tensors.pop("lm_head.weight", None)
+    if odd := [name for name in tensors if not name.endswith("rotary_emb.inv_freq")]:
+        raise UserError(f"{path}: no place for the tensor {odd[0]} in a {config.family} of this shape")
+    model.load_state_dict(state, assign=True)
+    if config.tied:
+        model.head.weight = model.embed.weight
+    tokenizer = from_hf(path) if (path / "tokenizer.json").exists() else None
+    if tokenizer and tokenizer.vocab_size > config.vocab_size:
+        raise UserError(f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
+    return model.requires_grad_(True), tokenizer
+
+
+def save(model: Transformer, tokenizer: Tokenizer | None, path: str | Path) -> None:
+    """Write a Hugging Face directory that `load` and transformers read: config, weights and, if given, tokenizer."""
+    path, c = Path(path), model.config
+    path.mkdir(parents=True, exist_ok=True)
+    state = {}
+    for name, parameter in model.named_parameters():
+        theirs, sizes = _their_names(c, name)
+        state.update(zip(theirs, parameter.detach().split(sizes) if sizes else (parameter.detach(),), strict=True))
+    write_safetensors(path / "model.safetensors", state)
+    eos = {"eos_token_id": list(tokenizer.eos_ids), "pad_token_id": tokenizer.pad_id} if tokenizer else {}
+    eos |= {"bos_token_id": tokenizer.bos_id} if tokenizer else {}
+    config = {
+        "architectures": [ARCHITECTURES[c.family]], "model_type": c.family, "vocab_size": c.vocab_size,
+        "num_hidden_layers": c.depth, "hidden_size": c.width, "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads, "head_dim": c.head_dim, "intermediate_size": c.ffn_width,
+        "max_position_embeddings": c.max_length, "rope_theta": c.rope_theta, "rope_scaling": c.rope_scaling,
+        "rms_norm_eps": c.norm_eps, "attention_bias": False, "hidden_act": "silu", "tie_word_embeddings": c.tied,
+        "torch_dtype": str(model.embed.weight.dtype).removeprefix("torch."), **eos,
+    }  # fmt: skip
+    (path / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    if tokenizer:
+        (path / "generation_config.json").write_text(json.dumps(eos, indent=1) + "\n")
+        save_hf(tokenizer, path)
+
+
+def read_config(path: Path) -> Config:
+    """The Config of a Hugging Face config.json; UserError for what this transformer cannot represent."""
+    try:
+        c = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; a checkpoint directory is expected") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    family = c.get("model_type")
+    if family not in ARCHITECTURES:
+        raise UserError(f"{path}: model_type {family!r} is not supported; {', '.join(ARCHITECTURES)} are")
+    rope = {"rope_theta": c.get("rope_theta", 10_000.0)} | (c.get("rope_scaling") or c.get("rope_parameters") or {})
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    for ok, what in (
+        (c.get("hidden_act", "silu") == "silu", f"hidden_act {c.get('hidden_act')}"),
+        (not c.get("attention_bias"), "attention_bias"),
+        (not c.get("mlp_bias"), "mlp_bias"),
+        (not c.get("use_sliding_window"), "use_sliding_window"),
+        ("quantization_config" not in c, "quantization_config"),
+        (kind in ("default", "llama3"), f"rope type {kind!r}"),
+        (rope.get("partial_rotary_factor", 1.0) == 1.0, "partial_rotary_factor"),
+    ):
+        if not ok:
+            raise UserError(f"{path}: {what} is not supported")
+    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    try:
+        scaling = {"rope_type": "llama3", **{key: rope[key] for key in keys}} if kind == "llama3" else None
+        config = Config(
+            family=family, vocab_size=c["vocab_size"], depth=c["num_hidden_layers"], width=c["hidden_size"],
+            heads=c["num_attention_heads"], kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
+            head_dim=c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"],
+            ffn_width=c["intermediate_size"], max_length=c["max_position_embeddings"],
+            rope_theta=float(rope["rope_theta"]), rope_scaling=scaling, norm_eps=c.get("rms_norm_eps", 1e-6),
+            qkv_bias=family == "qwen2", qk_norm=family == "qwen3", tied=bool(c.get("tie_word_embeddings", False)),
+        )  # fmt: skip
+    except KeyError as error:
+        raise UserError(f"{path}: {error.args[0]} is missing") from None
+    sizes = (config.vocab_size, config.depth, config.width, config.heads, config.kv_heads, config.head_dim,
+             config.ffn_width, config.max_length)  # fmt: skip
+    if not all(type(n) is int and n > 0 for n in sizes) or config.heads % config.kv_heads or config.head_dim % 2:
+        raise UserError(f"{path}: the sizes make no model: {c}")
+    return config
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """All tensors of model.safetensors, or of the files that model.safetensors.index.json names."""
+    index = path / "model.safetensors.index.json"
+    if not index.exists():
+        if not (path / "model.safetensors").exists():
+            raise UserError(f"{path}: no model.safetensors in it")
+        return read_safetensors(path / "model.safetensors")
+    try:
+        places = json.loads(index.read_text())["weight_map"]
+        files = sorted(set(places.values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{index}: no index of a sharded checkpoint") from None
+    tensors = {}
+    for file in files:
+        if not isinstance(file, str) or Path(file).name != file:  # only files of this directory
+            raise UserError(f"{index}: {file!r} is not the name of a file beside it")
+        for name, tensor in read_safetensors(path / file).items():
+            if places.get(name) != file:
+                raise UserError(f"{index}: says {places.get(name)} holds {name}, which {file} does")
+            tensors[name] = tensor
+    if missing := places.keys() - tensors.keys():
+        raise UserError(f"{index}: no file holds {min(missing)}")
+    return tensors
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prompt", nargs="?", help="what to answer; without it, a chat")
+    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face checkpoint directory")
+    parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat format")
+    parser.add_argument("--chat-format", help="chatml, qwen2.5, qwen3 or llama3, where the checkpoint does not say")
+    parser.add_argument("--max-new-tokens", type=int, default=100, help="longest answer (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the best token (default: %(default)s)")
+    parser.add_argument("--top-k", type=int, default=0, help="sample among the k best tokens; 0: all")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample among the best tokens of this total probability")
+    parser.add_argument("--samples", type=int, default=1, help="answers to the prompt (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    model, tokenizer = load(args.model, device=args.device)
+    if tokenizer is None:
+        raise UserError(f"{args.model}: no tokenizer.json in it")
+    messages: list[dict[str, str]] = []
+    while True:
+        text = args.prompt
+        if text is None:
+            try:
+                text = input("> ").strip()
+            except EOFError:
+                return
+            if not text:
+                return
+        messages.append({"role": "user", "content": text})
+        if args.raw:
+            prompt = tokenizer.encode(text)
+        else:
+            prompt = chat.render(messages, tokenizer, add_generation_prompt=True, chat_format=args.chat_format).input_ids
+        room = model.config.max_length - len(prompt)
+        if not prompt or room < 1:
+            raise UserError(f"the prompt has {len(prompt)} tokens, the model reads 1 to {model.config.max_length - 1}")
+        found = generate(model, [prompt], max_new_tokens=min(args.max_new_tokens, room), eos_ids=tokenizer.eos_ids,
+                         samples=args.samples, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+                         seed=args.seed + len(messages), vocab_size=tokenizer.vocab_size)  # fmt: skip
+        for completion in found.completions:
+            print(chat.completion_text(completion, tokenizer))
+        if args.prompt is not None:
+            return
+        messages.append({"role": "assistant", "content": chat.completion_text(found.completions[0], tokenizer)})
+
+
+if __name__ == "__main__":
+    try:
+        main(get_args())
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,486 @@
+"""Supervised fine-tuning, and the pre-training that comes before it: the same loss with another mask.
+
+    loss = - sum_t completion_mask[t] * log pi(token t | tokens before t) / sum_t completion_mask[t]
+
+(InstructGPT, Ouyang et al. 2022, arXiv 2203.02155, section 3.5, and FLAN, Wei et al. 2021, 2109.01652.) In a chat the mask
+is 1 on what the assistant says, its ending token included. In `--stage base` nothing is masked: pre-training is SFT with no
+mask. The sums run over the whole optimizer step, all micro-batches and ranks, so that a long answer counts as many tokens
+as it has, however a batch is split. Rows are packed: several documents share a row of --max-length tokens, attention stays
+within each document, and no document predicts the first token of the next.
+
+Small options, each from its paper: NEFTune noise (2310.05914), selection by instruction-following difficulty (2308.12032),
+rejection-sampling fine-tuning (2308.01825), Self-Instruct (2212.10560), LOMO (2306.09782), recomputed activations (1604.06174).
+Domain adaptation (2004.10964) is `--stage base --model DIR --data DOMAIN.jsonl`. Not here: LoRA (lora.py), distillation.
+
+    python sft.py                                                                   the tiny model, from nothing
+    python sft.py --model DIR --data FILE.jsonl --map question=prompt answer=completion   a real model, real rows
+    torchrun --nproc-per-node 8 sft.py --model DIR --data FILE.jsonl --parallel fsdp
+"""
+
+import argparse
+import math
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import loop as loops
+from data import chat, formats, world
+from data.formats import UserError
+from data.tokenizer import Tokenizer, tiny
+from kernels import IGNORED, linear_cross_entropy
+from loop import Loop, adamw, clip, set_lr
+from model import Config, Transformer, generate, load, token_logps
+
+# 1. The objective
+
+
+def sft_loss(model: Transformer, batch: "Batch", embeddings: Tensor | None = None) -> Tensor:
+    """The sum (not the mean) of -log pi over the tokens of completion_mask, a scalar.
+
+    batch.input_ids, .completion_mask, .documents (B, T); embeddings (B, T, D) replace the tokens' own.
+    """
+    hidden = model.hidden_before(batch.input_ids, documents=batch.documents, embeddings=embeddings)
+    labels = batch.input_ids.masked_fill(batch.completion_mask == 0, IGNORED)
+    return linear_cross_entropy(hidden, model.head.weight, labels)
+
+
+def neftune(embeddings: Tensor, documents: Tensor, alpha: float) -> Tensor:
+    """embeddings (B, T, D) plus uniform noise in +-alpha / sqrt(L D), L tokens in the document (arXiv 2310.05914, alg. 1).
+
+    Its norm is then about alpha / sqrt(3), whatever the length.
+    """
+    length = (documents[:, :, None] == documents[:, None, :]).sum(-1, keepdim=True)  # (B, T, 1)
+    scale = alpha / (length * embeddings.shape[-1]).sqrt()
+    return embeddings + torch.empty_like(embeddings).uniform_(-1, 1) * scale
+
+
+def ifd(conditional: float, direct: float) -> float:
+    """Instruction-following difficulty: mean -log p(answer | question) / mean -log p(answer) (arXiv 2308.12032, eq. 3).
+
+    Near 1: the question does not help to say the answer. Above 1 it misleads; the paper drops those rows.
+    """
+    return conditional / direct
+
+
+class Lomo:
+    """Low-memory optimization (arXiv 2306.09782): plain SGD inside the backward pass, each gradient freed at once.
+
+    One backward pass is one step, hence no accumulation, no ranks and no clipping by the norm of all gradients.
+    """
+
+    def __init__(self, model: Transformer, lr: float):
+        self.param_groups = [{"lr": lr}]
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(self._update)
+
+    @torch.no_grad()
+    def _update(self, p: Tensor) -> None:
+        p -= self.param_groups[0]["lr"] * p.grad
+        p.grad = None
+
+    def step(self) -> None: ...
+
+    def zero_grad(self) -> None: ...
+
+    def state_dict(self) -> dict:
+        return {"state": {}, "param_groups": []}
+
+    def load_state_dict(self, state: dict) -> None: ...
+
+
+# 2. Data
+
+
+class Batch(NamedTuple):
+    input_ids: Tensor  # (B, T)
+    completion_mask: Tensor  # (B, T): 1 on the tokens trained on
+    documents: Tensor | None  # (B, T): which document of the row; None: one document a row
+
+
+def document(text: str, tokenizer: Tokenizer) -> chat.Row:
+    """Plain text as a row: everything is trained on but the first token, which nothing predicts."""
+    ids = [*([tokenizer.bos_id] if tokenizer.add_bos else []), *tokenizer.encode(text), tokenizer.eos_ids[0]]
+    return chat.Row(ids, [0] + [1] * (len(ids) - 1))
+
+
+def fit(rows: Iterable[chat.Row], max_length: int, too_long: str, counts: Counter) -> Iterator[chat.Row]:
+    """Rows of at most max_length tokens: longer ones are refused, dropped, cut or split, and `counts` says how many.
+
+    A row that is cut keeps its beginning. Its ending token is gone and so is not trained on, neither is another
+    in its place: the model does not learn to stop where a file was too long.
+    """
+    for i, row in enumerate(rows, start=1):
+        if len(row.input_ids) > max_length:
+            if too_long == "refuse":
+                raise UserError(f"row {i} has {len(row.input_ids)} tokens, --max-length is {max_length}: raise it, or "
+                                "choose --too-long drop or cut")  # fmt: skip
+            counts[too_long] += 1
+            if too_long == "drop":
+                continue
+        ends = range(max_length, len(row.input_ids) + max_length, max_length) if too_long == "split" else [max_length]
+        for end in ends:
+            part = chat.Row(row.input_ids[end - max_length : end], row.completion_mask[end - max_length : end])
+            part.completion_mask[0] = 0  # nothing before it predicts it
+            if any(part.completion_mask):
+                yield part
+            else:
+                counts["without a trained token"] += 1
+
+
+def pack(rows: Iterable[chat.Row], max_length: int) -> Iterator[list[chat.Row]]:
+    """Groups of rows of at most max_length tokens together: each row goes where it leaves the least room (best fit)."""
+    groups: dict[int, list[list[chat.Row]]] = defaultdict(list)  # by the room they have left
+    waiting = 0
+    for row in rows:
+        n = len(row.input_ids)
+        room = min((room for room in groups if room >= n and groups[room]), default=None)
+        group = groups[room].pop() if room is not None else []
+        waiting += room is None
+        group.append(row)
+        left = (max_length if room is None else room) - n
+        if left < 4:
+            yield group
+            waiting -= 1
+        else:
+            groups[left].append(group)
+        if waiting > 64:  # let the fullest go, so that groups come in about the order of their rows
+            fullest = min(room for room in groups if groups[room])
+            yield groups[fullest].pop(0)
+            waiting -= 1
+    yield from (group for room in sorted(groups) for group in groups[room])
+
+
+def collate(groups: Sequence[list[chat.Row]], device: torch.device, multiple_of: int = 1) -> Batch:
+    """The rows of each group one after the other, padded on the right to the longest; no group: a row of padding."""
+    length = max((sum(len(row.input_ids) for row in group) for group in groups), default=1)
+    length = math.ceil(length / multiple_of) * multiple_of
+    input_ids, completion_mask = torch.zeros(2, max(1, len(groups)), length, dtype=torch.long)
+    documents = torch.full_like(input_ids, -1)
+    for b, group in enumerate(groups):
+        start = 0
+        for d, row in enumerate(group):
+            end = start + len(row.input_ids)
+            input_ids[b, start:end] = torch.tensor(row.input_ids)
+            completion_mask[b, start:end] = torch.tensor(row.completion_mask)
+            documents[b, start:end] = d
+            start = end
+    packed = any(len(group) > 1 for group in groups)
+    return Batch(input_ids.to(device), completion_mask.to(device), documents.to(device) if packed else None)
+
+
+def world_rows(args: argparse.Namespace, tokenizer: Tokenizer, n_tokens: int) -> Iterator[chat.Row]:
+    """Rows of the generated world, never the same twice, until they hold n_tokens."""
+    count = 0
+    while n_tokens > 0:
+        seed, count = args.seed * 1000 + count, count + 1
+        if args.stage == "base":
+            rows = (document(text, tokenizer) for text in world.base_documents(2000, seed))
+        else:
+            mix = {part: share * args.mix.get(part, 1.0) for part, share in world.SFT_MIX.items()}
+            rows = (chat.render(row["messages"], tokenizer) for row in world.sft_rows(2000, seed, mix))
+        for row in rows:
+            n_tokens -= len(row.input_ids)
+            yield row
+
+
+def file_rows(args: argparse.Namespace, path: str, loop: Loop) -> tuple[list[dict], list[dict]]:
+    """Rows of the JSONL files `path` ("a.jsonl,b.jsonl"), in the shares of --mix, and the held-out ones."""
+    schemas = ("text",) if args.stage == "base" else ("chat", "completion")
+    train, held_out = [], []
+    for file in path.split(","):
+        rows = formats.read_jsonl(file, schemas, mapping=formats.parse_map(args.map))
+        rows, held = (rows, []) if args.eval_data else formats.hold_out(rows)
+        weight = args.mix.get(Path(file).name, 1.0)
+        chosen = random.Random(f"{args.seed} {Path(file).name}").sample(rows, round(weight % 1 * len(rows)))
+        train, held_out = train + rows * int(weight) + chosen, held_out + held
+    if args.eval_data:
+        held_out = formats.read_jsonl(args.eval_data, schemas, mapping=formats.parse_map(args.map))
+    if not held_out:
+        loop.say(f"only {len(train)} rows: none are held out, and the loss below is that of the training rows")
+        held_out = train
+    return train, held_out
+
+
+def encode(row: dict, tokenizer: Tokenizer, args: argparse.Namespace) -> chat.Row:
+    if "text" in row:
+        return document(row["text"], tokenizer)
+    return chat.render(formats.to_messages(row), tokenizer, chat_format=args.chat_format)
+
+
+def select_by_ifd(model: Transformer, rows: list[chat.Row], args: argparse.Namespace, loop: Loop) -> list[chat.Row]:
+    """The --select-share of rows of the highest instruction-following difficulty below 1.
+
+    log p(answer) is that of the answer where only the first token stands before it (the paper: nothing does).
+    """
+    direct = []
+    for row in rows:
+        kept = [i for i, trained in enumerate(row.completion_mask) if trained]
+        direct.append(chat.Row([row.input_ids[0], *(row.input_ids[i] for i in kept)], [0] + [1] * len(kept)))
+    pairs = zip(row_losses(model, rows, args, loop), row_losses(model, direct, args, loop), strict=True)
+    scores = [ifd(given / n, alone / n) for (given, n), (alone, _) in pairs]
+    helped = [i for i, score in enumerate(scores) if score < 1]
+    best = sorted(helped, key=lambda i: -scores[i])[: max(1, round(args.select_share * len(rows)))]
+    if not helped:
+        raise UserError("--select ifd: the question helps with the answer of no row; is --model trained at all?")
+    loop.say(f"--select ifd: {len(best)} of {len(rows)} rows, scores {scores[best[-1]]:.2f} to {scores[best[0]]:.2f}; "
+             f"{len(rows) - len(helped)} of 1 or more are left out")  # fmt: skip
+    return [rows[i] for i in sorted(best)]
+
+
+def rollouts(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace, loop: Loop) -> list[chat.Row]:
+    """Rejection sampling (arXiv 2308.01825): sample answers to sums, keep each distinct one whose result is right."""
+    if args.prompts:
+        tasks = formats.read_jsonl(args.prompts, "answer", mapping=formats.parse_map(args.map))
+        tasks = [{"messages": [{"role": "user", "content": row["prompt"]}], "answer": row["answer"]} for row in tasks]
+    else:
+        tasks = [world.exchange("sums", world.rng_for("rollouts", args.seed, i), "train") for i in range(512)]
+    questions = [row["messages"][:1] for row in tasks]
+    answers = answer(model, tokenizer, questions, args, samples=args.samples, temperature=1.0, seed=args.seed)
+    kept = []
+    for question, task, texts in zip(questions, tasks, answers, strict=True):
+        for text in sorted({text for text in texts if world.is_correct(text, task["answer"])}):
+            kept.append(chat.render([*question, {"role": "assistant", "content": text}], tokenizer))
+    n = len(tasks) * args.samples
+    right = sum(world.is_correct(text, t["answer"]) for t, texts in zip(tasks, answers, strict=True) for text in texts)
+    loop.say(f"--data rollouts: {n} samples, {right / n:.1%} right, {len(kept)} distinct right ones to train on")
+    if not kept:
+        raise UserError("--data rollouts: not one sample is right; start from a model that sometimes is")
+    return kept
+
+
+def examples(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, loop: Loop
+             ) -> tuple[Iterable[chat.Row], dict[str, list]]:  # fmt: skip
+    """The rows to train on, and what `evaluate` measures: {"questions" | "cloze" | "rows": ...}."""
+    if args.data and args.data != "rollouts":
+        train, held_out = file_rows(args, args.data, loop)
+        rows = [encode(row, tokenizer, args) for row in tqdm(train, "encoding", unit="row", disable=None, leave=False)]
+        if args.select == "ifd":
+            rows = select_by_ifd(model, list(fit(rows, args.max_length, args.too_long, Counter())), args, loop)
+        test = fit((encode(row, tokenizer, args) for row in held_out), args.max_length, args.too_long, Counter())
+        return rows, {"rows": list(test)}
+    cloze = [world.cloze(part, world.rng_for("cloze", part, i)) for part in (*world.SKILLS, "facts") for i in range(40)]
+    if args.stage == "base":
+        return world_rows(args, tokenizer, args.steps * args.batch_size * args.max_length), {"cloze": cloze}
+    if args.data == "rollouts":
+        sums = [world.exchange("sums", world.rng_for("test sums", i), "test") for i in range(500)]
+        return rollouts(model, tokenizer, args, loop), {"questions": sums}
+    questions = world.sft_test(40) + [row | {"part": "unseen pairs"} for row in world.sft_test(40, unseen=True)]
+    for part in ("sums", "calculator"):
+        questions += [world.exchange(part, world.rng_for("test", part, i), "test") for i in range(100)]
+    rows = world_rows(args, tokenizer, args.steps * args.batch_size * args.max_length)
+    return rows, {"questions": questions, "cloze": cloze}
+
+
+# The measurement
+
+
+def answer(model: Transformer, tokenizer: Tokenizer, chats: list[list[dict]], args: argparse.Namespace, *,
+           samples: int, temperature: float, seed: int) -> list[list[str]]:  # fmt: skip
+    """What the model says next in each of `chats`, `samples` times."""
+    prompts = [chat.render(messages, tokenizer, add_generation_prompt=True).input_ids for messages in chats]
+    texts = []
+    for start in tqdm(range(0, len(prompts), 256), "answering", disable=None, leave=False):
+        found = generate(
+            model, prompts[start : start + 256], max_new_tokens=args.max_new_tokens, eos_ids=tokenizer.eos_ids,
+            samples=samples, temperature=temperature, seed=seed + start, vocab_size=tokenizer.vocab_size,
+        )  # fmt: skip
+        texts += [chat.completion_text(completion, tokenizer) for completion in found.completions]
+    return [texts[i : i + samples] for i in range(0, len(texts), samples)]
+
+
+@torch.no_grad()
+def row_losses(model: Transformer, rows: list[chat.Row], args: argparse.Namespace, loop: Loop) -> list[tuple[float, int]]:
+    """For each row the sum of -log p over its trained tokens, and their number."""
+    losses = []
+    for start in tqdm(range(0, len(rows), args.micro_batch_size), "measuring", disable=None, leave=False):
+        batch = collate([[row] for row in rows[start : start + args.micro_batch_size]], loop.device)
+        with loop.autocast():
+            logps = token_logps(model, batch.input_ids)
+        sums, counts = -(logps * batch.completion_mask).sum(-1), batch.completion_mask.sum(-1)
+        losses += zip(sums.tolist(), counts.tolist(), strict=True)
+    return losses
+
+
+def evaluate(model: Transformer, tokenizer: Tokenizer, test: dict[str, list], args: argparse.Namespace, loop: Loop
+             ) -> dict[str, list[float]]:  # fmt: skip
+    """{metric: one number a test row}; the mean of the first is what the run is judged by."""
+    model.eval()
+    found: dict[str, list[float]] = {}
+    if "rows" in test:  # sum of -log p / mean number of tokens: its mean over rows is the mean over tokens
+        losses = row_losses(model, test["rows"], args, loop)
+        mean_count = sum(n for _, n in losses) / len(losses)
+        found["loss"] = [loss / mean_count for loss, _ in losses]
+    if "questions" in test:
+        chats = [row["messages"][:1] for row in test["questions"]]
+        with loop.autocast():
+            texts = answer(model, tokenizer, chats, args, samples=1, temperature=0.0, seed=0)
+        right = [float(world.is_correct(text, row["answer"])) for (text,), row in zip(texts, test["questions"], strict=True)]
+        judged = [row["part"] in world.TEST_PARTS for row in test["questions"]]
+        found["exact match"] = [r for r, counts in zip(right, judged, strict=True) if counts] or right
+        for row, r in zip(test["questions"], right, strict=True):
+            found.setdefault(row["part"], []).append(r)
+    if "cloze" in test:
+        prompts = [tokenizer.encode(row["prompt"]) for row in test["cloze"]]
+        with loop.autocast():
+            said = generate(model, prompts, max_new_tokens=16, eos_ids=tokenizer.eos_ids, temperature=0.0,
+                            vocab_size=tokenizer.vocab_size).completions  # fmt: skip
+        texts = [chat.completion_text(ids, tokenizer).split(".")[0].strip() for ids in said]
+        found["cloze"] = [float(text == row["answer"]) for text, row in zip(texts, test["cloze"], strict=True)]
+        if args.stage == "base":
+            for row, r in zip(test["cloze"], found["cloze"], strict=True):
+                found.setdefault(row["part"], []).append(r)
+    model.train()
+    return found
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def conclude(model: Transformer, tokenizer: Tokenizer, test: dict[str, list], before: dict[str, list[float]],
+             after: dict[str, list[float]], args: argparse.Namespace, loop: Loop) -> dict:  # fmt: skip
+    """Measure the baseline, print three exchanges, write result.json."""
+    rows = {}
+    for name in after:
+        differences = torch.tensor(after[name]) - torch.tensor(before[name])
+        half_width = 1.96 * differences.std().item() / math.sqrt(len(differences)) if len(differences) > 1 else None
+        rows[name] = {"before": mean(before[name]), "after": mean(after[name]), "n": len(differences), "ci95": half_width}
+    baselines = {}
+    if args.stage == "sft" and not (args.data or args.model or args.from_scratch):
+        loop.say("\nthe same with random weights in place of the base model:")
+        scratch = argparse.Namespace(**vars(args) | {"from_scratch": True, "resume": False, "out": loop.out / "scratch"})
+        baselines["the same SFT of random weights"] = main(scratch)["after"]
+    if "questions" in test and loop.main and not args.from_scratch:
+        some = test["questions"][:: len(test["questions"]) // 3][:3]
+        texts = answer(model, tokenizer, [row["messages"][:1] for row in some], args, samples=1, temperature=0.0, seed=0)
+        for row, (text,) in zip(some, texts, strict=True):
+            print(f"\n  user       {row['messages'][0]['content']}\n  assistant  {text}")
+    metric = next(iter(rows))
+    primary = rows.pop(metric)
+    return loop.finish(
+        metric, primary["before"], primary["after"], n=primary["n"], ci95=primary["ci95"], metrics=rows,
+        baselines=baselines, variant=args.stage if not args.data else Path(args.data).stem,
+        higher_is_better=metric != "loss",
+    )  # fmt: skip
+
+
+# 3. Config
+
+DEFAULTS = {  # flag: (a new model, --stage base), (SFT of the tiny model), (a --model of your own)
+    "batch_size": (16, 16, 16),
+    "micro_batch_size": (16, 16, 4),
+    "max_length": (256, 256, 1024),
+    "lr": (4e-3, 2e-3, 1e-5),
+    "warmup": (50, 20, 10),
+}
+WORLD_STEPS = {"base": 900, "sft": 300}  # --steps where the rows are made as they are needed
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = loops.parser(
+        __doc__,
+        flags=("--model", "--data", "--out", "--depth", "--steps", "--epochs", "--batch-size", "--micro-batch-size",
+               "--lr", "--warmup", "--schedule", "--weight-decay", "--grad-clip", "--max-length", "--max-new-tokens",
+               "--eval-data", "--seed", "--device", "--dtype", "--compile", "--parallel", "--log-every", "--eval-every",
+               "--save-every", "--resume"),
+        defaults={name: None for name in DEFAULTS} | {"steps": None, "epochs": 1.0, "depth": 4, "schedule": "cosine",
+                                                      "weight_decay": 0.1, "grad_clip": 1.0, "max_new_tokens": 64},
+    )  # fmt: skip
+    parser.add_argument("--stage", choices=("base", "sft"), default="sft", help="base: plain text, nothing masked")
+    parser.add_argument("--from-scratch", action="store_true", help="SFT of random weights, to compare with")
+    parser.add_argument("--map", nargs="+", default=[], metavar="THEIRS=OURS", help="rename fields of the JSONL files")
+    parser.add_argument("--mix", nargs="+", default=[], metavar="NAME=WEIGHT",
+                        help="how often a part of the world, or a file of --data a.jsonl,b.jsonl, is seen (1: as it comes)")  # fmt: skip
+    parser.add_argument("--chat-format", help="chatml, qwen2.5, qwen3 or llama3, where the checkpoint does not say")
+    parser.add_argument("--pack", action=argparse.BooleanOptionalAction, default=True, help="several documents in a row")
+    parser.add_argument("--too-long", choices=("refuse", "drop", "cut", "split"),
+                        help="rows of more than --max-length tokens (default: split in --stage base, else refuse)")  # fmt: skip
+    parser.add_argument("--checkpoint-activations", action="store_true", help="recompute blocks in backward: less memory")
+    parser.add_argument("--optimizer", choices=("adamw", "lomo"), default="adamw", help="lomo: SGD inside the backward")
+    parser.add_argument("--neftune", type=loops.REAL, default=0.0, metavar="ALPHA", help="noise on embeddings (5: paper)")
+    parser.add_argument("--select", choices=("all", "ifd"), default="all", help="which rows of --data to train on")
+    parser.add_argument("--select-share", type=loops.REAL, default=0.5, metavar="SHARE", help="of the rows (with --select)")
+    parser.add_argument("--samples", type=loops.COUNT, default=8, help="answers a question for --data rollouts")
+    parser.add_argument("--prompts", metavar="FILE", help="JSONL of prompt, answer for --data rollouts")
+    args = parser.parse_args(argv)
+    for name, values in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, values[2 if args.model else 0 if args.stage == "base" else 1])
+    if args.steps is None and args.data is None:
+        args.steps = WORLD_STEPS[args.stage]
+    args.too_long = args.too_long or ("split" if args.stage == "base" else "refuse")
+    args.mix = {name: float(weight) for name, weight in formats.parse_map(args.mix).items()}
+    if args.optimizer == "lomo" and (args.micro_batch_size < args.batch_size or args.grad_clip):
+        raise UserError("--optimizer lomo updates inside the backward pass: it needs --micro-batch-size as large as "
+                        "--batch-size, and --grad-clip 0")  # fmt: skip
+    return args
+
+
+def main(args: argparse.Namespace) -> dict:
+    # 4. Setup
+    loop = Loop(args, "sft", out="base" if args.stage == "base" else None)
+    if args.model:
+        model, tokenizer = load(args.model)
+    elif args.stage == "base" or args.from_scratch:
+        tokenizer = tiny()
+        model = Transformer(Config.from_depth(args.depth, tokenizer.vocab_size, 512))
+    else:
+        model, tokenizer = load(loop.require("sft" if args.data == "rollouts" else "base"))
+    if args.max_length > model.config.max_length:
+        raise UserError(f"--max-length {args.max_length}: the model reads at most {model.config.max_length} tokens")
+    model.to(loop.device).checkpoint_activations = args.checkpoint_activations
+    rows, test = examples(args, model, tokenizer, loop)
+    counts: Counter = Counter()
+    rows = fit(rows, args.max_length, args.too_long, counts)
+    groups = list(pack(rows, args.max_length) if args.pack else ([row] for row in rows))
+    for kind, n in counts.items():
+        loop.say(f"--max-length {args.max_length}: {n} rows {kind}")
+    total = args.steps or math.ceil(args.epochs * len(groups) / args.batch_size)
+    model = loop.shard(model)
+    optimizer = Lomo(model, args.lr) if args.optimizer == "lomo" else adamw(model, args.lr, args.weight_decay)
+    loop.compile(model, total * args.batch_size * args.max_length)
+    extra = loop.restore(model, optimizer)
+    loop.describe(model)
+    before = extra.get("before") or evaluate(model, tokenizer, test, args, loop)
+
+    # 5. Train
+    for step in loop.steps(total):
+        lr = set_lr(optimizer, args, step, total)
+        indices = loop.micro_batches(len(groups), step)
+        batches = [collate([groups[i] for i in some], loop.device, 64 if loop.compiled else 1) for some in indices]
+        n_tokens = loop.sum_over_ranks(sum(int(batch.completion_mask.sum()) for batch in batches))
+        n_read = loop.sum_over_ranks(sum(batch.input_ids.numel() for batch in batches))
+        loss_sum = 0.0
+        for batch in batches:
+            with loop.autocast():
+                noisy = None
+                if args.neftune:
+                    documents = batch.input_ids * 0 if batch.documents is None else batch.documents
+                    noisy = neftune(model.embed(batch.input_ids), documents, args.neftune)
+                loss = sft_loss(model, batch, noisy) / n_tokens
+            loss.backward()
+            loss_sum += loss.detach()
+        loop.all_reduce(model)
+        grad_norm = clip(model, args.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        loop.log(step, loss=loop.sum_over_ranks(loss_sum), grad_norm=grad_norm, lr=lr, tokens=n_read)
+        if args.eval_every and loop.due("eval", step) and step < total:
+            name, values = next(iter(evaluate(model, tokenizer, test, args, loop).items()))
+            loop.say(f"step {step}: {name} {mean(values):.3f}")
+        if loop.due("save", step):
+            loop.save(step, model=model, optimizer=optimizer, tokenizer=tokenizer, extra={"before": before})
+
+    # 6. Evaluate
+    after = evaluate(model, tokenizer, test, args, loop)
+    return conclude(model, tokenizer, test, before, after, args, loop)
+
+
+if __name__ == "__main__":
+    loops.run(main, get_args)

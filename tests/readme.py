@@ -1,0 +1,54 @@
+"""The README's results table, made from results/*.json: `python -m tests.readme` rewrites it between its markers."""
+
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+START, END = "<!-- results -->", "<!-- /results -->"
+ORDER = ("sft", "reward", "dpo", "ppo", "grpo", "lora", "distill", "quantize", "prune", "reason", "merge", "edit",
+         "rag", "vlm")  # fmt: skip
+FIELDS = ("script", "variant", "metric", "higher_is_better", "before", "after", "n", "ci95", "metrics", "baselines",
+          "seconds", "tokens_per_second", "peak_memory_mb", "device", "seed", "command", "torch", "git")  # fmt: skip
+COLUMNS = ("script", "variant", "metric", "before", "after", "± 95%", "n", "baselines", "seconds", "command")
+
+
+def results(folder: Path = ROOT / "results") -> list[dict]:
+    """What runs left in their result.json files, collected in `folder`, in the order of the README."""
+    found = [(path.name, json.loads(path.read_text(encoding="utf-8"))) for path in folder.glob("*.json")]
+    return [result for _, result in sorted(found, key=lambda item: (ORDER.index(item[1]["script"]), item[0]))]
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as a Markdown table, one line a result.
+
+    >>> row = dict.fromkeys(FIELDS) | {"script": "sft", "metric": "exact match", "before": 0, "after": 0.951, "n": 512}
+    >>> print(table([row | {"baselines": {"a|b": 0.5}, "seconds": 61.2, "command": "python sft.py"}]).splitlines()[-1])
+    | sft |  | exact match | 0.000 | 0.951 |  | 512 | a\\|b 0.500 | 61 | `python sft.py` |
+    """
+    lines = [COLUMNS, ["---"] * len(COLUMNS)]
+    for row in rows:
+        baselines = ", ".join(f"{name} {value:.3f}" for name, value in (row["baselines"] or {}).items())
+        interval = "" if row["ci95"] is None else f"{row['ci95']:.3f}"
+        lines.append([
+            row["script"], row["variant"] or "", row["metric"], f"{row['before']:.3f}", f"{row['after']:.3f}", interval,
+            str(row["n"]), baselines, f"{row['seconds']:.0f}", f"`{row['command']}`",
+        ])  # fmt: skip
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def between(text: str, start: str, end: str) -> tuple[int, int]:
+    """Where the text between two markers begins and ends; each marker must be there once."""
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise ValueError(f"README.md: expected {start} and then {end}, each once")
+    return text.index(start) + len(start), text.index(end)
+
+
+def fill(text: str, made: str) -> str:
+    """The README `text` with `made` as its results table."""
+    start, end = between(text, START, END)
+    return f"{text[:start]}\n{made}\n{text[end:]}"
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(fill(readme.read_text(encoding="utf-8"), table(results())), encoding="utf-8")

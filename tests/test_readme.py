@@ -1,0 +1,80 @@
+"""The README says what is: its results are those of results/*.json, the files of its map exist, no path is private."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.readme import END, FIELDS, ROOT, START, between, fill, results, table
+
+# folders of one machine or one person
+PRIVATE = re.compile(r"(?<![\w.\-])/(?:work|root|tmp)/|(?<![\w.\-])/(?:work|root)\b|(?<![\w.\-])/home/\w")
+
+
+def readme() -> str:
+    assert (ROOT / "README.md").exists()
+    return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def files() -> list[Path]:
+    """Every file of the repository that git tracks or would; without git, all but hidden and generated ones."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    if (ROOT / ".git").exists():
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout.split("\0")
+        return [ROOT / name for name in listed if name and (ROOT / name).is_file()]
+    left_out = {"out", "venv", "__pycache__"}
+    inside = [(path, path.relative_to(ROOT).parts) for path in ROOT.rglob("*") if path.is_file()]
+    return [path for path, parts in inside if not left_out & {*parts} and not any(p[0] == "." for p in parts[:-1])]
+
+
+def test_results_table_is_the_generated_one():
+    text = readme()
+    start, end = between(text, START, END)
+    assert text[start:end].strip() == table(results()), "run: python -m tests.readme"
+
+
+def test_there_are_results_and_each_has_the_fields():
+    found = results()
+    assert found
+    for result in found:
+        assert tuple(result) == FIELDS, result["command"]
+        assert result["command"].split()[0] in ("python", "torchrun"), "a reader must be able to repeat it"
+
+
+def test_table_is_replaced_and_nothing_else():
+    text = f"before {START}old{END} after"
+    filled = fill(text, "new")
+    assert filled == fill(filled, "new") == f"before {START}\nnew\n{END} after"
+    for wrong in ("no marker", f"{END}{START}", f"{START}{START}{END}"):
+        with pytest.raises(ValueError, match="expected"):
+            fill(wrong, "new")
+
+
+def test_files_of_the_map_exist():
+    text = readme()
+    start, end = between(text, "<!-- files -->", "<!-- /files -->")
+    names = [name for name in re.findall(r"`([^`\s]+)`", text[start:end]) if re.search(r"\.\w+$|/$", name)]
+    assert len(names) >= 8
+    assert [name for name in names if not (ROOT / name).exists()] == []
+
+
+def test_no_file_names_a_private_path():
+    named = []
+    for path in files():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue  # not a text
+        named += [f"{path.relative_to(ROOT)}: {match[0]}" for match in PRIVATE.finditer(text)]
+    assert named == []
+
+
+@pytest.mark.parametrize("text", ["see {}work/x", "`{}tmp/a`", "cd {}root", "'{}home/me/x'", "({}work)"])
+def test_private_paths_are_seen(text):
+    assert PRIVATE.search(text.format("/"))
+
+
+@pytest.mark.parametrize("text", ["net{0}work", "a{0}worker", "{0}rooted", "src{0}tmp{0}x"])
+def test_other_paths_are_not(text):
+    assert not PRIVATE.search(text.format("/"))
