@@ -469,7 +469,7 @@ def _safetensors_header(path: Path) -> tuple[dict[str, dict], int]:
             header = json.loads(file.read(n), object_pairs_hook=unique)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         refuse("the header is not JSON")
     if not isinstance(header, dict):
         refuse("the header is not a JSON object")
@@ -597,6 +597,8 @@ def read_config(path: Path) -> Config:
         raise UserError(f"{path}: {error.strerror}; a checkpoint directory is expected") from None
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error})") from None
+    if not isinstance(c, dict):
+        raise UserError(f"{path}: not a JSON object")
     family = c.get("model_type")
     if family not in ARCHITECTURES:
         raise UserError(f"{path}: model_type {family!r} is not supported; {', '.join(ARCHITECTURES)} are")
@@ -626,6 +628,8 @@ def read_config(path: Path) -> Config:
         )  # fmt: skip
     except KeyError as error:
         raise UserError(f"{path}: {error.args[0]} is missing") from None
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{path}: the sizes make no model: {error}") from None
     sizes = (config.vocab_size, config.depth, config.width, config.heads, config.kv_heads, config.head_dim,
              config.ffn_width, config.max_length)  # fmt: skip
     if not all(type(n) is int and n > 0 for n in sizes) or config.heads % config.kv_heads or config.head_dim % 2:
@@ -679,6 +683,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {args.device}: there is none on this machine") from None
     model, tokenizer = load(args.model, device=args.device)
     if tokenizer is None:
         raise UserError(f"{args.model}: no tokenizer.json in it")
