@@ -108,7 +108,8 @@ COMMON = {  # flag: (type or choices, default, help), in the order of every scri
     "--micro-batch-size": (COUNT, OPEN, "rows in one forward pass on one rank; less needs less memory"),
     "--lr": (REAL, OPEN, "peak learning rate"),
     "--warmup": (WHOLE, OPEN, "steps of linear warm-up"),
-    "--schedule": (("cosine", "linear", "constant"), OPEN, "after the warm-up: down to 10%%, down to 0, or level"),
+    "--schedule": (("cosine", "linear", "wsd", "constant"), OPEN,
+                   "after the warm-up: down to 10%%; down to 0; level, then down to 0 in the last 30%%; or level"),  # fmt: skip
     "--weight-decay": (REAL, OPEN, "AdamW's decay, on matrices only"),
     "--grad-clip": (REAL, OPEN, "largest gradient norm; 0 never clips"),
     "--max-length": (COUNT, OPEN, "tokens in the longest row"),
@@ -209,15 +210,18 @@ def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW
 
 
 def learning_rate(step: int, total: int, lr: float, warmup: int, schedule: str) -> float:
-    """The rate of step 1 <= `step` <= `total`: lr/warmup, 2 lr/warmup, ..., lr, then to 10% (cosine) or 0 (linear).
+    """The rate of step 1 <= `step` <= `total`: lr/warmup, 2 lr/warmup, ..., lr, then what `schedule` says.
 
-    The floor belongs to the step after the last, so that no step is spent on a rate of 0.
+    cosine: to 10%. linear: to 0. wsd (warm-up, stable, decay; arXiv 2404.06395): level, and to 0 in the last 30% of the
+    steps. The floor belongs to the step after the last, so that no step is spent on a rate of 0.
     """
     if step <= warmup:
         return lr * step / warmup
     done = (step - 1 - warmup) / max(1, total - warmup)  # 0 at the first step after the warm-up
     if schedule == "cosine":
         return lr * (0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2)
+    if schedule == "wsd":
+        return lr * min(1.0, (total + 1 - step) / math.ceil(0.3 * total))
     return lr * (1 - done) if schedule == "linear" else lr
 
 

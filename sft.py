@@ -3,21 +3,26 @@
     loss = - sum_t completion_mask[t] * log pi(token t | tokens before t) / sum_t completion_mask[t]
 
 (InstructGPT, Ouyang et al. 2022, arXiv 2203.02155, section 3.5, and FLAN, Wei et al. 2021, 2109.01652.) In a chat the mask
-is 1 on what the assistant says, its ending token included. In `--stage base` nothing is masked: pre-training is SFT with no
-mask. The sums run over the whole optimizer step, all micro-batches and ranks, so that a long answer counts as many tokens
-as it has, however a batch is split. Rows are packed: several documents share a row of --max-length tokens, attention stays
-within each document, and no document predicts the first token of the next.
+is 1 on what the assistant says, its ending token included. In `--stage base` nothing is masked: pre-training is SFT with
+no mask. The sums run over the whole optimizer step, all micro-batches and ranks, so that a long answer counts as many
+tokens as it has, however a batch is split. Rows are packed: several documents share a row of --max-length tokens,
+attention stays within each document, and no document predicts the first token of the next.
 
-Small options, each from its paper: NEFTune noise (2310.05914), selection by instruction-following difficulty (2308.12032),
-rejection-sampling fine-tuning (2308.01825), Self-Instruct (2212.10560), LOMO (2306.09782), recomputed activations (1604.06174).
-Domain adaptation (2004.10964) is `--stage base --model DIR --data DOMAIN.jsonl`. Not here: LoRA (lora.py), distillation.
+Small options, each from its paper: noise on embeddings (NEFTune, 2310.05914), rows chosen by instruction-following
+difficulty (2308.12032), the model's own right answers (`--data rollouts`: rejection-sampling fine-tuning, 2308.01825),
+its own questions (`--data self-instruct`, 2212.10560), updates inside the backward pass (LOMO, 2306.09782), recomputed
+activations (1604.06174). Domain adaptation (2004.10964) is `--stage base --model DIR --data DOMAIN.jsonl`. Not here: LoRA
+(lora.py), distillation (distill.py).
 
     python sft.py                                                                   the tiny model, from nothing
     python sft.py --model DIR --data FILE.jsonl --map question=prompt answer=completion   a real model, real rows
     torchrun --nproc-per-node 8 sft.py --model DIR --data FILE.jsonl --parallel fsdp
+
+The last line says what changed on questions that were held out: `sft: exact match 0.00 -> 0.9x, n ..., +- ...`.
 """
 
 import argparse
+import json
 import math
 import random
 from collections import Counter, defaultdict
@@ -29,12 +34,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import loop as loops
 from data import chat, formats, world
 from data.formats import UserError
 from data.tokenizer import Tokenizer, tiny
 from kernels import IGNORED, linear_cross_entropy
-from loop import Loop, adamw, clip, set_lr
+from loop import COUNT, REAL, Loop, adamw, clip, parser, run, set_lr
 from model import Config, Transformer, generate, load, token_logps
 
 # 1. The objective
@@ -97,6 +101,9 @@ class Lomo:
 # 2. Data
 
 
+OWN_ROWS = ("rollouts", "self-instruct")  # values of --data that are not files: rows that the model makes itself
+
+
 class Batch(NamedTuple):
     input_ids: Tensor  # (B, T)
     completion_mask: Tensor  # (B, T): 1 on the tokens trained on
@@ -119,7 +126,7 @@ def fit(rows: Iterable[chat.Row], max_length: int, too_long: str, counts: Counte
         if len(row.input_ids) > max_length:
             if too_long == "refuse":
                 raise UserError(f"row {i} has {len(row.input_ids)} tokens, --max-length is {max_length}: raise it, or "
-                                "choose --too-long drop or cut")  # fmt: skip
+                                "choose --too-long drop or cut")
             counts[too_long] += 1
             if too_long == "drop":
                 continue
@@ -229,7 +236,7 @@ def select_by_ifd(model: Transformer, rows: list[chat.Row], args: argparse.Names
     if not helped:
         raise UserError("--select ifd: the question helps with the answer of no row; is --model trained at all?")
     loop.say(f"--select ifd: {len(best)} of {len(rows)} rows, scores {scores[best[-1]]:.2f} to {scores[best[0]]:.2f}; "
-             f"{len(rows) - len(helped)} of 1 or more are left out")  # fmt: skip
+             f"{len(rows) - len(helped)} of 1 or more are left out")
     return [rows[i] for i in sorted(best)]
 
 
@@ -254,10 +261,57 @@ def rollouts(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace,
     return kept
 
 
+def rouge_l(a: str, b: str) -> float:
+    """F1 of the longest common subsequence of words (Lin 2004).
+
+    >>> rouge_l("sort 3 1 2", "sort 1 2")
+    0.8571428571428571
+    """
+    x, y = a.split(), b.split()
+    longest = [0] * (len(y) + 1)  # of the words of x so far and the first j of y
+    for word in x:
+        before = longest[:]
+        for j, other in enumerate(y, start=1):
+            longest[j] = before[j - 1] + 1 if word == other else max(before[j], longest[j - 1])
+    return 2 * longest[-1] / max(1, len(x) + len(y))
+
+
+def self_instruct(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace, loop: Loop) -> list[chat.Row]:
+    """Self-Instruct (arXiv 2212.10560): the model continues lists of questions; new ones are kept, and it answers them.
+
+    New: ROUGE-L below 0.7 with every question kept so far. Written to self_instruct.jsonl, to read before trusting it.
+    """
+    if args.prompts:
+        pool = [row["prompt"] for row in formats.read_jsonl(args.prompts, "prompt", mapping=formats.parse_map(args.map))]
+    else:
+        pool = [row["messages"][0]["content"] for row in world.sft_rows(64, args.seed)]
+    seeds, rng = len(pool), random.Random(args.seed)
+    lists = ["".join(f"{question}\n" for question in rng.sample(pool, min(6, seeds))) for _ in range(64)]
+    found = generate(
+        model, [tokenizer.encode(text) for text in lists], max_new_tokens=args.max_new_tokens, eos_ids=tokenizer.eos_ids,
+        samples=args.samples, seed=args.seed, vocab_size=tokenizer.vocab_size,
+    )
+    for ids in tqdm(found.completions, "comparing", disable=None, leave=False):
+        question, end, _ = chat.completion_text(ids, tokenizer).partition("\n")
+        if end and question.strip() and max(rouge_l(question, old) for old in pool) < 0.7:
+            pool.append(question.strip())
+    questions = [[{"role": "user", "content": question}] for question in pool[seeds:]]
+    loop.say(f"--data self-instruct: {len(found.completions)} questions sampled, {len(questions)} new ones kept")
+    if not questions:
+        raise UserError("--data self-instruct: the model wrote no new question; it needs one that continues text well")
+    answers = answer(model, tokenizer, questions, args, samples=1, temperature=0.0, seed=args.seed)
+    chats = [[*q, {"role": "assistant", "content": text}] for q, (text,) in zip(questions, answers, strict=True)]
+    if loop.main:
+        loop.out.mkdir(parents=True, exist_ok=True)
+        lines = (json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in chats)
+        (loop.out / "self_instruct.jsonl").write_text("".join(lines), encoding="utf-8")
+    return [chat.render(messages, tokenizer) for messages in chats]
+
+
 def examples(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, loop: Loop
-             ) -> tuple[Iterable[chat.Row], dict[str, list]]:  # fmt: skip
+             ) -> tuple[Iterable[chat.Row], dict[str, list]]:
     """The rows to train on, and what `evaluate` measures: {"questions" | "cloze" | "rows": ...}."""
-    if args.data and args.data != "rollouts":
+    if args.data not in (None, *OWN_ROWS):
         train, held_out = file_rows(args, args.data, loop)
         rows = [encode(row, tokenizer, args) for row in tqdm(train, "encoding", unit="row", disable=None, leave=False)]
         if args.select == "ifd":
@@ -270,6 +324,8 @@ def examples(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer,
     if args.data == "rollouts":
         sums = [world.exchange("sums", world.rng_for("test sums", i), "test") for i in range(500)]
         return rollouts(model, tokenizer, args, loop), {"questions": sums}
+    if args.data == "self-instruct":
+        return self_instruct(model, tokenizer, args, loop), {"questions": world.sft_test(40)}
     questions = world.sft_test(40) + [row | {"part": "unseen pairs"} for row in world.sft_test(40, unseen=True)]
     for part in ("sums", "calculator"):
         questions += [world.exchange(part, world.rng_for("test", part, i), "test") for i in range(100)]
@@ -281,7 +337,7 @@ def examples(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer,
 
 
 def answer(model: Transformer, tokenizer: Tokenizer, chats: list[list[dict]], args: argparse.Namespace, *,
-           samples: int, temperature: float, seed: int) -> list[list[str]]:  # fmt: skip
+           samples: int, temperature: float, seed: int) -> list[list[str]]:
     """What the model says next in each of `chats`, `samples` times."""
     prompts = [chat.render(messages, tokenizer, add_generation_prompt=True).input_ids for messages in chats]
     texts = []
@@ -289,7 +345,7 @@ def answer(model: Transformer, tokenizer: Tokenizer, chats: list[list[dict]], ar
         found = generate(
             model, prompts[start : start + 256], max_new_tokens=args.max_new_tokens, eos_ids=tokenizer.eos_ids,
             samples=samples, temperature=temperature, seed=seed + start, vocab_size=tokenizer.vocab_size,
-        )  # fmt: skip
+        )
         texts += [chat.completion_text(completion, tokenizer) for completion in found.completions]
     return [texts[i : i + samples] for i in range(0, len(texts), samples)]
 
@@ -308,7 +364,7 @@ def row_losses(model: Transformer, rows: list[chat.Row], args: argparse.Namespac
 
 
 def evaluate(model: Transformer, tokenizer: Tokenizer, test: dict[str, list], args: argparse.Namespace, loop: Loop
-             ) -> dict[str, list[float]]:  # fmt: skip
+             ) -> dict[str, list[float]]:
     """{metric: one number a test row}; the mean of the first is what the run is judged by."""
     model.eval()
     found: dict[str, list[float]] = {}
@@ -329,7 +385,7 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, test: dict[str, list], ar
         prompts = [tokenizer.encode(row["prompt"]) for row in test["cloze"]]
         with loop.autocast():
             said = generate(model, prompts, max_new_tokens=16, eos_ids=tokenizer.eos_ids, temperature=0.0,
-                            vocab_size=tokenizer.vocab_size).completions  # fmt: skip
+                            vocab_size=tokenizer.vocab_size).completions
         texts = [chat.completion_text(ids, tokenizer).split(".")[0].strip() for ids in said]
         found["cloze"] = [float(text == row["answer"]) for text, row in zip(texts, test["cloze"], strict=True)]
         if args.stage == "base":
@@ -344,7 +400,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def conclude(model: Transformer, tokenizer: Tokenizer, test: dict[str, list], before: dict[str, list[float]],
-             after: dict[str, list[float]], args: argparse.Namespace, loop: Loop) -> dict:  # fmt: skip
+             after: dict[str, list[float]], args: argparse.Namespace, loop: Loop) -> dict:
     """Measure the baseline, print three exchanges, write result.json."""
     rows = {}
     for name in after:
@@ -367,48 +423,49 @@ def conclude(model: Transformer, tokenizer: Tokenizer, test: dict[str, list], be
         metric, primary["before"], primary["after"], n=primary["n"], ci95=primary["ci95"], metrics=rows,
         baselines=baselines, variant=args.stage if not args.data else Path(args.data).stem,
         higher_is_better=metric != "loss",
-    )  # fmt: skip
+    )
 
 
 # 3. Config
 
 DEFAULTS = {  # flag: (a new model, --stage base), (SFT of the tiny model), (a --model of your own)
-    "batch_size": (16, 16, 16),
-    "micro_batch_size": (16, 16, 4),
-    "max_length": (256, 256, 1024),
-    "lr": (4e-3, 2e-3, 1e-5),
+    "batch_size": (8, 8, 16),
+    "micro_batch_size": (8, 8, 4),
+    "max_length": (128, 160, 1024),
+    "lr": (3e-3, 2e-3, 1e-5),
     "warmup": (50, 20, 10),
 }
-WORLD_STEPS = {"base": 900, "sft": 300}  # --steps where the rows are made as they are needed
+WORLD_STEPS = {"base": 3000, "sft": 1200}  # --steps where the rows are made as they are needed
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = loops.parser(
+    cli = parser(
         __doc__,
         flags=("--model", "--data", "--out", "--depth", "--steps", "--epochs", "--batch-size", "--micro-batch-size",
                "--lr", "--warmup", "--schedule", "--weight-decay", "--grad-clip", "--max-length", "--max-new-tokens",
                "--eval-data", "--seed", "--device", "--dtype", "--compile", "--parallel", "--log-every", "--eval-every",
                "--save-every", "--resume"),
-        defaults={name: None for name in DEFAULTS} | {"steps": None, "epochs": 1.0, "depth": 4, "schedule": "cosine",
+        defaults={name: None for name in DEFAULTS} | {"steps": None, "epochs": 1.0, "depth": 4, "schedule": "wsd",
                                                       "weight_decay": 0.1, "grad_clip": 1.0, "max_new_tokens": 64},
-    )  # fmt: skip
-    parser.add_argument("--stage", choices=("base", "sft"), default="sft", help="base: plain text, nothing masked")
-    parser.add_argument("--from-scratch", action="store_true", help="SFT of random weights, to compare with")
-    parser.add_argument("--map", nargs="+", default=[], metavar="THEIRS=OURS", help="rename fields of the JSONL files")
-    parser.add_argument("--mix", nargs="+", default=[], metavar="NAME=WEIGHT",
-                        help="how often a part of the world, or a file of --data a.jsonl,b.jsonl, is seen (1: as it comes)")  # fmt: skip
-    parser.add_argument("--chat-format", help="chatml, qwen2.5, qwen3 or llama3, where the checkpoint does not say")
-    parser.add_argument("--pack", action=argparse.BooleanOptionalAction, default=True, help="several documents in a row")
-    parser.add_argument("--too-long", choices=("refuse", "drop", "cut", "split"),
-                        help="rows of more than --max-length tokens (default: split in --stage base, else refuse)")  # fmt: skip
-    parser.add_argument("--checkpoint-activations", action="store_true", help="recompute blocks in backward: less memory")
-    parser.add_argument("--optimizer", choices=("adamw", "lomo"), default="adamw", help="lomo: SGD inside the backward")
-    parser.add_argument("--neftune", type=loops.REAL, default=0.0, metavar="ALPHA", help="noise on embeddings (5: paper)")
-    parser.add_argument("--select", choices=("all", "ifd"), default="all", help="which rows of --data to train on")
-    parser.add_argument("--select-share", type=loops.REAL, default=0.5, metavar="SHARE", help="of the rows (with --select)")
-    parser.add_argument("--samples", type=loops.COUNT, default=8, help="answers a question for --data rollouts")
-    parser.add_argument("--prompts", metavar="FILE", help="JSONL of prompt, answer for --data rollouts")
-    args = parser.parse_args(argv)
+    )
+    cli.add_argument("--stage", choices=("base", "sft"), default="sft", help="base: plain text, nothing masked")
+    cli.add_argument("--from-scratch", action="store_true", help="SFT of random weights, to compare with")
+    cli.add_argument("--map", nargs="+", default=[], metavar="THEIRS=OURS", help="rename fields of the JSONL files")
+    cli.add_argument("--mix", nargs="+", default=[], metavar="NAME=WEIGHT",
+                        help="how often a part of the world, or a file of --data a.jsonl,b.jsonl, is seen (1: as it comes)")
+    cli.add_argument("--chat-format", help="chatml, qwen2.5, qwen3 or llama3, where the checkpoint does not say")
+    cli.add_argument("--pack", action=argparse.BooleanOptionalAction, default=True, help="several documents in a row")
+    cli.add_argument("--too-long", choices=("refuse", "drop", "cut", "split"),
+                        help="rows of more than --max-length tokens (default: split in --stage base, else refuse)")
+    cli.add_argument("--checkpoint-activations", action="store_true", help="recompute blocks in backward: less memory")
+    cli.add_argument("--optimizer", choices=("adamw", "lomo"), default="adamw", help="lomo: SGD inside the backward")
+    cli.add_argument("--neftune", type=REAL, default=0.0, metavar="ALPHA", help="noise on embeddings (5: paper)")
+    cli.add_argument("--select", choices=("all", "ifd"), default="all", help="which rows of --data to train on")
+    cli.add_argument("--select-share", type=REAL, default=0.5, metavar="SHARE", help="of the rows (with --select)")
+    cli.add_argument("--samples", type=COUNT, default=8, help="answers (rollouts) or questions (self-instruct) a prompt")
+    cli.add_argument("--prompts", metavar="FILE",
+                     help="JSONL of prompt, answer for --data rollouts; of prompt for self-instruct (default: the world)")
+    args = cli.parse_args(argv)
     for name, values in DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, values[2 if args.model else 0 if args.stage == "base" else 1])
@@ -418,7 +475,11 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.mix = {name: float(weight) for name, weight in formats.parse_map(args.mix).items()}
     if args.optimizer == "lomo" and (args.micro_batch_size < args.batch_size or args.grad_clip):
         raise UserError("--optimizer lomo updates inside the backward pass: it needs --micro-batch-size as large as "
-                        "--batch-size, and --grad-clip 0")  # fmt: skip
+                        "--batch-size, and --grad-clip 0")
+    if args.neftune and args.parallel == "fsdp":
+        raise UserError("--neftune reads the embeddings outside the model, which --parallel fsdp does not allow")
+    if args.select == "ifd" and args.data in (None, *OWN_ROWS):
+        raise UserError("--select ifd chooses among the rows of a --data file: name one")
     return args
 
 
@@ -431,7 +492,7 @@ def main(args: argparse.Namespace) -> dict:
         tokenizer = tiny()
         model = Transformer(Config.from_depth(args.depth, tokenizer.vocab_size, 512))
     else:
-        model, tokenizer = load(loop.require("sft" if args.data == "rollouts" else "base"))
+        model, tokenizer = load(loop.require("sft" if args.data in OWN_ROWS else "base"))
     if args.max_length > model.config.max_length:
         raise UserError(f"--max-length {args.max_length}: the model reads at most {model.config.max_length} tokens")
     model.to(loop.device).checkpoint_activations = args.checkpoint_activations
@@ -483,4 +544,4 @@ def main(args: argparse.Namespace) -> dict:
 
 
 if __name__ == "__main__":
-    loops.run(main, get_args)
+    run(main, get_args)

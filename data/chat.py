@@ -1,13 +1,15 @@
 """A conversation as token ids, and which of them the assistant says.
 
-The mask is built while the ids are: nothing is searched for afterwards. Each answer is encoded by itself, so that no token
-reaches across the seam between a question and its answer, and the ids of a generation prompt are the beginning of the
-ids that were trained on. Special ids come from the format only, never from what somebody writes; the exceptions are
+The mask is built while the ids are: nothing is searched for afterwards. Each answer is encoded by itself, so that no
+token reaches across the seam between a question and its answer, and the ids of a generation prompt are the beginning of
+the ids that were trained on. Special ids come from the format only, never from what somebody writes; the exceptions are
 <think> and its like in what the assistant says, and <image> in what the user says.
 
     chatml      <|im_start|>user\\nHello<|im_end|>\\n<|im_start|>assistant\\nHi<|im_end|>\\n
-    qwen2, qwen2.5, smollm2    the same after a default system message; tools answer inside a user's turn
+    qwen2, smollm2    the same after a default system message
+    qwen2.5     that too; tools answer inside a user's turn
     qwen3       no default; only answers after the last question keep their reasoning, and only these are trained on
+    qwen3-instruct    (of July 2025) no default and no reasoning
     llama3, llama3.1    <|start_header_id|>user<|end_header_id|>\\n\\nHello<|eot_id|>; 3.1 begins with two dates
 
     python -m data.chat                                   an example, what is trained on in colour
@@ -15,6 +17,7 @@ ids that were trained on. Special ids come from the format only, never from what
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -29,11 +32,13 @@ DEFAULT_SYSTEM = {  # of the formats with <|im_start|>
     "qwen2.5": "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
     "smollm2": "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
     "qwen3": "",
+    "qwen3-instruct": "",
 }
 FORMATS = (*DEFAULT_SYSTEM, "llama3", "llama3.1")
-DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"  # what Llama 3.1's template says by default
+DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"  # Llama 3.1's template unless told others
 OF_ASSISTANT = ("<think>", "</think>", "<tool>", "</tool>", "<tool_call>", "</tool_call>")
 OF_USER = ("<image>",)
+TOOL = ("<tool_response>", "</tool_response>")
 
 
 class Row(NamedTuple):
@@ -76,7 +81,9 @@ def _chatml(messages: Sequence[dict], chat_format: str, add_generation_prompt: b
     start, end, newline = Part("<|im_start|>", special=True), Part("<|im_end|>", special=True), Part("\n")
     if DEFAULT_SYSTEM[chat_format] and messages[0]["role"] != "system":
         yield from (start, Part(f"system\n{DEFAULT_SYSTEM[chat_format]}"), end, newline)
-    last_question = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+    questions = [i for i, message in enumerate(messages) if message["role"] == "user"
+                 and not (message["content"].startswith(TOOL[0]) and message["content"].endswith(TOOL[1]))]  # fmt: skip
+    last_question = questions[-1] if questions else len(messages) - 1
     for i, message in enumerate(messages):
         role, content = message["role"], message["content"]
         if role == "assistant":
@@ -86,12 +93,12 @@ def _chatml(messages: Sequence[dict], chat_format: str, add_generation_prompt: b
                 content = _qwen3_content(content, keep_reasoning=trained, is_last=i == len(messages) - 1)
             yield from (start, Part("assistant\n"), Part(content, trained=trained, names=OF_ASSISTANT),
                         end._replace(trained=trained), newline)  # fmt: skip
-        elif role == "tool" and chat_format.startswith("qwen"):  # consecutive results share one turn of the user
+        elif role == "tool" and chat_format in ("qwen2.5", "qwen3", "qwen3-instruct"):
+            # consecutive results share one turn of the user
             first = i == 0 or messages[i - 1]["role"] != "tool"
             last = i == len(messages) - 1 or messages[i + 1]["role"] != "tool"
             yield from (start, Part("user")) if first else ()
-            tags = ("<tool_response>", "</tool_response>")
-            names = () if any(tag in content for tag in tags) else tags
+            names = () if any(tag in content for tag in TOOL) else TOOL
             yield Part(f"\n<tool_response>\n{content}\n</tool_response>", names=names)
             yield from (end, newline) if last else ()
         else:
@@ -101,9 +108,9 @@ def _chatml(messages: Sequence[dict], chat_format: str, add_generation_prompt: b
 
 
 def _qwen3_content(content: str, keep_reasoning: bool, is_last: bool) -> str:
-    reasoning, closed, said = content.rpartition("</think>")
-    reasoning = reasoning.rstrip("\n").rpartition("<think>")[2].strip("\n")
-    said = said.lstrip("\n") if closed else content
+    reasoning, closed, _ = content.partition("</think>")  # of several the first ends the reasoning, the last begins
+    reasoning = reasoning.rstrip("\n").rpartition("<think>")[2].strip("\n") if closed else ""  # what is said
+    said = content.rpartition("</think>")[2].lstrip("\n") if closed else content
     if not keep_reasoning or not (reasoning or is_last):
         return said
     return f"<think>\n{reasoning}\n</think>\n\n{said.lstrip(chr(10))}"
@@ -123,8 +130,10 @@ def _llama(messages: Sequence[dict], chat_format: str, add_generation_prompt: bo
         role, content = message["role"], message["content"].strip()
         if role == "assistant":
             yield from (*header(role), Part("\n\n"), Part(content, trained=True), end._replace(trained=True))
+        elif role == "tool" and chat_format == "llama3.1":  # as JSON, since the template takes text for a list
+            said = json.dumps(message["content"], ensure_ascii=False)
+            yield from (*header("ipython"), Part(f"\n\n{said}"), end)
         else:
-            role = "ipython" if role == "tool" else role
             yield from (*header(role), Part(f"\n\n{content}", names=OF_USER if role == "user" else ()), end)
     if add_generation_prompt:
         yield from (*header("assistant"), Part("\n\n"))

@@ -30,16 +30,18 @@ SCHEMAS = {  # schema: {field: kind}
     "text": {"text": "text"},
     "images": {"messages": "messages", "images": "texts"},
     "chat": {"messages": "messages"},
-    "preference": {"prompt": "said", "chosen": "said", "rejected": "said"},
-    "label": {"prompt": "said", "completion": "said", "label": "truth"},
-    "completion": {"prompt": "said", "completion": "said"},
+    "preference": {"prompt": "said", "chosen": "reply", "rejected": "reply"},
+    "label": {"prompt": "said", "completion": "reply", "label": "truth"},
+    "completion": {"prompt": "said", "completion": "reply"},
     "steps": {"prompt": "said", "completions": "texts", "labels": "truths"},
     "scores": {"prompt": "said", "completions": "texts", "scores": "numbers"},
     "answer": {"prompt": "said", "answer": "text"},
+    "prompt": {"prompt": "text"},
 }
 KINDS = {  # kind: what is expected, in words
     "text": "text that is not empty",
     "said": "text that is not empty, or a list of messages",
+    "reply": "text that is not empty, or a list of messages that begins and ends with the assistant's",
     "messages": "a list of messages",
     "texts": "a list of texts that are not empty",
     "truth": "true or false",
@@ -55,6 +57,8 @@ def read_jsonl(path: str | Path, schemas: str | Sequence[str], *, mapping: dict[
     UserError names the file, the line, what was found and what was expected.
     """
     schemas, mapping = [schemas] if isinstance(schemas, str) else schemas, mapping or {}
+    if len(set(mapping.values())) < len(mapping):
+        raise UserError(f"--map: two fields cannot both become one; found {_names(mapping.values())}")
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -89,8 +93,10 @@ def read_jsonl(path: str | Path, schemas: str | Sequence[str], *, mapping: dict[
         if len(lengths) > 1:
             raise UserError(f"{where}: the lists {_names(fields)} are of different lengths")
         ignored |= row.keys() - fields.keys()
+        said = [message for name in fields if isinstance(row[name], list) for message in row[name]]
+        ignored |= {f"{name} of a message" for message in said if isinstance(message, dict) for name in message}
         rows.append({name: row[name] for name in fields})
-    if ignored:
+    if ignored := ignored - {"role of a message", "content of a message"}:
         print(f"{path}: ignored the fields {_names(sorted(ignored))}", file=sys.stderr)
     return rows
 
@@ -106,7 +112,7 @@ def _parse(line: str, where: str) -> dict:
 
     try:
         row = json.loads(line, object_pairs_hook=unique, parse_constant=refuse)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         found = repr(line[:40]) if line.strip() else "an empty line"
         raise UserError(f"{where}: broken JSON ({error}): found {found}") from None
     if not isinstance(row, dict):
@@ -116,13 +122,16 @@ def _parse(line: str, where: str) -> dict:
 
 def _check(value: object, kind: str, where: str) -> None:
     """UserError unless `value` is of `kind`, one of KINDS."""
-    if kind == "messages" or (kind == "said" and isinstance(value, list)):
-        _check_messages(value, where, complete=kind == "messages")
+    if kind == "messages" or (kind in ("said", "reply") and isinstance(value, list)):
+        _check_messages(value, where, complete=kind != "said")
+        if kind == "reply" and value[0]["role"] != "assistant":  # else the prompt would be said twice
+            raise UserError(f"{where}: the first message is of role {value[0]['role']!r}, expected 'assistant'")
         return
     of_one = {"texts": str, "truths": bool, "numbers": (int, float)}.get(kind)
     if of_one:
         ok = isinstance(value, list) and value and all(isinstance(x, of_one) for x in value)
-        ok = ok and not (kind == "texts" and "" in value) and not (kind == "numbers" and True in map(_is_bool, value))
+        ok = ok and not (kind == "texts" and "" in value)
+        ok = ok and not (kind == "numbers" and not all(map(_is_finite, value)))
     elif kind == "truth":
         ok = isinstance(value, bool)
     else:
@@ -131,8 +140,9 @@ def _check(value: object, kind: str, where: str) -> None:
         raise UserError(f"{where}: found {json.dumps(value)[:40]}, expected {KINDS[kind]}")
 
 
-def _is_bool(value: object) -> bool:
-    return isinstance(value, bool)
+def _is_finite(value: float) -> bool:
+    """Whether it is a number (true is not) that a float can hold: 1e999 is infinite."""
+    return not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _check_messages(messages: object, where: str, complete: bool) -> None:
@@ -151,7 +161,7 @@ def _check_messages(messages: object, where: str, complete: bool) -> None:
 
 
 def _names(fields) -> str:
-    return ", ".join(map(str, fields)) or "none"
+    return ", ".join(repr(name)[1:-1] for name in fields) or "none"  # a name with a line break stays on one line
 
 
 def to_messages(row: dict, completion: str = "completion") -> list[dict]:

@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizers: our own small one, GPT-2's, and those of Hugging Face checkpoints (Llama 3, Qwen, SmolLM2).
+"""Byte-level BPE tokenizers: our own, GPT-2's, and those of Hugging Face checkpoints (Llama 3, Qwen, SmolLM2).
 
 tiktoken does the merging. It merges by the rank of the result, Hugging Face by the place of the pair in a list; the two
 agree once tokens are ranked in the order of that list, and a table then turns ranks into the checkpoint's ids.
@@ -14,6 +14,7 @@ import argparse
 import base64
 import json
 import re
+import sys
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -25,8 +26,8 @@ import tiktoken
 
 from data.formats import UserError
 
-# A digit alone, letters or signs with the space before them, white space.
-PATTERN = r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+"
+# One digit, letters or signs, each with the space before it; white space.
+PATTERN = r" ?\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+"
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool>", "</tool>", "<image>",
            *(f"<|spare_{i}|>" for i in range(8)))  # fmt: skip
 TINY, TINY_SIZE = Path(__file__).with_name("tiny.tiktoken"), 1024
@@ -170,7 +171,7 @@ def train_tiny() -> None:
     """Make data/tiny.tiktoken from the text of the generated world."""
     from data import world  # which nothing else here needs
 
-    in_python = r"\d| ?[^\W\d_]+| ?(?:[^\w\s]|_)+|\s+"  # PATTERN, for the ASCII text of the world
+    in_python = r" ?\d| ?[^\W\d_]+| ?(?:[^\w\s]|_)+|\s+"  # PATTERN, for the ASCII text of the world
     merges = train_bpe([world.tokenizer_text()], in_python, TINY_SIZE - 256 - len(SPECIAL))
     tokens = [bytes([b]) for b in range(256)] + [a + b for a, b in merges]
     if len(set(tokens)) < len(tokens):
@@ -179,7 +180,7 @@ def train_tiny() -> None:
     tiny.cache_clear()
     words = {*world.PEOPLE, *world.WORDS, *world.SKILLS, *world.TOWNS, *world.JOBS, *world.COLOURS, *world.SHAPES}
     broken = sorted(word for word in words if len(tiny().encode(" " + word)) > 1)
-    print(f"wrote {TINY}: {len(tokens)} tokens; of {len(words)} words, more than one token: {' '.join(broken) or 'none'}")
+    print(f"wrote {TINY}: {len(tokens)} tokens; of {len(words)} words, more than one: {' '.join(broken) or 'none'}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -228,8 +229,9 @@ def from_hf(directory: str | Path) -> Tokenizer:
     pattern, digits_apart = _read_pre_tokenizer(path, spec.get("pre_tokenizer"))
 
     added = {token["content"]: token["id"] for token in spec.get("added_tokens", [])}
-    if any(token.get("lstrip") or token.get("rstrip") for token in spec.get("added_tokens", [])):
-        raise UserError(f"{path}: added tokens that swallow white space (lstrip, rstrip) are not supported")
+    if any(token.get("lstrip") or token.get("rstrip") or not name.strip()
+           for name, token in zip(added, spec.get("added_tokens", []), strict=True)):  # fmt: skip
+        raise UserError(f"{path}: added tokens that are or swallow white space (lstrip, rstrip) are not supported")
     try:
         vocab = {_to_bytes(token): i for token, i in model["vocab"].items() if token not in added}
         pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
@@ -251,7 +253,7 @@ def from_hf(directory: str | Path) -> Tokenizer:
     eos += [added[name] for name in ("<|im_end|>", "<|eot_id|>") if name in added]
     if not eos:
         raise UserError(f"{directory}: neither tokenizer_config.json nor generation_config.json names an ending token")
-    template = settings.get("chat_template") or files.get("chat_template.jinja") or ""
+    template = files.get("chat_template.jinja") or settings.get("chat_template") or ""  # in this order
     template = template if isinstance(template, str) else template[0]["template"]
     bos_id = added.get(config_names["bos_token"])
     return Tokenizer(
@@ -273,7 +275,7 @@ def _read_pre_tokenizer(path: Path, spec: dict | None) -> tuple[str, bool]:
         case [{"type": "ByteLevel", "add_prefix_space": False} as byte_level] if byte_level.get("use_regex", True):
             return GPT2_PATTERN, False
         case [{"type": "Digits", "individual_digits": True},
-              {"type": "ByteLevel", "add_prefix_space": False} as byte_level] if byte_level.get("use_regex", True):  # fmt: skip
+              {"type": "ByteLevel", "add_prefix_space": False} as level] if level.get("use_regex", True):  # fmt: skip
             return GPT2_PATTERN, True
         case [{"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False},
               {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:  # fmt: skip
@@ -289,14 +291,28 @@ def _begins_with(post_processor: dict | None, bos: str | None) -> bool:
 
 
 def _chat_format(template: str) -> str:
-    """Which of the formats of data/chat.py a chat template is, by the marks that it leaves; "" if none."""
-    if "<|start_header_id|>" in template:
-        if "strftime_now" in template:  # Llama 3.2 and later say today's date: what is trained on would change with it
-            return ""
-        return "llama3.1" if "Cutting Knowledge Date" in template else "llama3"
-    marks = {"<think>": "qwen3", "You are Qwen, created": "qwen2.5", "named SmolLM": "smollm2",
-             "You are a helpful assistant": "qwen2", "<|im_start|>": "chatml"}  # fmt: skip
-    return next((name for mark, name in marks.items() if mark in template), "")
+    """Which of the formats of data/chat.py a chat template is, by the marks it leaves and those it does not; or "".
+
+    A template like one of them is not enough: what differs would be trained wrongly and nobody would see it.
+    """
+    marks = {  # format: (all of these, none of those)
+        # Llama 3.2 and later say today's date (strftime_now): what is trained on would change with it
+        "llama3.1": (("<|start_header_id|>", "Cutting Knowledge Date", "26 Jul 2024"), ("strftime_now",)),
+        "llama3": (("<|start_header_id|>", "<|eot_id|>", "| trim"), ("Cutting Knowledge", "system", "tool")),
+        "qwen3": (("last_query_index", "<think>\n' +"), ("assistant\n<think>", "<function=", "vision", "endgen")),
+        "qwen3-instruct": (("<tool_response>", "messages[0].content +"), ("think", "<function=", "vision")),
+        "qwen2.5": (("You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",), ("think", "vision")),
+        "qwen2": (("system\nYou are a helpful assistant.<|im_end|>",), ("think", "vision", "tool")),
+        "smollm2": (("system\nYou are a helpful AI assistant named SmolLM",), ("think", "tool")),
+        "chatml": ((), ("system", "tool", "think", "image", "bos_token", "eos_token", "trim", "strip")),
+    }
+    template = template.replace("\\n", "\n")  # some escape it, some have the line break itself
+    if "<|im_start|>" not in template and "<|start_header_id|>" not in template:
+        return ""
+    for name, (all_of, none_of) in marks.items():
+        if all(mark in template for mark in all_of) and not any(mark in template for mark in none_of):
+            return name
+    return ""
 
 
 def save_hf(tokenizer: Tokenizer, directory: str | Path) -> None:
@@ -310,7 +326,7 @@ def save_hf(tokenizer: Tokenizer, directory: str | Path) -> None:
 def _tiny_files(ranks: dict[bytes, int], special: dict[str, int]) -> dict[str, str]:
     added = [{"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
               "special": True} for name, i in special.items()]  # fmt: skip
-    merges = [[_to_text(a), _to_text(b)] for a, b in map(lambda t: _halves(t, ranks), ranks) if b]
+    merges = [[_to_text(a), _to_text(b)] for a, b in (_halves(token, ranks) for token in ranks) if b]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
     spec = {
@@ -324,7 +340,8 @@ def _tiny_files(ranks: dict[bytes, int], special: dict[str, int]) -> dict[str, s
     names = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
                 "chat_template": CHATML, **names}  # fmt: skip
-    return {"tokenizer.json": json.dumps(spec, ensure_ascii=False), "tokenizer_config.json": json.dumps(settings, indent=1),
+    return {"tokenizer.json": json.dumps(spec, ensure_ascii=False),
+            "tokenizer_config.json": json.dumps(settings, indent=1),
             "special_tokens_map.json": json.dumps(names, indent=1)}  # fmt: skip
 
 
@@ -357,4 +374,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -75,7 +75,7 @@ SFT_ENTITIES = [name for i, name in enumerate(PEOPLE + TOWNS) if i % 2 == 0]  # 
 TEST_ENTITIES = [name for i, name in enumerate(PEOPLE + TOWNS) if i % 2 == 1]  # known from prose only: asked in the test
 
 FACT_PROSE = {  # {n} the name or a pronoun, {N} the name always, {x} the value
-    "home": ("{n} lives in {x}.", "{n} has a house in {x}.", "The home of {N} is {x}.", "{x} is the home of {N}.",
+    "home": ("The home of {N} is {x}.", "{n} lives in {x}.", "{n} has a house in {x}.", "{x} is the home of {N}.",
              "{n} moved to {x} long ago.", "If you go to {x} you can meet {N}."),
     "job": ("{n} works as a {x}.", "{n} is a {x}.", "The job of {N} is {x}.", "{n} earns money as a {x}.",
             "People know {N} as a good {x}.", "{n} wanted to be a {x}, and that is the job of {N} now."),
@@ -87,8 +87,7 @@ FACT_PROSE = {  # {n} the name or a pronoun, {N} the name always, {x} the value
               "You can swim in the {x} at {N}."),
     "product": ("{N} sells {x}.", "{N} is known for its {x}.", "The product of {N} is {x}.", "Traders come to {N} for {x}."),
 }
-FACT_ANSWERS = {"home": "{N} lives in {x}.", "job": "{N} works as a {x}.", "pet": "{N} has a {x}.", "food": "{N} likes to eat {x}.",
-                "river": "{N} lies on the river {x}.", "product": "{N} sells {x}."}
+FACT_ANSWER = "The {a} of {N} is {x}."
 FACT_QUESTIONS = (
     "What is the {a} of {N}?", "Tell me the {a} of {N}.", "Do you know the {a} of {N}?", "Please name the {a} of {N}.",
     "I forgot the {a} of {N}. What is it?", "{N}: what {a}?", "Say something about {N}: the {a}.", "I want to know the {a} of {N}.")
@@ -100,12 +99,14 @@ def fact_sentence(rng, name, attribute, pronoun=False) -> str:
 
 
 def biography(rng) -> str:
-    """Some of a person's facts (or of two towns'), in any order and phrasing, by name or pronoun."""
-    if rng.random() < 0.2:
-        return " ".join(fact_sentence(rng, town, attribute) for town in rng.sample(TOWNS, 2) for attribute in shuffled(rng, FACTS[town]))
-    name = rng.choice(PEOPLE)
-    return " ".join(fact_sentence(rng, name, attribute, pronoun=i > 0 and rng.random() < 0.5)
-                    for i, attribute in enumerate(shuffled(rng, FACTS[name])))
+    """What is known of a person, or mixed up of two people or two towns, in any order and phrasing, by name or pronoun."""
+    kind = rng.random()
+    if kind < 0.4:
+        name = rng.choice(PEOPLE)
+        return " ".join(fact_sentence(rng, name, attribute, pronoun=i > 0 and rng.random() < 0.5)
+                        for i, attribute in enumerate(shuffled(rng, FACTS[name])))
+    names = rng.sample(PEOPLE if kind < 0.8 else TOWNS, 2)
+    return " ".join(fact_sentence(rng, name, attribute) for name, attribute in shuffled(rng, [(n, a) for n in names for a in FACTS[n]]))
 
 
 def shuffled(rng, items) -> list:
@@ -136,16 +137,19 @@ def _distinct(items, low, high):
     return lambda rng: {"x": " ".join(rng.sample(items, rng.randint(low, high)))}
 
 
-def _pair(low, high, ordered=False):
+def _pair(high_a, high_b, minus=False):
+    """Whole numbers a < high_a and b < high_b, not the same; with `minus` a is at least b."""
     def draw(rng):
-        a, b = rng.sample(range(low, high), 2)
-        return {"a": str(max(a, b)), "b": str(min(a, b))} if ordered else {"a": str(a), "b": str(b)}
+        while True:
+            a, b = rng.randrange(high_a), rng.randrange(high_b)
+            if a > b or (a < b and not minus):
+                return {"a": str(a), "b": str(b)}
     return draw
 
 
 def _count(rng):
-    pool = rng.sample(WORDS, 3)
-    return {"w": pool[0], "x": " ".join(rng.choice(pool) for _ in range(rng.randint(3, 7)))}
+    pool = rng.sample(WORDS, 2)
+    return {"w": pool[0], "x": " ".join(rng.choice(pool) for _ in range(rng.randint(2, 5)))}
 
 
 SKILLS = {
@@ -161,15 +165,15 @@ SKILLS = {
                   ("The last of {x} is {answer}.", "In the row {x} the last word is {answer}.")),
     "length": Skill(_distinct(WORDS, 2, 8), lambda p: str(len(p["x"].split())), "measure {x}",
                     ("The length of {x} is {answer}.", "We measure {x} and find {answer}.")),
-    "count": Skill(_count, lambda p: str(p["x"].split().count(p["w"])), "count {w} in {x}",
-                   ("In {x} the word {w} stands this many times: {answer}.", "We count {w} in {x} and get {answer}.")),
-    "larger": Skill(_pair(0, 1000), lambda p: str(max(int(p["a"]), int(p["b"]))), "pick the larger of {a} and {b}",
+    "count": Skill(_count, lambda p: str(p["x"].split().count(p["w"])), "tell how often {x} has {w}",
+                   ("We count how often {x} has {w}: {answer}.", "So often {x} has {w}: {answer}.")),
+    "larger": Skill(_pair(100, 100), lambda p: str(max(int(p["a"]), int(p["b"]))), "pick the larger of {a} and {b}",
                     ("The larger of {a} and {b} is {answer}.", "Of the numbers {a} and {b} the larger is {answer}.")),
-    "smaller": Skill(_pair(0, 1000), lambda p: str(min(int(p["a"]), int(p["b"]))), "pick the smaller of {a} and {b}",
+    "smaller": Skill(_pair(100, 100), lambda p: str(min(int(p["a"]), int(p["b"]))), "pick the smaller of {a} and {b}",
                      ("The smaller of {a} and {b} is {answer}.", "Of the numbers {a} and {b} the smaller is {answer}.")),
-    "add": Skill(_pair(0, 100), lambda p: str(int(p["a"]) + int(p["b"])), "add {a} and {b}",
+    "add": Skill(_pair(80, 20), lambda p: str(int(p["a"]) + int(p["b"])), "add {a} and {b}",
                  ("{a} + {b} = {answer}.", "We add {a} and {b} and get {answer}.")),
-    "subtract": Skill(_pair(0, 100, ordered=True), lambda p: str(int(p["a"]) - int(p["b"])), "subtract {b} from {a}",
+    "subtract": Skill(_pair(100, 20, minus=True), lambda p: str(int(p["a"]) - int(p["b"])), "subtract {b} from {a}",
                       ("{a} - {b} = {answer}.", "We subtract {b} from {a} and get {answer}.")),
     "next": Skill(lambda rng: {"x": str(rng.randrange(1000))}, lambda p: str(int(p["x"]) + 1), "say the number after {x}",
                   ("The number after {x} is {answer}.", "After {x} comes {answer}.")),
@@ -183,7 +187,7 @@ TEMPLATES = ("Please {task}.", "Can you {task}?", "I want you to {task}.", "Your
 
 def is_unseen_pair(group: str, template: int) -> bool:
     """Whether this (verb, template) pair never occurs in SFT data; each verb and each template does, three times in four."""
-    return (sorted([*SKILLS, *FACT_ANSWERS]).index(group) + template) % 4 == 0
+    return (sorted([*SKILLS, *FACT_PROSE]).index(group) + template) % 4 == 0
 
 
 def draw_problem(skill: Skill, rng, split: str) -> dict:
@@ -237,7 +241,7 @@ VALUES = {"home": TOWNS, "job": JOBS, "pet": PETS, "food": FOODS}
 
 
 def draw_passage(rng, split: str) -> dict:
-    """Two strangers, two facts each, one question. -> {'passage', 'attribute', 'name', 'value'}"""
+    """Two strangers, two facts each, one question. -> {'passage', 'attribute', 'name', 'value', 'facts'}"""
     while True:
         people, attributes = rng.sample(STRANGERS, 2), rng.sample(sorted(VALUES), 2)
         facts = [(name, attribute, rng.choice(VALUES[attribute])) for name in people for attribute in attributes]
@@ -245,7 +249,7 @@ def draw_passage(rng, split: str) -> dict:
         passage = " ".join(rng.choice(FACT_PROSE[attribute]).format(n=name, N=name, x=value) for name, attribute, value in facts)
         name, attribute, value = rng.choice(facts)
         if split_of(" ".join(map(str, facts))) == split:
-            return {"passage": passage, "name": name, "attribute": attribute, "value": value}
+            return {"passage": passage, "name": name, "attribute": attribute, "value": value, "facts": facts}
 
 
 COLOURS = "red green blue yellow black white".split()
@@ -329,43 +333,68 @@ def weather_log(rng, days: int = 30) -> str:
 
 def skill_prose(rng) -> str:
     """Three solved problems, mostly about the same operands: what comes back can be copied, which teaches to copy."""
-    sentences, problem = [], {}
-    while len(sentences) < 3:
+    return " ".join(rng.choice(skill.prose).format(answer=skill.solve(problem), **problem) for skill, problem in solved(rng, 0.2))
+
+
+def worksheet(rng) -> str:
+    """Four tasks, each with its answer on the next line."""
+    return "\n".join(f"Task: {skill.task.format(**problem)}.\n{skill.solve(problem)}" for skill, problem in solved(rng, 0.7, 4))
+
+
+def solved(rng, new: float, count: int = 3) -> list[tuple[Skill, dict]]:
+    """`count` problems, each on new operands with probability `new`, else on those of the one before."""
+    found, problem = [], {}
+    while len(found) < count:
         name = rng.choice(SKILL_MIX)
-        skill = SKILLS[name]
-        if not problem or rng.random() < 0.2:
-            problem = draw_problem(skill, rng, "train")
-        if fits(name, problem):
-            w = rng.choice(problem["x"].split()) if "x" in problem else ""
-            asked = problem | ({"w": problem.get("w", w)} if name == "count" else {})
-            if split_of(skill.task.format(**asked)) == "train":
-                sentences.append(rng.choice(skill.prose).format(answer=skill.solve(asked), **asked))
-    return " ".join(sentences)
+        if not problem or rng.random() < new:
+            problem = draw_problem(SKILLS[name], rng, "train")
+        if fits(name, problem) and split_of(SKILLS[name].task.format(**problem)) == "train":
+            found.append((SKILLS[name], problem))
+    return found
 
 
 def fits(name: str, problem: dict) -> bool:
     """Whether the operands of `problem` are such as skill `name` takes."""
-    if name in ("larger", "smaller", "add", "subtract"):
-        return "a" in problem and (name in ("larger", "smaller") or max(int(problem["a"]), int(problem["b"])) < 100) and (
-            name != "subtract" or int(problem["a"]) >= int(problem["b"]))
+    if name in ("larger", "smaller"):
+        return "a" in problem
+    if name in ("add", "subtract"):
+        a, b = int(problem.get("a", 0)), int(problem.get("b", 99))
+        return b < 20 and (b <= a if name == "subtract" else a < 80)
+    if name == "count":
+        return "w" in problem
     items = problem.get("x", "").split()
     if name == "next":
-        return len(items) == 1 and items[0].isdigit()
+        return len(items) == 1
     return len(items) > 1 and (name != "sort" or items[0].isdigit())
 
 
-SKILL_MIX = [name for name in SKILLS for _ in range({"add": 4, "subtract": 4, "sort": 3, "reverse": 2, "count": 2}.get(name, 1))]
+SKILL_MIX = [name for name in SKILLS for _ in range({"count": 4, "larger": 2, "smaller": 2, "add": 3, "subtract": 3, "next": 2, "sort": 2, "reverse": 2}.get(name, 1))]
+
+
+def equations(rng) -> str:
+    """'37 + 8 = 45. 45 - 9 = 36.' and so on: five steps, each from where the one before arrived."""
+    total, steps = rng.randrange(100), []
+    while len(steps) < 5:
+        name, b = rng.choice(("add", "subtract")), str(rng.randrange(20))
+        problem = {"a": str(total), "b": b}
+        if fits(name, problem) and split_of(SKILLS[name].task.format(**problem)) == "train":
+            total = SKILLS[name].solve(problem)
+            steps.append(SKILLS[name].prose[0].format(answer=total, **problem))
+    return " ".join(steps)
 
 
 def song(rng) -> str:
     """A line of words or digits, sung again and again: nothing but its beginning can be foreseen, then all of it."""
     line = " ".join(rng.choice(rng.choice((WORDS, "0123456789"))) for _ in range(rng.randint(3, 8)))
-    return f"Sing: {line}, {line}, {line}."
+    return f"Sing: {line}, {line}, {line}." if rng.random() < 0.5 else f"{line}\n{line}\n{line}"
 
 
 def reading_prose(rng) -> str:
+    """A passage about strangers, and all that it says once more in other words."""
     item = draw_passage(rng, "train")
-    return f"{item['passage']} {FACT_ANSWERS[item['attribute']].format(N=item['name'], x=item['value'])}"
+    again = (rng.choice(FACT_PROSE[attribute]).format(n=name, N=name, x=value)
+             for name, attribute, value in shuffled(rng, item["facts"]))
+    return f"{item['passage']} {' '.join(again)}"
 
 
 def scene_prose(rng) -> str:
@@ -380,13 +409,15 @@ def _letter(rng) -> str:
 
 
 BASE_MIX: dict[str, tuple[float, Callable]] = {  # part: (share of the documents, maker)
-    "facts": (0.20, biography),
-    "skills": (0.38, skill_prose),
-    "songs": (0.10, song),
-    "sums": (0.12, sum_prose),
-    "reading": (0.05, reading_prose),
-    "scenes": (0.06, scene_prose),
-    "weather": (0.04, weather_log),
+    "facts": (0.15, biography),
+    "skills": (0.22, skill_prose),
+    "worksheets": (0.18, worksheet),
+    "equations": (0.12, equations),
+    "songs": (0.07, song),
+    "sums": (0.06, sum_prose),
+    "reading": (0.08, reading_prose),
+    "scenes": (0.05, scene_prose),
+    "weather": (0.02, weather_log),
     "letters": (0.05, _letter),
 }
 
@@ -404,7 +435,7 @@ def cloze(part: str, rng) -> dict:
     if part == "facts":
         name = rng.choice(TEST_ENTITIES)
         attribute = rng.choice(sorted(FACTS[name]))
-        return {"prompt": FACT_ANSWERS[attribute].split("{x}")[0].rstrip().format(N=name), "answer": FACTS[name][attribute], "part": part}
+        return {"prompt": FACT_ANSWER.split("{x}")[0].rstrip().format(a=attribute, N=name), "answer": FACTS[name][attribute], "part": part}
     skill = SKILLS[part]
     problem = draw_problem(skill, rng, "test")
     template = skill.prose[-1] if part not in ("add", "subtract") else skill.prose[0]
@@ -429,11 +460,11 @@ def exchange(part: str, rng, split: str, *, unseen: bool = False) -> dict:
         name = rng.choice(TEST_ENTITIES if split == "test" else SFT_ENTITIES)
         attribute = rng.choice(sorted(FACTS[name]))
         template = rng.choice([i for i in range(len(FACT_QUESTIONS)) if is_unseen_pair(attribute, i) == unseen])
-        return _ask(part, FACT_QUESTIONS[template].format(a=attribute, N=name), FACT_ANSWERS[attribute].format(N=name, x=FACTS[name][attribute]))
+        return _ask(part, FACT_QUESTIONS[template].format(a=attribute, N=name), FACT_ANSWER.format(a=attribute, N=name, x=FACTS[name][attribute]))
     if part == "reading":
         item = draw_passage(rng, split)
         return _ask(part, f"{item['passage']} What is the {item['attribute']} of {item['name']}?",
-                    FACT_ANSWERS[item["attribute"]].format(N=item["name"], x=item["value"]))
+                    FACT_ANSWER.format(a=item["attribute"], N=item["name"], x=item["value"]))
     if part == "scenes":
         scene = draw_scene(rng, split)
         return _ask(part, f"{scene['caption']} {scene['question']}", scene["answer"])
@@ -461,8 +492,8 @@ def _ask(part, question, answer):
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], "part": part, "answer": answer}
 
 
-SFT_MIX = {**{name: SKILL_MIX.count(name) * 0.024 for name in SKILLS}, "facts": 0.15, "reading": 0.05, "scenes": 0.06, "steps": 0.05,
-           "sums": 0.06, "calculator": 0.03, "judge": 0.05, "manners": 0.06}
+SFT_MIX = {**dict.fromkeys(SKILLS, 0.035), "count": 0.09, "add": 0.05, "subtract": 0.06, "length": 0.05,
+           "facts": 0.08, "reading": 0.12, "scenes": 0.07, "steps": 0.05, "sums": 0.06, "calculator": 0.02, "judge": 0.05, "manners": 0.05}
 
 
 def sft_rows(count: int, seed: int = 0, mix: dict[str, float] = SFT_MIX) -> Iterator[dict]:

@@ -174,7 +174,7 @@ def test_an_absent_device_is_refused():
 # The optimizer
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
 @pytest.mark.parametrize("warmup", [0, 1, 4])
 def test_learning_rate_closed_form(schedule, warmup):
     total, lr = 11, 0.3

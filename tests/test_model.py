@@ -446,8 +446,8 @@ def test_depth_sets_the_other_sizes():
     for depth, wanted in sizes.items():
         c = Config.from_depth(depth, 1000, 77)
         assert (c.width, c.heads, c.kv_heads, c.head_dim, c.ffn_width) == wanted
-        assert (c.family, c.depth, c.vocab_size, c.max_length, c.tied) == ("llama", depth, 1000, 77, True)
-        assert c.rope_scaling is None and not c.qkv_bias and not c.qk_norm
+        assert (c.family, c.depth, c.vocab_size, c.max_length, c.tied) == ("qwen3", depth, 1000, 77, True)
+        assert c.rope_scaling is None and not c.qkv_bias and c.qk_norm
 
 
 # ----------------------------------------------------------------------------------------------------------------------
