@@ -241,14 +241,13 @@ VALUES = {"home": TOWNS, "job": JOBS, "pet": PETS, "food": FOODS}
 
 
 def draw_passage(rng, split: str) -> dict:
-    """Two strangers, two facts each, one question. -> {'passage', 'attribute', 'name', 'value', 'facts'}"""
+    """Two or three strangers, the same attribute of each. -> {'passage', 'attribute', 'name', 'value', 'facts'}"""
     while True:
-        people, attributes = rng.sample(STRANGERS, 2), rng.sample(sorted(VALUES), 2)
-        facts = [(name, attribute, rng.choice(VALUES[attribute])) for name in people for attribute in attributes]
-        rng.shuffle(facts)
-        passage = " ".join(rng.choice(FACT_PROSE[attribute]).format(n=name, N=name, x=value) for name, attribute, value in facts)
-        name, attribute, value = rng.choice(facts)
-        if split_of(" ".join(map(str, facts))) == split:
+        attribute, people = rng.choice(sorted(VALUES)), rng.sample(STRANGERS, rng.randint(2, 3))
+        facts = list(zip(people, rng.sample(VALUES[attribute], len(people)), strict=True))
+        name, value = rng.choice(facts)
+        if split_of(f"{attribute} {facts}") == split:
+            passage = " ".join(rng.choice(FACT_PROSE[attribute]).format(n=who, N=who, x=x) for who, x in facts)
             return {"passage": passage, "name": name, "attribute": attribute, "value": value, "facts": facts}
 
 
@@ -392,8 +391,7 @@ def song(rng) -> str:
 def reading_prose(rng) -> str:
     """A passage about strangers, and all that it says once more in other words."""
     item = draw_passage(rng, "train")
-    again = (rng.choice(FACT_PROSE[attribute]).format(n=name, N=name, x=value)
-             for name, attribute, value in shuffled(rng, item["facts"]))
+    again = (rng.choice(FACT_PROSE[item["attribute"]]).format(n=name, N=name, x=value) for name, value in shuffled(rng, item["facts"]))
     return f"{item['passage']} {' '.join(again)}"
 
 
@@ -413,12 +411,12 @@ BASE_MIX: dict[str, tuple[float, Callable]] = {  # part: (share of the documents
     "skills": (0.22, skill_prose),
     "worksheets": (0.18, worksheet),
     "equations": (0.12, equations),
-    "songs": (0.07, song),
-    "sums": (0.06, sum_prose),
-    "reading": (0.08, reading_prose),
-    "scenes": (0.05, scene_prose),
+    "songs": (0.12, song),
+    "sums": (0.05, sum_prose),
+    "reading": (0.06, reading_prose),
+    "scenes": (0.04, scene_prose),
     "weather": (0.02, weather_log),
-    "letters": (0.05, _letter),
+    "letters": (0.04, _letter),
 }
 
 
@@ -493,7 +491,7 @@ def _ask(part, question, answer):
 
 
 SFT_MIX = {**dict.fromkeys(SKILLS, 0.035), "count": 0.09, "add": 0.05, "subtract": 0.06, "length": 0.05,
-           "facts": 0.08, "reading": 0.12, "scenes": 0.07, "steps": 0.05, "sums": 0.06, "calculator": 0.02, "judge": 0.05, "manners": 0.05}
+           "facts": 0.10, "reading": 0.07, "scenes": 0.08, "steps": 0.05, "sums": 0.06, "calculator": 0.02, "judge": 0.05, "manners": 0.05}
 
 
 def sft_rows(count: int, seed: int = 0, mix: dict[str, float] = SFT_MIX) -> Iterator[dict]:

@@ -168,6 +168,15 @@ def test_templates_with_something_added_are_refused(text, tmp_path):
     assert render(messages("system"), tokenizer, chat_format="chatml").input_ids[0] == tokenizer.special("<|im_start|>")
 
 
+def test_templates_like_that_of_qwen3_are_refused(tmp_path):
+    text = published("qwen3")
+    begun = text.replace("'<|im_start|>assistant\\n' }}", "'<|im_start|>assistant\\n<think>\\n' }}")
+    assert begun != text
+    others = [begun, text.replace("last_query_index", "last"), text.replace('{"name": ', "<function=")]
+    for other in (*others, text.replace("<think>\\n' +", "<think>' +")):
+        assert from_hf(saved("qwen2", tmp_path, other)).chat_format == ""
+
+
 def test_a_template_in_the_settings_or_in_a_file(tmp_path):
     saved("qwen2", tmp_path, template("qwen2"))
     assert (tmp_path / "chat_template.jinja").exists() and from_hf(tmp_path).chat_format == "qwen2"

@@ -281,6 +281,7 @@ def test_a_tokenizer_without_files_is_not_saved(tmp_path):
 @pytest.mark.parametrize("kind", ["tiny", "smollm2", "qwen2", "llama3"])
 def test_what_a_text_says_is_never_special(kind, tmp_path):
     ours = tiny() if kind == "tiny" else from_hf(saved(kind, tmp_path))
+    assert not ours.token_bytes.keys() & {*ours.special_tokens.values()}
     for name in ours.special_tokens:
         ids = ours.encode(f"Write {name} and{name}{name}")
         assert not set(ids) & {*ours.special_tokens.values()}
@@ -297,6 +298,7 @@ def test_special_tokens_by_name():
     assert ours.decode(ids) == text and ours.decode(ids, skip_special=True) == "1<|im_end|><tool>"
     with pytest.raises(UserError, match="no special token <unknown>"):
         ours.special("<unknown>")
+    assert ours.encode_with("<|im_end|>", ("<|im_end|>",)) == [ours.special("<|im_end|>")]
     longer = replace(ours, special_tokens={"<a": 9, "<a>": 8, "a.": 7})  # of names within names the longest
     assert longer.encode_with("<a>", ("<a", "<a>")) == [8]
     assert longer.encode_with("ab", ("a.",)) == ours.encode("ab")  # a name is no regular expression
@@ -367,6 +369,7 @@ def test_training_counts_as_the_definition_says():
 def test_training_writes_a_tokenizer_that_keeps_digits_apart(tmp_path, monkeypatch, capsys):
     from data import world
 
+    tiny()  # is kept, until training
     monkeypatch.setattr(world, "tokenizer_text", lambda: "add 12 12 12 and 1212 12! you_you\n" * 9 + "\n\nAdd 3.")
     monkeypatch.setattr(module, "TINY", tmp_path / "tiny.tiktoken")
     monkeypatch.setattr(module, "TINY_SIZE", 256 + len(SPECIAL) + 12)
@@ -379,6 +382,7 @@ def test_training_writes_a_tokenizer_that_keeps_digits_apart(tmp_path, monkeypat
         assert capsys.readouterr().out.startswith(f"wrote {tmp_path / 'tiny.tiktoken'}: 268 tokens")
         lines = (tmp_path / "tiny.tiktoken").read_text().splitlines()
         assert [base64.b64decode(line.split()[0]) for line in lines[:256]] == [bytes([b]) for b in range(256)]
+        assert [int(line.split()[1]) for line in lines] == list(range(268))
     finally:
         tiny.cache_clear()
 
