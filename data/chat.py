@@ -156,6 +156,7 @@ EXAMPLE = (
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
     parser.add_argument("--model", metavar="DIR", help="checkpoint whose tokenizer and format are taken")
     parser.add_argument("--data", metavar="FILE", help="JSONL whose first row is rendered")
     parser.add_argument("--map", nargs="+", default=[], metavar="THEIRS=OURS", help="rename fields of --data")

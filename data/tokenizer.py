@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 
+import regex  # which tiktoken needs, too
 import tiktoken
 
 from data.formats import UserError
@@ -63,9 +64,26 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, in which nothing is special."""
         text = unicodedata.normalize("NFC", text) if self.nfc else text
-        pieces = _cut_digits(text) if self.digits_apart else (text,)
-        ranks = (rank for piece in pieces for rank in self.encoding.encode_ordinary(piece))
-        return [i for rank in ranks if (i := self.ids[rank]) >= 0]
+        pieces = tuple(_cut_digits(text)) if self.digits_apart else (text,)
+        ids = [self.ids[rank] for piece in pieces for rank in self.encoding.encode_ordinary(piece)]
+        return ids if -1 not in ids else [i for piece in pieces for i in self._encode_known_bytes(piece)]
+
+    def _encode_known_bytes(self, text: str) -> Iterator[int]:
+        """The ids of a text with bytes that the vocabulary lacks: they vanish first, and their neighbours may merge."""
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a pair, as tiktoken reads it
+        for word in self._words.finditer(text):
+            if known := bytes(b for b in word.group().encode() if b in self._known_bytes):  # tiktoken dies of b""
+                yield from (self.ids[rank] for rank in self.encoding._encode_single_piece(known))
+
+    @cached_property
+    def _words(self) -> regex.Pattern:
+        # Python's white space has four characters more than Unicode's, which tiktoken and Hugging Face go by
+        pattern = self.encoding._pat_str.replace(r"\s", r"\p{White_Space}").replace(r"\S", r"\P{White_Space}")
+        return regex.compile(pattern)
+
+    @cached_property
+    def _known_bytes(self) -> frozenset[int]:
+        return frozenset(token[0] for token in self.token_bytes.values() if len(token) == 1)
 
     def encode_with(self, text: str, names: Collection[str]) -> list[int]:
         """The ids of `text`, in which these names, as far as the vocabulary has them, are special tokens."""
@@ -210,17 +228,19 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "
 def from_hf(directory: str | Path) -> Tokenizer:
     """The byte-level BPE tokenizer of a Hugging Face directory; UserError for other kinds."""
     directory = Path(directory)
-    files = {name: (directory / name).read_text(encoding="utf-8") for name in FILES if (directory / name).exists()}
     path = directory / "tokenizer.json"
-    if path.name not in files:
+    if not path.exists():
         raise UserError(f"{path}: not there")
     try:
+        files = {name: (directory / name).read_text(encoding="utf-8") for name in FILES if (directory / name).exists()}
         spec = json.loads(files[path.name])
         settings = json.loads(files.get("tokenizer_config.json", "{}"))
         generation = directory / "generation_config.json"
-        generation = json.loads(generation.read_text()) if generation.exists() else {}
-    except ValueError as error:
+        generation = json.loads(generation.read_text(encoding="utf-8")) if generation.exists() else {}
+    except ValueError as error:  # that of UTF-8, too
         raise UserError(f"{directory}: a tokenizer file is not JSON ({error})") from None
+    if not all(isinstance(read, dict) for read in (spec, settings, generation)):
+        raise UserError(f"{directory}: a tokenizer file holds no JSON object")
     model, normalizer = spec.get("model") or {}, spec.get("normalizer")
     if model.get("type", "BPE") != "BPE" or model.get("byte_fallback") or "merges" not in model:
         raise UserError(f"{path}: a model of type {model.get('type')}; only byte-level BPE is supported")
@@ -236,7 +256,7 @@ def from_hf(directory: str | Path) -> Tokenizer:
         vocab = {_to_bytes(token): i for token, i in model["vocab"].items() if token not in added}
         pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         tokens = [bytes([b]) for b in range(256)] + [_to_bytes(a + b) for a, b in pairs]
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, TypeError, AttributeError):
         raise UserError(f"{path}: its vocabulary is not one of bytes") from None
     if model.get("ignore_merges"):  # whole words of the vocabulary are tokens even where no merge makes them
         tokens += vocab
@@ -254,7 +274,8 @@ def from_hf(directory: str | Path) -> Tokenizer:
     if not eos:
         raise UserError(f"{directory}: neither tokenizer_config.json nor generation_config.json names an ending token")
     template = files.get("chat_template.jinja") or settings.get("chat_template") or ""  # in this order
-    template = template if isinstance(template, str) else template[0]["template"]
+    if not isinstance(template, str):  # several by name
+        template = next((named["template"] for named in template if named["name"] == "default"), "")
     bos_id = added.get(config_names["bos_token"])
     return Tokenizer(
         tiktoken.Encoding(str(directory), pat_str=pattern, mergeable_ranks=ranks, special_tokens={}),
@@ -359,6 +380,7 @@ def _halves(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
     parser.add_argument("text", nargs="?", default="Please sort 3 1 2.", help="(default: %(default)s)")
     parser.add_argument("--train", action="store_true", help="make data/tiny.tiktoken anew; all models must follow")
     parser.add_argument("--model", metavar="DIR", help="a checkpoint whose tokenizer is taken")

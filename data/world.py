@@ -1,7 +1,7 @@
 """A small world in simple English, made by code from a seed: the text that every tiny model here is trained and tested on.
 
 What it holds                                        and what it is for
-  facts      64 people and 24 towns, many phrasings    knowledge: asked of half of the people in SFT, tested on the others
+  facts      48 people and 16 towns, many phrasings    knowledge: asked of half of the people in SFT, tested on the others
   skills     12 list and number tasks, exact checkers  instruction following, new operands, unseen (verb, template) pairs
   sums       multi-step sums; 30% show their working   reasoning: SFT asks for the working, RL finds that it pays
   reading    a passage about a stranger, a question    in-context look-up (retrieval, judging)
@@ -47,16 +47,13 @@ def split_of(problem: str) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # Facts
 
-HER = ("Ada Anna Bella Clara Dora Ella Emma Eva Fay Greta Hanna Ida Ivy Jane Julia Kate Lea Lily Lucy Maria Mary Mia Nina Nora "
-       "Olga Rosa Ruth Sara Sofia Tess Vera Zoe").split()
-HIM = ("Adam Alan Ben Carl Dan David Emil Eric Felix Finn Fred Hugo Ivan Jack Jim John Karl Leo Liam Luke Mark Max Nick Noah "
-       "Oscar Otto Paul Peter Sam Simon Tom Victor").split()
+HER = "Ada Anna Bella Clara Dora Ella Emma Eva Fay Greta Hanna Ida Ivy Jane Julia Kate Lily Mary Nora Olga Rosa Sara Tess Zoe".split()
+HIM = "Adam Alan Ben Carl Dan David Eric Felix Finn Fred Hugo Ivan Jack Jim John Karl Leo Luke Mark Noah Otto Peter Sam Tom".split()
 PEOPLE = sorted(HER + HIM)
 JOBS = "baker doctor farmer driver teacher painter singer sailor writer nurse cook judge dancer pilot miner tailor".split()
 PETS = "cat dog horse rabbit parrot turtle goat snake mouse hen".split()
 FOODS = "bread rice soup cheese fish cake honey corn apples plums beans nuts".split()
-TOWNS = ("Oslo Lima Rome Cairo Delhi Tokyo Paris Bern Riga Kiev Milan Perth Quito Dakar Accra Turin Basel Porto Malmo Leeds "
-         "Minsk Seoul Hanoi Tunis").split()
+TOWNS = "Oslo Lima Rome Cairo Delhi Tokyo Paris Bern Riga Kiev Milan Quito Dakar Porto Leeds Seoul".split()
 RIVERS = "Alba Brenta Cora Dena Elva Fosna Gira Hela".split()
 GOODS = "wool salt silk coal glass wine paper oil".split()
 
@@ -154,11 +151,11 @@ def _count(rng):
 
 SKILLS = {
     "sort": Skill(_list("0123456789", 3, 6), lambda p: " ".join(sorted(p["x"].split())), "sort {x}",
-                  ("From small to large, {x} becomes {answer}.", "Sorted, the digits {x} are {answer}.", "We sort {x} and get {answer}.")),
+                  ("From small to large, {x} becomes {answer}.", "We sort {x} and get {answer}.")),
     "reverse": Skill(_distinct(WORDS, 3, 5), lambda p: " ".join(reversed(p["x"].split())), "reverse {x}",
-                     ("Read from the end, {x} is {answer}.", "The reverse of {x} is {answer}.", "We reverse {x} and get {answer}.")),
+                     ("Read from the end, {x} is {answer}.", "We reverse {x} and get {answer}.")),
     "repeat": Skill(_distinct(WORDS, 2, 5), lambda p: p["x"], "repeat {x}",
-                    ("They said {x} and we said {answer}.", "We repeat {x} and get {answer}.", "Again, {x} is {answer}.")),
+                    ("They said {x} and we said {answer}.", "We repeat {x} and get {answer}.")),
     "first": Skill(_distinct(WORDS, 2, 5), lambda p: p["x"].split()[0], "give the first of {x}",
                    ("The first of {x} is {answer}.", "In the row {x} the first word is {answer}.")),
     "last": Skill(_distinct(WORDS, 2, 5), lambda p: p["x"].split()[-1], "give the last of {x}",
@@ -173,8 +170,8 @@ SKILLS = {
                      ("The smaller of {a} and {b} is {answer}.", "Of the numbers {a} and {b} the smaller is {answer}.")),
     "add": Skill(_pair(80, 20), lambda p: str(int(p["a"]) + int(p["b"])), "add {a} and {b}",
                  ("{a} + {b} = {answer}.", "We add {a} and {b} and get {answer}.")),
-    "subtract": Skill(_pair(100, 20, minus=True), lambda p: str(int(p["a"]) - int(p["b"])), "subtract {b} from {a}",
-                      ("{a} - {b} = {answer}.", "We subtract {b} from {a} and get {answer}.")),
+    "subtract": Skill(_pair(100, 20, minus=True), lambda p: str(int(p["a"]) - int(p["b"])), "take {a} minus {b}",
+                      ("{a} - {b} = {answer}.", "We take {a} minus {b} and get {answer}.")),
     "next": Skill(lambda rng: {"x": str(rng.randrange(1000))}, lambda p: str(int(p["x"]) + 1), "say the number after {x}",
                   ("The number after {x} is {answer}.", "After {x} comes {answer}.")),
 }
@@ -247,7 +244,7 @@ def draw_passage(rng, split: str) -> dict:
         facts = list(zip(people, rng.sample(VALUES[attribute], len(people)), strict=True))
         name, value = rng.choice(facts)
         if split_of(f"{attribute} {facts}") == split:
-            passage = " ".join(rng.choice(FACT_PROSE[attribute]).format(n=who, N=who, x=x) for who, x in facts)
+            passage = " ".join(rng.choice(FACT_PROSE[attribute][1:3]).format(n=who, N=who, x=x) for who, x in facts)
             return {"passage": passage, "name": name, "attribute": attribute, "value": value, "facts": facts}
 
 
@@ -391,7 +388,7 @@ def song(rng) -> str:
 def reading_prose(rng) -> str:
     """A passage about strangers, and all that it says once more in other words."""
     item = draw_passage(rng, "train")
-    again = (rng.choice(FACT_PROSE[item["attribute"]]).format(n=name, N=name, x=value) for name, value in shuffled(rng, item["facts"]))
+    again = (FACT_ANSWER.format(a=item["attribute"], N=name, x=value) for name, value in shuffled(rng, item["facts"]))
     return f"{item['passage']} {' '.join(again)}"
 
 
@@ -407,14 +404,14 @@ def _letter(rng) -> str:
 
 
 BASE_MIX: dict[str, tuple[float, Callable]] = {  # part: (share of the documents, maker)
-    "facts": (0.15, biography),
-    "skills": (0.22, skill_prose),
-    "worksheets": (0.18, worksheet),
-    "equations": (0.12, equations),
-    "songs": (0.12, song),
-    "sums": (0.05, sum_prose),
-    "reading": (0.06, reading_prose),
-    "scenes": (0.04, scene_prose),
+    "facts": (0.11, biography),
+    "skills": (0.14, skill_prose),
+    "worksheets": (0.26, worksheet),
+    "equations": (0.14, equations),
+    "songs": (0.11, song),
+    "sums": (0.04, sum_prose),
+    "reading": (0.09, reading_prose),
+    "scenes": (0.05, scene_prose),
     "weather": (0.02, weather_log),
     "letters": (0.04, _letter),
 }

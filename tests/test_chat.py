@@ -185,9 +185,11 @@ def test_a_template_in_the_settings_or_in_a_file(tmp_path):
     assert render(messages("one turn"), from_hf(tmp_path)).input_ids == theirs(tmp_path, messages("one turn"))
     (tmp_path / "chat_template.jinja").unlink()
     assert from_hf(tmp_path).chat_format == "chatml"
-    named = [{"name": "default", "template": template("qwen2")}, {"name": "other", "template": CHATML}]
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": named}))
-    assert from_hf(tmp_path).chat_format == "qwen2"
+    named = [{"name": "rag", "template": template("smollm2")}, {"name": "default", "template": template("qwen2")},
+             {"name": "other", "template": CHATML}]  # fmt: skip
+    for known, chat_format in ((named, "qwen2"), (named[::2], ""), ([], "")):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": known}))
+        assert from_hf(tmp_path).chat_format == chat_format
 
 
 def test_a_tokenizer_without_the_tokens_of_the_format_is_refused(tmp_path):
@@ -363,3 +365,6 @@ def test_the_command_colours_what_is_trained_on(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit_:
         run("--data", path)
     assert exit_.value.code == 2 and capsys.readouterr().err.startswith(f"{path}:1: found the fields question")
+    with pytest.raises(SystemExit) as exit_:
+        run("--nope")
+    assert exit_.value.code == 2 and capsys.readouterr().err.count("\n") == 1

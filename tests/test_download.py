@@ -2,7 +2,9 @@
 
 import contextlib
 import gzip
+import hashlib
 import json
+import re
 import runpy
 import sys
 import threading
@@ -76,7 +78,7 @@ def jsonl(*rows: object) -> bytes:
 
 
 def source(site, path: str = "/rows.jsonl", least: int = 1, schema: str = "answer", convert=from_gsm8k) -> Source:
-    return Source("rows.jsonl", site.url + path, schema, least, convert)
+    return Source("rows.jsonl", site.url + path, None, schema, least, convert)
 
 
 def refused(made: Source, folder: Path, *words: str) -> None:
@@ -113,6 +115,11 @@ def test_hh_is_split_before_the_last_answer():
     assert [(turn["role"], turn["content"]) for turn in row["prompt"]] == said
     assert (row["chosen"], row["rejected"]) == ("d", "e\n\nf")
     assert to_messages(row, "rejected")[-1] == {"role": "assistant", "content": "e\n\nf"}
+    nothing = HH.replace("What?", " ")
+    with pytest.raises(ValueError, match="nothing is said"):
+        from_hh({"chosen": nothing + " d", "rejected": nothing + " e"})
+    with pytest.raises(ValueError, match="nothing is said"):
+        from_hh({"chosen": HH + " d", "rejected": HH})
     for bad in (HH.replace("What", "Why") + " d", HH + " d\n\nHuman: g", "Hello" + HH + " d", "\n\nAssistant: d", ""):
         with pytest.raises(ValueError, match="dialogue"):
             from_hh({"chosen": bad, "rejected": HH + " e"})
@@ -131,11 +138,14 @@ def test_ultrafeedback_keeps_answers_with_their_scores():
 @pytest.mark.parametrize("name", SOURCES)
 def test_each_data_set_becomes_rows_of_its_schema(name, site, tmp_path, capsys):
     for made in SOURCES[name]:
-        assert made.url.startswith("https://") and made.least > 1
+        assert re.search(r"^https://.*/[0-9a-f]{40}/", made.url) and made.least > 1  # a commit, not a branch
+        assert re.fullmatch("[0-9a-f]{64}", made.sha256 or "") or name == "ultrafeedback"
         body = jsonl(*[THEIRS[name]] * 3)
         path = f"/{made.file}" + ".gz" * made.url.endswith(".gz")
-        site.files[path] = 200, {}, gzip.compress(body) if path.endswith(".gz") else body
-        written = download(made._replace(url=site.url + path, least=3), tmp_path / "new" / "folder")
+        sent = gzip.compress(body) if path.endswith(".gz") else body
+        site.files[path] = 200, {}, sent
+        here = made._replace(url=site.url + path, least=3, sha256=hashlib.sha256(sent).hexdigest())
+        written = download(here, tmp_path / "new" / "folder")
         assert written == tmp_path / "new" / "folder" / made.file
         rows = read_jsonl(written, made.schema)
         assert len(rows) == 3 and rows[0].items() <= made.convert(THEIRS[name]).items()
@@ -161,13 +171,18 @@ def test_rows_must_fit_the_schema(site, tmp_path):
     refused(source(site, convert=lambda row: {"prompt": "a", "answer": 5}), tmp_path, "answer: found 5")
 
 
-def test_rows_with_nothing_in_a_field_are_left_out(site, tmp_path):
+def test_a_few_rows_that_do_not_fit_are_left_out_and_counted(site, tmp_path, capsys):
     row = THEIRS["dolly"]
-    site.files["/rows.jsonl"] = 200, {}, jsonl(row, {**row, "response": "\n"}, row)
+    empty, other = {**row, "response": "\n"}, {"instruction": "Sort."}
     made = source(site, schema="completion", convert=from_dolly)
-    assert read_jsonl(download(made, tmp_path), "completion") == [from_dolly(row)] * 2
-    site.files["/rows.jsonl"] = 200, {}, jsonl({**row, "response": ""})
-    refused(made, tmp_path, "empty")
+    site.files["/rows.jsonl"] = 200, {}, jsonl(row, empty, *[row] * 197, other)
+    assert read_jsonl(download(made, tmp_path), "completion") == [from_dolly(row)] * 198
+    said = capsys.readouterr().out
+    assert "198 rows; left out 2, the first is line 2: not the row expected (ValueError: an empty field)" in said
+    site.files["/rows.jsonl"] = 200, {}, jsonl(row, empty, *[row] * 196, other, empty)
+    refused(made, tmp_path, "/rows.jsonl:2: not the row expected", "one of 3 in 200")
+    site.files["/rows.jsonl"] = 200, {}, jsonl(empty)
+    refused(made, tmp_path, "/rows.jsonl:1: not the row expected")
 
 
 def test_a_file_with_too_few_rows_is_refused(site, tmp_path):
@@ -191,6 +206,19 @@ def test_a_file_that_breaks_off_is_refused(site, tmp_path):
     for broken in (packed[:-9], body, packed[:10] + b"\xff" * 9 + packed[19:]):
         site.files["/rows.jsonl.gz"] = 200, {}, broken
         refused(source(site, "/rows.jsonl.gz"), tmp_path, "rows.jsonl.gz: ")
+
+
+@pytest.mark.parametrize("path", ["/rows.jsonl", "/rows.jsonl.gz"])
+def test_another_file_than_the_one_noted_is_refused(path, site, tmp_path):
+    """Though it came whole and its rows fit; a packed one is not even unpacked."""
+    body = jsonl(THEIRS["gsm8k"])
+    right, wrong = (gzip.compress(body, level) if path.endswith("gz") else body + b"\n" * level for level in (0, 9))
+    made = source(site, path)._replace(sha256=hashlib.sha256(right).hexdigest())
+    for sent in (wrong, b"no gzip"):
+        site.files[path] = 200, {}, sent
+        refused(made, tmp_path, "not the file expected", hashlib.sha256(sent).hexdigest())
+    site.files[path] = 200, {}, right
+    assert len(read_jsonl(download(made, tmp_path), "answer")) == 1
 
 
 @pytest.mark.parametrize("path", ["/rows.jsonl", "/rows.jsonl.gz"])
@@ -225,10 +253,10 @@ def test_the_command(site, tmp_path, monkeypatch, capsys):
     assert run("gsm8k", "--out", tmp_path).startswith(f"wrote {tmp_path / 'rows.jsonl'}: 1 rows")
     assert "is there already" in run("gsm8k", "--out", tmp_path) and len(site.asked) == 1
     assert run("gsm8k", "--out", tmp_path, "--force").startswith("wrote") and len(site.asked) == 2
-    with pytest.raises(SystemExit) as exit_:
-        run("gsm9k")
-    assert exit_.value.code == 2
-    capsys.readouterr()
+    for argv in (["gsm9k"], [], ["gsm8k", "--nope"]):
+        with pytest.raises(SystemExit) as exit_:
+            run(*argv)
+        assert exit_.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
     (tmp_path / "taken").write_text("a file where a folder should be")
     monkeypatch.setattr(sys, "argv", ["download.py", "gsm8k", "--out", str(tmp_path / "taken")])

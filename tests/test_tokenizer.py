@@ -139,6 +139,28 @@ def test_a_byte_that_the_vocabulary_lacks_is_left_out(tmp_path):
     assert [ours.encode(text) for text in texts] == library_ids(tmp_path, texts)
 
 
+def test_the_neighbours_of_a_byte_that_is_left_out_may_merge(tmp_path):
+    ours, generator = from_hf(saved("smollm2", tmp_path)), random.Random(4)
+    ranges = ((0x20, 0x7F), (0xA0, 0x370), (0x600, 0x700), (0xE00, 0xE80), (0x2000, 0x2070), (0xAC00, 0xAD00),
+              (0x1F300, 0x1F700), (0, 0x20))  # fmt: skip
+    texts = ["".join(chr(generator.randrange(*generator.choice(ranges))) for _ in range(20)) for _ in range(300)]
+    texts += ["a  \x1d\x1eb", "a\x1d\x1e\n\nb", "\x02", " \x02 "]  # no white space to Unicode, but to Python
+    plain = [[ours.ids[rank] for rank in ours.encoding.encode_ordinary(text)] for text in texts]
+    kept = [[i for i in ids if i >= 0] for ids in plain]
+    wanted = library_ids(tmp_path, texts)
+    assert sum(-1 in ids for ids in plain) > 250 and sum(map(list.__ne__, kept, wanted)) > 5  # so there is a difference
+    for text, ids in zip(texts, wanted, strict=True):
+        assert ours.encode(text) == ids, repr(text)
+
+
+@pytest.mark.parametrize("kind", ["tiny", *NAMES])
+def test_half_a_surrogate_pair_is_a_replacement_character(kind, tmp_path):
+    """JSON can hold one; UTF-8 cannot."""
+    ours = tiny() if kind == "tiny" else from_hf(saved(kind, tmp_path))
+    for half in ("\ud800", "\udfff"):
+        assert ours.encode(f"the {half}\x02b") == ours.encode("the \ufffd\x02b")
+
+
 def test_merges_may_be_written_in_two_ways(tmp_path):
     ours = from_hf(saved("qwen2", tmp_path))
     spec = json.loads((tmp_path / "tokenizer.json").read_text())
@@ -221,6 +243,8 @@ def _set(spec: dict, path: str, value: object) -> None:
         ("qwen2", "added_tokens.0.rstrip", True, "white space"),
         ("qwen2", "added_tokens.0.content", "    ", "white space"),
         ("gpt2", "model.vocab", {"▁the": 0}, "not one of bytes"),
+        ("gpt2", "model.vocab", ["the"], "not one of bytes"),
+        ("gpt2", "model.merges", [5], "not one of bytes"),
         ("gpt2", "model.merges", [["t", "▁"]], "not one of bytes"),
         ("gpt2", "model.merges", [["z", "q"]], "b'zq', which the vocabulary lacks"),
     ],
@@ -245,12 +269,13 @@ def test_files_that_are_missing_or_broken_are_refused(tmp_path):
     with pytest.raises(UserError, match="ending token"):
         from_hf(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        saved("gpt2", tmp_path)
-        (tmp_path / name).write_text("{")
-        with pytest.raises(UserError, match="not JSON") as error:
-            from_hf(tmp_path)
-        assert "\n" not in str(error.value)
-        (tmp_path / name).unlink()
+        for content, words in ((b"{", "not JSON"), (b'{"a": "\xff"}', "not JSON"), (b"[]", "no JSON object")):
+            saved("gpt2", tmp_path)
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(UserError, match=words) as error:
+                from_hf(tmp_path)
+            assert str(error.value).startswith(f"{tmp_path}: ") and "\n" not in str(error.value)
+            (tmp_path / name).unlink()
 
 
 @pytest.mark.parametrize("kind", ["tiny", "smollm2", "llama3"])
@@ -425,3 +450,6 @@ def test_the_command_shows_the_pieces(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit_:
         run("the", "--model", tmp_path / "no")
     assert exit_.value.code == 2 and capsys.readouterr().err == f"{tmp_path / 'no' / 'tokenizer.json'}: not there\n"
+    with pytest.raises(SystemExit) as exit_:
+        run("--nope")
+    assert exit_.value.code == 2 and capsys.readouterr().err.count("\n") == 1

@@ -34,6 +34,7 @@ IN_CHAT = [
         'Part("assistant\\n", trained=True), Part(content',
         MASK,
     ),
+    ("S20: a mask of truth values", "[int(part.trained)] * len(new)", "[part.trained] * len(new)", IDS),
     ("S7: everything trained", "mask += [int(part.trained)]", "mask += [1]", MASK),
     (
         "the first token of an answer not trained",
@@ -228,6 +229,12 @@ IN_CHAT = [
     ),
     ("the wrong tokens in colour", 'if trained else text, end="")', 'if not trained else text, end="")', CLI),
     ("bad data ends with code 1", "sys.exit(2)", "sys.exit(1)", CLI),
+    (
+        "a wrong flag prints the usage, too",
+        'parser.exit(2, f"{parser.prog}: {message}\\n")',
+        'parser.exit(2, f"{parser.format_usage()}{parser.prog}: {message}\\n")',
+        CLI,
+    ),
     ("--map passed over", "mapping=formats.parse_map(args.map))", "mapping={})", CLI),
 ]
 IN_TOKENIZER = [
@@ -276,7 +283,8 @@ IN_TOKENIZER = [
         'files.get("chat_template.jinja") or ""',
         PLACE,
     ),
-    ("the last of several templates", 'template[0]["template"]', 'template[-1]["template"]', PLACE),
+    ("the first of several templates", 'if named["name"] == "default"', "if named", PLACE),
+    ("several templates without a default", '== "default"), "")', '== "default"), template[0]["template"])', PLACE),
 ]
 MUTANTS = [
     Mutant(name, file, old, new, TESTS + test)

@@ -11,8 +11,9 @@ ULTRA = "test_ultrafeedback_keeps_answers_with_their_scores"
 EACH = "test_each_data_set_becomes_rows_of_its_schema"
 CHANGED = "test_rows_that_changed_are_refused_with_their_line"
 FIT = "test_rows_must_fit_the_schema"
-EMPTY = "test_rows_with_nothing_in_a_field_are_left_out"
+FEW_WRONG = "test_a_few_rows_that_do_not_fit_are_left_out_and_counted"
 FEW = "test_a_file_with_too_few_rows_is_refused"
+SHA = "test_another_file_than_the_one_noted_is_refused"
 SERVER = "test_what_the_server_refuses_is_one_line"
 BREAKS = "test_a_file_that_breaks_off_is_refused"
 LIMIT = "test_a_file_beyond_the_limit_is_refused"
@@ -62,9 +63,9 @@ MUTANTS = [
         ("empty answers kept", "(pair for pair in answers if pair[0])", "(pair for pair in answers)", ULTRA),
         # checks
         (
-            "rows that do not fit skipped",
-            '            raise UserError(f"{source.url}:{number}: not',
-            '            continue\n            raise UserError(f"{source.url}:{number}: not',
+            "rows that do not fit skipped, however many",
+            "if len(wrong) > TOLERATED * len(lines):",
+            "if False:",
             CHANGED,
         ),
         ("lines counted from 0", "enumerate(lines, start=1)", "enumerate(lines)", CHANGED),
@@ -82,7 +83,44 @@ MUTANTS = [
         ),
         ("rows not checked", "formats.read_jsonl(made, source.schema)", "made.stat()", FIT),
         ("the error names a file that is gone", ".replace(str(made),", '.replace("?",', FIT),
-        ("rows with empty fields kept", ' if "" not in row.values()]', "]", EMPTY),
+        ("rows with empty fields kept", 'if "" in row.values():', "if False:", FEW_WRONG),
+        ("one bad row is too many", "> TOLERATED * len(lines):", "> 0:", FEW_WRONG),
+        ("1% is too many", "> TOLERATED * len(lines):", ">= TOLERATED * len(lines):", FEW_WRONG),
+        (
+            "left out without a word",
+            'print(f"wrote {folder / source.file}: {len(rows)} rows{left_out}")',
+            'print(f"wrote {folder / source.file}: {len(rows)} rows")',
+            FEW_WRONG,
+        ),
+        (
+            "turns in which nothing is said",
+            'if not all(turn["content"] for turn in turns):',
+            'if not turns[-1]["content"]:',
+            HH,
+        ),
+        (
+            "answers in which nothing is said",
+            'if not all(turn["content"] for turn in turns):',
+            'if not all(turn["content"] for turn in turns[:-1]):',
+            HH,
+        ),
+        # which file it is
+        ("any file will do", "if sha256 and (found :=", "if False and (found :=", SHA),
+        ("a file without a noted sum is refused", "if sha256 and (found :=", "if (found :=", FEW),
+        ("the sum is not handed on", "fetch(source.url, source.sha256)", "fetch(source.url)", SHA),
+        (
+            "the sum of the first bytes only",
+            "hashlib.sha256(data).hexdigest()",
+            "hashlib.sha256(data[:10]).hexdigest()",
+            SHA,
+        ),
+        (
+            "a branch, which moves, instead of a commit",
+            "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/",
+            "openai/grade-school-math/master/",
+            EACH,
+        ),
+        ("a sum with a digit missing", "5a06132", "5a0613", EACH),
         ("part of a file is enough", "if len(lines) < source.least:", "if len(lines) < 1:", FEW),
         ("a whole file is too short", "if len(lines) < source.least:", "if len(lines) <= source.least:", FEW),
         # the network
@@ -117,5 +155,11 @@ MUTANTS = [
             CLI,
         ),
         ("errors end with code 1", "sys.exit(2)", "sys.exit(1)", CLI),
+        (
+            "a wrong flag prints the usage, too",
+            'parser.exit(2, f"{parser.prog}: {message}\\n")',
+            'parser.exit(2, f"{parser.format_usage()}{parser.prog}: {message}\\n")',
+            CLI,
+        ),
     ]
 ]

@@ -7,6 +7,8 @@ TESTS = "tests/test_tokenizer.py::"
 IDS = "test_ids_equal_those_of_the_library"
 DIGITS = "test_no_digits_together_in_smollm2_and_three_in_llama3"
 LACKS = "test_a_byte_that_the_vocabulary_lacks_is_left_out"
+NEIGHBOURS = "test_the_neighbours_of_a_byte_that_is_left_out_may_merge"
+HALF = "test_half_a_surrogate_pair_is_a_replacement_character"
 MERGES = "test_merges_may_be_written_in_two_ways"
 WHOLE = "test_whole_words_of_the_vocabulary_where_merges_are_ignored"
 ENDS = "test_ending_tokens_are_all_that_any_file_names"
@@ -30,11 +32,11 @@ MUTANTS = [
     Mutant(name, "data/tokenizer.py", old, new, TESTS + test)
     for name, old, new, test in [
         # ids of checkpoints
-        ("ranks taken for ids", "[i for rank in ranks if (i := self.ids[rank]) >= 0]", "list(ranks)", IDS),
+        ("ranks taken for ids", "[self.ids[rank] for piece in pieces for", "[rank for piece in pieces for", IDS),
         ("no normal form", 'unicodedata.normalize("NFC", text) if self.nfc else text', "text", IDS),
         ("the wrong normal form", 'normalize("NFC", text)', 'normalize("NFKC", text)', IDS),
         ("normal form for all", "nfc=normalizer is not None", "nfc=True", IDS),
-        ("digits not cut apart", "_cut_digits(text) if self.digits_apart else (text,)", "(text,)", IDS),
+        ("digits not cut apart", "tuple(_cut_digits(text)) if self.digits_apart else (text,)", "(text,)", IDS),
         (
             "only ASCII digits cut apart",
             'if unicodedata.category(character)[0] == "N":',
@@ -70,7 +72,43 @@ MUTANTS = [
             "    ranks: dict[bytes, int] = {}\n",
             IDS,
         ),
-        ("a lacking byte becomes the last id", "if (i := self.ids[rank]) >= 0]", "for i in [self.ids[rank]]]", LACKS),
+        ("a lacking byte is id -1", "return ids if -1 not in ids else [", "return ids or [", LACKS),
+        (
+            "a lacking byte left out when all is merged",
+            "return ids if -1 not in ids else [i for piece in pieces for i in self._encode_known_bytes(piece)]",
+            "return [i for i in ids if i >= 0]",
+            NEIGHBOURS,
+        ),
+        (
+            "words with a lacking byte merge with each other",
+            "for word in self._words.finditer(text):",
+            'for word in regex.finditer("(?s).+", text):',
+            NEIGHBOURS,
+        ),
+        (
+            "Python's white space in words with a lacking byte",
+            '.replace(r"\\s", r"\\p{White_Space}").replace(r"\\S", r"\\P{White_Space}")',
+            "",
+            NEIGHBOURS,
+        ),
+        (
+            "digits not cut apart in a text with a lacking byte",
+            "[i for piece in pieces for i in self._encode_known_bytes(piece)]",
+            "[*self._encode_known_bytes(text)]",
+            NEIGHBOURS,
+        ),
+        (
+            "ranks taken for ids in a text with a lacking byte",
+            "(self.ids[rank] for rank in self.encoding._encode_single_piece(known))",
+            "self.encoding._encode_single_piece(known)",
+            NEIGHBOURS,
+        ),
+        (
+            "half a surrogate pair raises UnicodeEncodeError",
+            'text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")',
+            "text = str(text)",
+            HALF,
+        ),
         ("merges in one string not split", 'pair.split(" ") if isinstance(pair, str) else pair', "pair", MERGES),
         ("whole words are merged all the same", 'if model.get("ignore_merges"):', "if False:", WHOLE),
         ("whole words in all vocabularies", 'if model.get("ignore_merges"):', "if True:", WHOLE),
@@ -143,7 +181,14 @@ MUTANTS = [
         ("tokens that swallow white space to the left", 'token.get("lstrip") or token', "token", NOT),
         ("tokens that swallow white space to the right", 'or token.get("rstrip") or', "or", NOT),
         ("tokens of white space alone", "or not name.strip()\n", "\n", NOT),
-        ("a vocabulary of characters raises KeyError", "except (KeyError, ValueError):", "except ValueError:", NOT),
+        (
+            "a vocabulary of characters raises KeyError",
+            "except (KeyError, ValueError, TypeError,",
+            "except (TypeError,",
+            NOT,
+        ),
+        ("a vocabulary that is a list raises AttributeError", "TypeError, AttributeError):", "TypeError):", NOT),
+        ("merges that are numbers raise TypeError", "ValueError, TypeError, Attr", "ValueError, Attr", NOT),
         (
             "a merge without a token",
             "if missing := [token for token in ranks if len(token) > 1",
@@ -151,11 +196,17 @@ MUTANTS = [
             NOT,
         ),
         ("no ending token raises IndexError", "    if not eos:\n", "    if False:\n", BROKEN),
-        ("a missing file raises KeyError", "if path.name not in files:", "if False:", BROKEN),
+        ("a missing file raises KeyError", "if not path.exists():", "if False:", BROKEN),
         (
             "broken files raise ValueError",
             "    except ValueError as error:\n",
             "    except EOFError as error:\n",
+            BROKEN,
+        ),
+        (
+            "files without an object raise AttributeError",
+            "if not all(isinstance(read, dict) for read in (spec, settings, generation)):",
+            "if not isinstance(spec, dict):",
             BROKEN,
         ),
         # saved
@@ -186,9 +237,9 @@ MUTANTS = [
         # special tokens and bytes
         (
             "injection: special tokens in any text",
-            "        pieces = _cut_digits(text)",
+            "        pieces = tuple(_cut_digits(text))",
             "        if any(name in text for name in self.special_tokens):\n"
-            "            return self.encode_with(text, self.special_tokens)\n        pieces = _cut_digits(text)",
+            "            return self.encode_with(text, self.special_tokens)\n        pieces = tuple(_cut_digits(text))",
             SAYS,
         ),
         (
@@ -292,5 +343,11 @@ MUTANTS = [
             CLI,
         ),
         ("bad input ends with code 1", "sys.exit(2)", "sys.exit(1)", CLI),
+        (
+            "a wrong flag prints the usage, too",
+            'parser.exit(2, f"{parser.prog}: {message}\\n")',
+            'parser.exit(2, f"{parser.format_usage()}{parser.prog}: {message}\\n")',
+            CLI,
+        ),
     ]
 ]
