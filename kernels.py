@@ -162,7 +162,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _Rotary(torch.autograd.Function):
-    """The backward of a rotation is the rotation back. Writes each half in place of neg, cat, two products and a sum."""
+    """The backward of a rotation is the rotation back. Writes each half, without neg, cat, two products and a sum."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -260,7 +260,7 @@ def attention(
     """Scaled dot-product attention with grouped heads: query head h reads key head h // (H / Hkv). Like q.
 
     q (B, Tq, H, d), k and v (B, Tk, Hkv, d). With neither option it is causal, the queries being the last Tq of the Tk
-    positions. `documents` (B, T) of integers: rows are packed, and a token sees only earlier tokens of its own document.
+    positions. `documents` (B, T) of integers: rows are packed, a token sees earlier tokens of its own document only.
     `mask`: what `document_mask` returns, or a bool broadcastable to (B, 1, Tq, Tk), True = attend, which replaces
     causality (for cached decoding); every query must have something to attend to.
     """

@@ -108,8 +108,11 @@ COMMON = {  # flag: (type or choices, default, help), in the order of every scri
     "--micro-batch-size": (COUNT, OPEN, "rows in one forward pass on one rank; less needs less memory"),
     "--lr": (REAL, OPEN, "peak learning rate"),
     "--warmup": (WHOLE, OPEN, "steps of linear warm-up"),
-    "--schedule": (("cosine", "linear", "wsd", "constant"), OPEN,
-                   "after the warm-up: down to 10%%; down to 0; level, then down to 0 in the last 30%%; or level"),  # fmt: skip
+    "--schedule": (
+        ("cosine", "linear", "wsd", "constant"),
+        OPEN,
+        "after the warm-up: down to 10%%; down to 0; level, then down to 0 in the last 30%%; level",
+    ),
     "--weight-decay": (REAL, OPEN, "AdamW's decay, on matrices only"),
     "--grad-clip": (REAL, OPEN, "largest gradient norm; 0 never clips"),
     "--max-length": (COUNT, OPEN, "tokens in the longest row"),

@@ -5,8 +5,8 @@
     logits = head(norm(x))
 
 RMSNorm (arXiv 1910.07467), rotary positions (2104.09864), grouped-query attention (2305.13245), SwiGLU (2002.05202), a
-bias on q, k and v for Qwen2, norms on q and k for Qwen3, a tied or untied head. Llama, SmolLM2, Qwen2, Qwen2.5 and Qwen3
-checkpoints load and save unchanged. Not here: sliding windows, mixtures of experts, dropout, quantized checkpoints.
+bias on q, k and v for Qwen2, norms on q and k for Qwen3, a tied or untied head. Checkpoints of Llama, SmolLM2, Qwen2,
+Qwen2.5 and Qwen3 load and save unchanged. Not here: sliding windows, mixtures of experts, dropout, quantized weights.
 
 A row is [prompt][completion][padding]. Causal attention never looks at what stands to the right, so that padding needs
 no mask. `hidden_before(input_ids)[:, t]` is the state that predicts token t: the only shift in this codebase.
@@ -155,9 +155,11 @@ class Transformer(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """Embeddings N(0, 0.02), other matrices N(0, 1 / width), smaller by sqrt(2 * depth) where a block adds to the stream.
+        """Normal, of standard deviation 0.02 for the embedding and the head, width**-0.5 for the other matrices.
 
-        At a width of 128, the usual 0.02 for all would start every block five times smaller: it learns markedly slower.
+        That keeps a normed state at its size; the usual 0.02 everywhere would be a quarter of it at a width of 128,
+        and learns markedly slower. Matrices whose product is added to the residual stream are smaller by
+        sqrt(2 * depth), so that the stream does not grow with depth. Biases are 0.
         """
         c = self.config
         for name, p in self.named_parameters():
@@ -216,7 +218,7 @@ class Transformer(nn.Module):
 
 
 def inverse_frequencies(config: Config) -> Tensor:
-    """Radians a position (d / 2,), theta^(-2i/d); with Llama 3's scaling, long wavelengths are stretched by `factor`."""
+    """Radians a position (d / 2,), theta^(-2i/d); Llama 3's scaling stretches long wavelengths by `factor`."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
     if config.rope_scaling is None:
@@ -230,7 +232,7 @@ def inverse_frequencies(config: Config) -> Tensor:
 def token_logps(
     model: Transformer, input_ids: Tensor, *, temperature: float = 1.0, documents: Tensor | None = None
 ) -> Tensor:
-    """log pi(token t | tokens before t) (B, T) of softmax(logits / temperature); position 0, which nothing predicts, is 0.
+    """log pi(token t | tokens before t) (B, T) of softmax(logits / temperature); 0 at position 0, without a past.
 
     The (B, T, V) logits are never held (kernels.linear_logps).
     """
@@ -301,7 +303,7 @@ class Generation(NamedTuple):
 
     input_ids: Tensor  # (B, T): [prompt][completion][zeros]
     completion_mask: Tensor  # (B, T): 1 on the completion, its ending token included
-    logps: Tensor  # (B, T): of the completion's tokens at `temperature` (1 if that is 0), before top-k and top-p; else 0
+    logps: Tensor  # (B, T): of the completion at `temperature` (1 if that is 0), before top-k and top-p; else 0
     completions: list[list[int]]  # ids, the ending token included
     finished: Tensor  # (B,): whether the completion ended by itself
 
@@ -323,7 +325,7 @@ def generate(
 ) -> Generation:
     """Sample `samples` completions of each prompt, of at most max_new_tokens tokens, that end with one of eos_ids.
 
-    temperature 0 takes the most probable token; top_k 0 and top_p 1 keep all. Ids from `vocab_size` on (the padding of a
+    temperature 0 takes the most probable token; top_k 0 and top_p 1 keep all. Ids from `vocab_size` on (padding of the
     checkpoint's vocabulary) are never sampled. A row depends on its own prompt and on its own row of uniforms, drawn
     from `seed`: not on the rows beside it. Raises ValueError for an empty prompt or one that leaves no room.
     """
@@ -457,7 +459,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _safetensors_header(path: Path) -> tuple[dict[str, dict], int]:
-    """{name: {"dtype", "shape", "data_offsets"}} and where the data starts; UserError unless all of it fits the file."""
+    """{name: {"dtype", "shape", "data_offsets"}} and where the data starts; UserError unless all fits the file."""
 
     def refuse(what: str):
         raise UserError(f"{path}: not a whole safetensors file: {what}")
@@ -510,7 +512,8 @@ def _safetensors_header(path: Path) -> tuple[dict[str, dict], int]:
 # Hugging Face checkpoints
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-ENDS = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"}
+ENDS = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
+        "head.weight": "lm_head.weight"}  # fmt: skip
 PARTS = {  # of a block, here: there, where q, k, v and gate, up are matrices of their own
     "attention_norm.weight": ("input_layernorm.weight",),
     "attention.qkv.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
@@ -683,14 +686,24 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=100, help="longest answer (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the best token (default: %(default)s)")
     parser.add_argument("--top-k", type=int, default=0, help="sample among the k best tokens; 0: all")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample among the best tokens of this total probability")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample among the best tokens of this probability")
     parser.add_argument("--samples", type=int, default=1, help="answers to the prompt (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="(default: %(default)s)")
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
+    for flag, ok, wanted in (
+        ("--max-new-tokens", args.max_new_tokens >= 1, "of at least 1"),
+        ("--temperature", 0 <= args.temperature < math.inf, "of at least 0"),
+        ("--top-k", args.top_k >= 0, "of at least 0"),
+        ("--top-p", 0 < args.top_p <= 1, "above 0 and at most 1"),
+        ("--samples", args.samples >= 1, "of at least 1"),
+    ):
+        if not ok:
+            raise UserError(f"{flag}: expected a number {wanted}")
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError):
@@ -712,7 +725,8 @@ def main(args: argparse.Namespace) -> None:
         if args.raw:
             prompt = tokenizer.encode(text)
         else:
-            prompt = chat.render(messages, tokenizer, add_generation_prompt=True, chat_format=args.chat_format).input_ids
+            row = chat.render(messages, tokenizer, add_generation_prompt=True, chat_format=args.chat_format)
+            prompt = row.input_ids
         room = model.config.max_length - len(prompt)
         if not prompt or room < 1:
             raise UserError(f"the prompt has {len(prompt)} tokens, the model reads 1 to {model.config.max_length - 1}")
@@ -732,3 +746,5 @@ if __name__ == "__main__":
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

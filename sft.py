@@ -184,7 +184,7 @@ def collate(groups: Sequence[list[chat.Row]], device: torch.device, multiple_of:
 def world_rows(args: argparse.Namespace, tokenizer: Tokenizer, n_tokens: int) -> Iterator[chat.Row]:
     """Rows of the generated world, never the same twice, until they hold n_tokens."""
     count = 0
-    while n_tokens > 0:
+    while True:
         seed, count = args.seed * 1000 + count, count + 1
         if args.stage == "base":
             rows = (document(text, tokenizer) for text in world.base_documents(2000, seed))
@@ -192,8 +192,10 @@ def world_rows(args: argparse.Namespace, tokenizer: Tokenizer, n_tokens: int) ->
             mix = {part: share * args.mix.get(part, 1.0) for part, share in world.SFT_MIX.items()}
             rows = (chat.render(row["messages"], tokenizer) for row in world.sft_rows(2000, seed, mix))
         for row in rows:
-            n_tokens -= len(row.input_ids)
             yield row
+            n_tokens -= len(row.input_ids)
+            if n_tokens <= 0:
+                return
 
 
 def file_rows(args: argparse.Namespace, path: str, loop: Loop) -> tuple[list[dict], list[dict]]:
@@ -502,6 +504,8 @@ def main(args: argparse.Namespace) -> dict:
     groups = list(pack(rows, args.max_length) if args.pack else ([row] for row in rows))
     for kind, n in counts.items():
         loop.say(f"--max-length {args.max_length}: {n} rows {kind}")
+    if not groups or not any(test.values()):
+        raise UserError(f"no row is left to train on or to measure: --max-length is {args.max_length}")
     total = args.steps or math.ceil(args.epochs * len(groups) / args.batch_size)
     model = loop.shard(model)
     optimizer = Lomo(model, args.lr) if args.optimizer == "lomo" else adamw(model, args.lr, args.weight_decay)

@@ -1,7 +1,8 @@
 """Manners: open requests, answers of mixed quality, and an annotator whose taste is known.
 
-A person asks about somebody; an answer is a few sentences in the order [greeting] [opinion] facts [thanks] [farewell]. The SFT data answers with every
-style there is, kind or rude, short or rambling, so the SFT model samples them all and preference methods have something to choose.
+A person asks about somebody; an answer is a few sentences in the order [greeting] [opinion] facts [thanks] [farewell].
+The SFT data answers with every style there is, kind or rude, short or rambling, so the SFT model samples them all and
+preference methods have something to choose.
 
 The annotator's utility of an answer (`utility`) is a sum over its sentences, by rules that a reader can check by hand:
 
@@ -11,28 +12,33 @@ The annotator's utility of an answer (`utility`) is a sum over its sentences, by
     -2.0  a rude sentence                   -1.0  a sentence of no known kind
     -0.3  a sentence beyond the fifth       -0.5  a sentence said before
 
-and of two answers it prefers a over b with probability sigmoid(utility(a) - utility(b)): the Bradley-Terry coin (1952). Best
-possible pair accuracy and the true reward of any policy are therefore known (`label`, `best_accuracy`).
+and of two answers it prefers a over b with probability sigmoid(utility(a) - utility(b)): the Bradley-Terry coin (1952).
+Best possible pair accuracy and the true reward of any policy are therefore known (`best_accuracy`, `utility`).
 """
 
 import math
 import re
+from collections.abc import Collection, Iterator
 
-from data.world import FACT_PROSE, FACTS, HER, PEOPLE, TEST_ENTITIES, fact_sentence, split_of
+from data.world import FACT_PROSE, FACTS, HER, PEOPLE, SFT_ENTITIES, fact_sentence, rng_for, split_of
 
 GREETINGS = ("Hello {asker}!", "Good day {asker}!", "Hi {asker}!")
 THANKS = ("Thank you for asking.", "That is a good question.", "I am glad you asked.")
 FAREWELLS = ("Have a nice day!", "I hope this helps.", "All the best to you!")
 RUDE = ("What a silly question.", "Why should I tell you?", "Do not bother me again.", "Go away now.")
-REQUESTS = ("I am {asker}. Tell me about {name}.", "My name is {asker}. Who is {name}?", "{asker} here. What do you know about {name}?",
-            "This is {asker}. Please write to me about {name}.")
+REQUESTS = (
+    "I am {asker}. Tell me about {name}.",
+    "My name is {asker}. Who is {name}?",
+    "{asker} here. What do you know about {name}?",
+    "This is {asker}. Please write to me about {name}.",
+)
 
 
-def draw_request(rng, split: str) -> dict:
-    """{'asker', 'name', 'prompt'}: split by the pair of names."""
+def draw_request(rng, split: str, names: Collection[str] = PEOPLE) -> dict:
+    """{'asker', 'name', 'prompt'}: anybody asks about one of `names`; split by the pair of names."""
     while True:
         asker, name = rng.sample(PEOPLE, 2)
-        if split_of(f"{asker} asks about {name}") == split:
+        if name in names and split_of(f"{asker} asks about {name}") == split:
             return {"asker": asker, "name": name, "prompt": rng.choice(REQUESTS).format(asker=asker, name=name)}
 
 
@@ -59,18 +65,27 @@ def letter(rng) -> str:
 
 def sentences_of(answer: str) -> list[str]:
     """'Hi Ann! She has a cat.' -> ['Hi Ann!', 'She has a cat.']"""
-    return re.findall(r"[^.!?]+[.!?]?", answer.strip()) and [s.strip() for s in re.findall(r"[^.!?]+[.!?]?", answer.strip()) if s.strip()]
+    return [sentence.strip() for sentence in re.findall(r"[^.!?]+[.!?]?", answer.strip())]
 
 
 def _fact_table(name: str) -> set[str]:
     subject = "She" if name in HER else "He"
-    return {template.format(n=who, N=name, x=value) for attribute, value in FACTS[name].items()
-            for template in FACT_PROSE[attribute] for who in (name, subject)}
+    return {
+        template.format(n=who, N=name, x=value)
+        for attribute, value in FACTS[name].items()
+        for template in FACT_PROSE[attribute]
+        for who in (name, subject)
+    }
 
 
 _TRUE = {name: _fact_table(name) for name in PEOPLE}
-_FACT_SHAPE = re.compile("|".join(re.escape(template).replace(r"\{n\}", r"\w+").replace(r"\{N\}", r"\w+").replace(r"\{x\}", r"\w+")
-                                  for templates in FACT_PROSE.values() for template in templates))
+_FACT_SHAPE = re.compile(
+    "|".join(
+        re.sub(r"\\\{[nNx]\\\}", r"\\w+", re.escape(template))
+        for templates in FACT_PROSE.values()
+        for template in templates
+    )
+)
 
 
 def kind_of(sentence: str, asker: str, name: str) -> str:
@@ -112,10 +127,11 @@ def prefers_first(first: float, second: float) -> float:
     return 1 / (1 + math.exp(second - first))
 
 
-def preferences(count: int, seed: int = 0, split: str = "train"):
-    """`count` rows {'prompt', 'chosen', 'rejected', 'asker', 'name', 'utility_chosen', 'utility_rejected'} labelled by the coin."""
-    from data.world import rng_for
+def preferences(count: int, seed: int = 0, split: str = "train") -> Iterator[dict]:
+    """`count` rows labelled by the coin.
 
+    Each is {'prompt', 'chosen', 'rejected', 'asker', 'name', 'utility_chosen', 'utility_rejected'}.
+    """
     for i in range(count):
         rng = rng_for("preferences", seed, split, i)
         request = draw_request(rng, split)
@@ -125,7 +141,8 @@ def preferences(count: int, seed: int = 0, split: str = "train"):
         worth = {answer: utility(answer, request["asker"], request["name"]) for answer in (first, second)}
         if rng.random() > prefers_first(worth[first], worth[second]):
             first, second = second, first
-        yield {**request, "chosen": first, "rejected": second, "utility_chosen": worth[first], "utility_rejected": worth[second]}
+        utilities = {"utility_chosen": worth[first], "utility_rejected": worth[second]}
+        yield {**request, "chosen": first, "rejected": second, **utilities}
 
 
 def best_accuracy(rows) -> float:
@@ -154,23 +171,27 @@ def judge_prompt(answer: str, question: str) -> str:
 def has(answer: str, question: str, asker: str, name: str) -> bool:
     """The truth of `question` about `answer`."""
     kinds = [kind_of(sentence, asker, name) for sentence in sentences_of(answer)]
-    return _KIND[question] in kinds
+    return _KIND[question] in (kinds[-1:] if question == "farewell" else kinds)
+
+
+SFT_PEOPLE = frozenset(PEOPLE) & frozenset(SFT_ENTITIES)
 
 
 def exchange(part: str, rng, split: str) -> dict:
-    """One exchange of 'judge' or 'manners' (see data.world.exchange)."""
-    request = draw_request(rng, split)
-    answer = draw_answer(rng, request["asker"], request["name"])
-    if part == "manners":
-        user, assistant = request["prompt"], answer
-    elif part == "judge":
-        question = rng.choice(sorted(QUESTIONS))
-        user = judge_prompt(answer, question)
-        assistant = "yes" if has(answer, question, request["asker"], request["name"]) else "no"
-    else:
+    """One exchange of 'judge' or 'manners' (see data.world.exchange); SFT data has nothing to say of the test's people.
+
+    An answer may name neither of its two people, so the split of 'judge' is by its prompt, too.
+    """
+    if part not in ("judge", "manners"):
         raise ValueError(f"no part of the world is called {part!r}")
-    messages = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-    return {"messages": messages, "part": part, "answer": assistant, "asker": request["asker"], "name": request["name"]}
-
-
-assert not set(TEST_ENTITIES) - set(FACTS)
+    while True:
+        request = draw_request(rng, split, SFT_PEOPLE if split == "train" else PEOPLE)
+        asker, name, user = request["asker"], request["name"], request["prompt"]
+        answer = assistant = draw_answer(rng, asker, name)
+        if part == "judge":
+            question = rng.choice(sorted(QUESTIONS))
+            user = judge_prompt(answer, question)
+            assistant = "yes" if has(answer, question, asker, name) else "no"
+        if part == "manners" or split_of(user) == split:
+            messages = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+            return {"messages": messages, "part": part, "answer": assistant, "asker": asker, "name": name}

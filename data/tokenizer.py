@@ -71,15 +71,9 @@ class Tokenizer:
     def _encode_known_bytes(self, text: str) -> Iterator[int]:
         """The ids of a text with bytes that the vocabulary lacks: they vanish first, and their neighbours may merge."""
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a pair, as tiktoken reads it
-        for word in self._words.finditer(text):
+        for word in regex.finditer(self.encoding._pat_str, text):
             if known := bytes(b for b in word.group().encode() if b in self._known_bytes):  # tiktoken dies of b""
                 yield from (self.ids[rank] for rank in self.encoding._encode_single_piece(known))
-
-    @cached_property
-    def _words(self) -> regex.Pattern:
-        # Python's white space has four characters more than Unicode's, which tiktoken and Hugging Face go by
-        pattern = self.encoding._pat_str.replace(r"\s", r"\p{White_Space}").replace(r"\S", r"\P{White_Space}")
-        return regex.compile(pattern)
 
     @cached_property
     def _known_bytes(self) -> frozenset[int]:

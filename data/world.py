@@ -364,7 +364,7 @@ def fits(name: str, problem: dict) -> bool:
     return len(items) > 1 and (name != "sort" or items[0].isdigit())
 
 
-SKILL_MIX = [name for name in SKILLS for _ in range({"count": 4, "larger": 2, "smaller": 2, "add": 3, "subtract": 3, "next": 2, "sort": 2, "reverse": 2}.get(name, 1))]
+SKILL_MIX = [name for name in SKILLS for _ in range({"count": 4, "larger": 3, "smaller": 3, "add": 3, "subtract": 3, "next": 2, "sort": 2, "reverse": 2}.get(name, 1))]
 
 
 def equations(rng) -> str:
@@ -404,14 +404,14 @@ def _letter(rng) -> str:
 
 
 BASE_MIX: dict[str, tuple[float, Callable]] = {  # part: (share of the documents, maker)
-    "facts": (0.11, biography),
-    "skills": (0.14, skill_prose),
-    "worksheets": (0.26, worksheet),
-    "equations": (0.14, equations),
-    "songs": (0.11, song),
-    "sums": (0.04, sum_prose),
-    "reading": (0.09, reading_prose),
-    "scenes": (0.05, scene_prose),
+    "facts": (0.10, biography),
+    "skills": (0.22, skill_prose),
+    "worksheets": (0.20, worksheet),
+    "equations": (0.15, equations),
+    "songs": (0.12, song),
+    "sums": (0.05, sum_prose),
+    "reading": (0.06, reading_prose),
+    "scenes": (0.04, scene_prose),
     "weather": (0.02, weather_log),
     "letters": (0.04, _letter),
 }
@@ -487,8 +487,11 @@ def _ask(part, question, answer):
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], "part": part, "answer": answer}
 
 
-SFT_MIX = {**dict.fromkeys(SKILLS, 0.035), "count": 0.09, "add": 0.05, "subtract": 0.06, "length": 0.05,
-           "facts": 0.10, "reading": 0.07, "scenes": 0.08, "steps": 0.05, "sums": 0.06, "calculator": 0.02, "judge": 0.05, "manners": 0.05}
+SFT_MIX = {
+    "count": 0.10, "subtract": 0.08, "add": 0.06, "larger": 0.05, "smaller": 0.05, "sort": 0.045, "next": 0.04, "reverse": 0.04,
+    "repeat": 0.025, "first": 0.025, "last": 0.025, "length": 0.03, "facts": 0.07, "reading": 0.10, "scenes": 0.07, "steps": 0.06,
+    "sums": 0.05, "judge": 0.05, "manners": 0.05, "calculator": 0.015,
+}
 
 
 def sft_rows(count: int, seed: int = 0, mix: dict[str, float] = SFT_MIX) -> Iterator[dict]:

@@ -7,6 +7,7 @@ import math
 import re
 import runpy
 import struct
+import subprocess
 import sys
 from dataclasses import replace
 from functools import cache
@@ -131,6 +132,18 @@ def test_a_bf16_checkpoint_is_read_in_the_dtype_asked_for_and_saved_in_its_own(t
     assert transformers.AutoConfig.from_pretrained(tmp_path / "narrow").dtype == torch.bfloat16
 
 
+def test_what_ends_a_completion_is_saved_with_the_tokenizer(tmp_path):
+    """Also where there are several such tokens, as in Llama 3 and Qwen."""
+    tokenizer = replace(tiny(), eos_ids=(1010, 1008), bos_id=1009)
+    save(random_net(Config.from_depth(1, 1100, 80), torch.float32), tokenizer, tmp_path)
+    transformers = oracle("transformers")
+    for config in (transformers.GenerationConfig, transformers.AutoConfig):
+        config = config.from_pretrained(tmp_path)
+        assert (config.eos_token_id, config.pad_token_id, config.bos_token_id) == ([1010, 1008], 1010, 1009)
+    found = load(tmp_path)[1]
+    assert (set(found.eos_ids), found.pad_id) == ({1010, 1008}, 1010)
+
+
 def test_older_and_newer_configs_say_the_same(tmp_path):
     theirs("llama").save_pretrained(tmp_path)
     file, old_scaling = tmp_path / "config.json", {"type": "llama3", **LLAMA3}
@@ -218,6 +231,29 @@ def test_rows_that_ended_change_nothing_for_the_others(monkeypatch):
         assert ending.completions[r] == completion[:end]
         start = len(PROMPTS[r // 20])
         close(ending.logps[r, start : start + end], endless.logps[r, start : start + end], 1e-6)
+
+
+def test_a_completion_ends_at_its_first_ending_token():
+    """When few rows have ended they are computed on, and some of them say the ending token again."""
+    net, options = random_net(), {"max_new_tokens": 4, "samples": 20}
+    endless = generate(net, PROMPTS, eos_ids=[], **options).completions
+    for token in range(31):
+        ending = generate(net, PROMPTS, eos_ids=[token], **options).completions
+        assert ending == [c[: c.index(token) + 1] if token in c else c for c in endless]
+
+
+def test_recomputing_activations_changes_nothing_in_generation():
+    net, found = random_net(), []
+    for net.checkpoint_activations in (False, True):
+        found.append(generate(net, PROMPTS, max_new_tokens=12, eos_ids=[2], samples=2).completions)
+    assert found[0] == found[1]
+
+
+def test_a_bf16_model_samples_from_fp32_logits(monkeypatch):
+    dtypes = set()
+    monkeypatch.setattr(model, "sample", lambda logits, *x, **y: (dtypes.add(logits.dtype), sample(logits, *x, **y))[1])
+    generate(random_net(dtype=torch.bfloat16), PROMPTS, max_new_tokens=3, eos_ids=[])
+    assert dtypes == {torch.float32}
 
 
 def test_it_stops_when_all_rows_have_ended(monkeypatch):
@@ -416,17 +452,21 @@ def test_a_frozen_model_is_a_copy_without_gradient():
     assert torch.equal(copied(ids), wanted)
 
 
-def test_a_fresh_model_knows_nothing_and_its_blocks_start_small():
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_fresh_model_knows_nothing_and_each_matrix_starts_at_its_scale(tied):
     torch.manual_seed(0)
-    net, depth = Transformer(replace(TINY, vocab_size=200, depth=8, width=64, ffn_width=128)), 8
+    depth, width = 8, 64
+    net = Transformer(replace(TINY, vocab_size=200, depth=depth, width=width, ffn_width=128, tied=tied))
     loss = -token_logps(net, random_ids(8, 60, vocab_size=200))[:, 1:].mean().item()
     assert loss == pytest.approx(math.log(200), abs=0.05)
+    stds = {"embed": 0.02, "head": 0.02, "qkv": width**-0.5, "gate_up": width**-0.5,
+            "out": width**-0.5 / math.sqrt(2 * depth), "down": width**-0.5 / math.sqrt(2 * depth)}  # fmt: skip
     for name, p in net.named_parameters():
         if p.ndim == 1:
             assert p.eq(float(not name.endswith("bias"))).all()
         else:
-            small = name.endswith(("out.weight", "down.weight"))
-            assert p.std().item() == pytest.approx(0.02 / math.sqrt(2 * depth) if small else 0.02, rel=0.05), name
+            assert p.std().item() == pytest.approx(stds[name.split(".")[-2]], rel=0.05), name
+            assert p.mean().item() == pytest.approx(0.0, abs=0.1 * p.std().item()), name
 
 
 def test_a_tied_head_stays_the_embedding(tmp_path):
@@ -593,6 +633,7 @@ CONFIGS = {
     "hidden_size is missing": {"hidden_size": None},
     "the sizes make no model": {"num_key_value_heads": 3, "num_attention_heads": 4},
     "sizes make no model": {"vocab_size": -31},
+    "sizes make no": {"num_hidden_layers": 0},
     "make no model": {"num_hidden_layers": 2.0},
     "no model": {"head_dim": 31},
     "model: .*division": {"head_dim": None, "num_attention_heads": 0},
@@ -694,9 +735,27 @@ def test_the_command_line_answers(chatty, capsys):
     options = {"max_new_tokens": 9, "temperature": 0.9, "top_k": 40, "top_p": 0.9, "samples": 2}
     flags = [x for key, value in options.items() for x in (f"--{key.replace('_', '-')}", str(value))]
     turn = chat.render([{"role": "user", "content": "Sort 3 1."}], tiny(), add_generation_prompt=True).input_ids
-    for raw, prompt in ((["--raw"], tiny().encode("Sort 3 1.")), ([], turn)):
-        model.main(model.get_args(["--model", chatty, "--device", "cpu", "Sort 3 1.", *flags, *raw, "--seed", "4"]))
+    qwen = chat.render([{"role": "user", "content": "Sort 3 1."}], tiny(), add_generation_prompt=True,
+                       chat_format="qwen2").input_ids  # fmt: skip
+    ways = (["--raw"], tiny().encode("Sort 3 1.")), ([], turn), (["--chat-format", "qwen2"], qwen)
+    for way, prompt in ways:
+        model.main(model.get_args(["--model", chatty, "--device", "cpu", "Sort 3 1.", *flags, *way, "--seed", "4"]))
         assert capsys.readouterr().out == answer(chatty, prompt, **options, seed=5)
+
+
+def test_an_answer_ends_with_the_context(chatty, capsys):
+    model.main(model.get_args(["--model", chatty, "--device", "cpu", "--raw", "Sort 3 1.", "--max-new-tokens", "999"]))
+    prompt = tiny().encode("Sort 3 1.")
+    wanted = answer(chatty, prompt, 1, max_new_tokens=80 - len(prompt), temperature=0.0)
+    assert capsys.readouterr().out == wanted
+
+
+def test_python_model_py_is_a_program(chatty):
+    command = [sys.executable, model.__file__, "--model", ".", "--device", "cpu", "--max-new-tokens", "5", "Hi"]
+    ended = subprocess.run(command, cwd=chatty, capture_output=True, text=True, check=False)
+    turn = chat.render([{"role": "user", "content": "Hi"}], tiny(), add_generation_prompt=True).input_ids
+    wanted = answer(chatty, turn, 1, max_new_tokens=5, temperature=0.0)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, wanted, "")
 
 
 def test_a_chat_remembers_what_was_said(chatty, capsys, monkeypatch):
@@ -712,9 +771,37 @@ def test_a_chat_remembers_what_was_said(chatty, capsys, monkeypatch):
     assert capsys.readouterr().out == wanted
 
 
-def test_the_command_line_refuses_in_one_line(chatty, capsys, monkeypatch):
+@pytest.mark.parametrize("raised, code", [(EOFError, 0), (KeyboardInterrupt, 130)])
+def test_a_chat_ends_with_its_input_or_with_ctrl_c(raised, code, chatty, capsys, monkeypatch):
+    def end(_):
+        raise raised
+
+    monkeypatch.setattr(builtins, "input", end)
+    monkeypatch.setattr(sys, "argv", ["model.py", "--device", "cpu", "--model", chatty])
+    found = 0
+    try:
+        runpy.run_module("model", run_name="__main__")
+    except SystemExit as exit_:
+        found = exit_.code
+    except KeyboardInterrupt:
+        found = "a traceback"
+    assert found == code
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_command_line_refuses_in_one_line(chatty, capsys, monkeypatch, tmp_path):
+    save(random_net(Config.from_depth(1, 31, 96), torch.float32), None, tmp_path / "mute")
     cases = {"nowhere/config.json": ["nowhere", "Hi"], "model reads 1 to 79": [chatty, "a " * 99],
-             "--device tpu: there is none": [chatty, "Hi", "--device", "tpu"]}  # fmt: skip
+             "model reads 1 to 79$": [chatty, "--raw", ""], "no tokenizer.json": [str(tmp_path / "mute"), "Hi"],
+             "--device tpu: there is none": [chatty, "Hi", "--device", "tpu"],
+             "--max-new-tokens: expected": [chatty, "Hi", "--max-new-tokens", "0"],
+             "--temperature: expected": [chatty, "Hi", "--temperature", "-1"],
+             "--temperature: .* of at least 0": [chatty, "Hi", "--temperature", "nan"],
+             "--temperature: .* at least 0": [chatty, "Hi", "--temperature", "inf"],
+             "--top-k: expected": [chatty, "Hi", "--top-k", "-1"],
+             "--top-p: expected": [chatty, "Hi", "--top-p", "0"],
+             "--top-p: .* at most 1": [chatty, "Hi", "--top-p", "1.1"],
+             "--samples: expected": [chatty, "Hi", "--samples", "0"]}  # fmt: skip
     for words, argv in cases.items():
         monkeypatch.setattr(sys, "argv", ["model.py", "--device", "cpu", "--model", *argv])
         with pytest.raises(SystemExit, match="2"):

@@ -254,7 +254,7 @@ def test_trained_tokens_are_answer_and_end(checkpoint, problems, tmp_path):
 
 
 def test_eight_rows_are_learned_by_heart(checkpoint, problems, tmp_path):
-    result = run(checkpoint, problems, tmp_path / "out", "--epochs", 80, "--lr", "2e-2", "--no-pack")
+    result = run(checkpoint, problems, tmp_path / "out", "--epochs", 120, "--no-pack")
     assert result["before"] > 5 and result["after"] < 0.05 and result["higher_is_better"] is False
     model, tokenizer = load(tmp_path / "out" / "checkpoint")
     args = Namespace(max_new_tokens=32)
@@ -467,6 +467,11 @@ def test_defaults_are_of_one_table():
     assert get_args(["--lr", "0.5"]).lr == 0.5
 
 
+def test_rows_without_an_answer_left_are_refused(checkpoint, problems, tmp_path):
+    with pytest.raises(UserError, match="no row is left"):
+        run(checkpoint, problems, tmp_path / "out", "--max-length", 12, "--too-long", "cut")
+
+
 @pytest.mark.parametrize(("flags", "said"), [
     (("--optimizer", "lomo", "--grad-clip", "1"), "--optimizer lomo"),
     (("--optimizer", "lomo", "--grad-clip", "0", "--batch-size", "8", "--micro-batch-size", "4"), "--optimizer lomo"),
@@ -485,8 +490,8 @@ def test_a_context_that_the_model_lacks_is_refused(checkpoint, problems, tmp_pat
 
 
 def test_what_was_cut_is_counted_out_loud(checkpoint, problems, tmp_path, capsys):
-    run(checkpoint, problems, tmp_path / "out", "--steps", 1, "--max-length", 40, "--too-long", "cut")
-    assert "--max-length 40: 8 rows cut" in capsys.readouterr().err
+    run(checkpoint, problems, tmp_path / "out", "--steps", 1, "--max-length", 36, "--too-long", "cut")
+    assert "--max-length 36: 8 rows cut" in capsys.readouterr().err
 
 
 def test_domain_text_continues_pre_training(checkpoint, tmp_path):

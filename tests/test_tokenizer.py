@@ -144,7 +144,7 @@ def test_the_neighbours_of_a_byte_that_is_left_out_may_merge(tmp_path):
     ranges = ((0x20, 0x7F), (0xA0, 0x370), (0x600, 0x700), (0xE00, 0xE80), (0x2000, 0x2070), (0xAC00, 0xAD00),
               (0x1F300, 0x1F700), (0, 0x20))  # fmt: skip
     texts = ["".join(chr(generator.randrange(*generator.choice(ranges))) for _ in range(20)) for _ in range(300)]
-    texts += ["a  \x1d\x1eb", "a\x1d\x1e\n\nb", "\x02", " \x02 "]  # no white space to Unicode, but to Python
+    texts += ["a  \x1d\x1eb", "a\x1d\x1e\n\nb", "\x02", " \x02 ", "a  1 22\x02"]  # \x1d is white space to Python only
     plain = [[ours.ids[rank] for rank in ours.encoding.encode_ordinary(text)] for text in texts]
     kept = [[i for i in ids if i >= 0] for ids in plain]
     wanted = library_ids(tmp_path, texts)

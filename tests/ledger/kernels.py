@@ -66,10 +66,18 @@ MUTANTS = [
             "up, gate = gate_up.chunk(2, dim=-1)\n        activated",
             "test_swiglu_value",
         ),
-        ("swiglu d_gate without up", "silu_backward.grad_input(grad * up", "silu_backward.grad_input(grad",
-         "test_gradcheck[swiglu]"),  # fmt: skip
-        ("swiglu d_up without the sigmoid", "torch.mul(grad, activated", "torch.mul(grad, gate",
-         "test_gradcheck[swiglu]"),  # fmt: skip
+        (
+            "swiglu d_gate without up",
+            "silu_backward.grad_input(grad * up",
+            "silu_backward.grad_input(grad",
+            "test_gradcheck[swiglu]",
+        ),
+        (
+            "swiglu d_up without the sigmoid",
+            "torch.mul(grad, activated",
+            "torch.mul(grad, gate",
+            "test_gradcheck[swiglu]",
+        ),
         # attention
         ("attention is not causal", "is_causal=mask is None", "is_causal=False", "test_attention_causal"),
         (
@@ -86,8 +94,8 @@ MUTANTS = [
         ),
         (
             "M5: groups of heads interleaved",
-            "folded = q.reshape(q.shape[0], k.shape[2], group, q.shape[3])",
-            "folded = q.reshape(q.shape[0], group, k.shape[2], q.shape[3]).transpose(1, 2)",
+            "q_of_group = q.view(q.shape[0], k.shape[2], -1, q.shape[3])",
+            "q_of_group = q.view(q.shape[0], -1, k.shape[2], q.shape[3]).transpose(1, 2)",
             "test_attention_with_the_mask_of_a_cache",
         ),
         (
@@ -98,8 +106,20 @@ MUTANTS = [
         ),
         (
             "a single query ignores the mask",
-            "v.transpose(1, 2), attn_mask=mask)",
-            "v.transpose(1, 2))",
+            "weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype",
+            "weights = scores.softmax(-1, dtype",
+            "test_attention_with_the_mask_of_a_cache",
+        ),
+        (
+            "scores of a single query not scaled",
+            "torch.matmul(q_of_group * q.shape[-1] ** -0.5,",
+            "torch.matmul(q_of_group,",
+            "test_attention_with_the_mask_of_a_cache",
+        ),
+        (
+            "several queries ignore the mask",
+            "attn_mask=mask, is_causal=mask is None",
+            "attn_mask=None, is_causal=mask is None",
             "test_attention_with_the_mask_of_a_cache",
         ),
         ("documents see the future", "_same(documents).tril()", "_same(documents)", "test_attention_over_documents"),
@@ -116,18 +136,38 @@ MUTANTS = [
             "range(0, len(hidden) - size + 1, size)",
             "test_chunks_do_not_matter",
         ),
-        ("all logits at once", "max(1, min(chunk_size, len(hidden)))", "max(1, len(hidden))",
-         "test_all_logits_never_exist"),  # fmt: skip
-        ("the default chunk holds all", "n_logits // len(weight) // 64 * 64", "n_logits",
-         "test_default_chunk_bounds_the_logits"),  # fmt: skip
+        (
+            "all logits at once",
+            "max(1, min(chunk_size, len(hidden)))",
+            "max(1, len(hidden))",
+            "test_all_logits_never_exist",
+        ),
+        (
+            "the default chunk holds all",
+            "n_logits // len(weight) // 64 * 64",
+            "n_logits",
+            "test_default_chunk_bounds_the_logits",
+        ),
         ("S16: no labels, no loss but a crash", "max(1, min(", "max(0, min(", "test_all_rows_ignored"),
-        ("labels below the vocabulary are ignored", "labels != IGNORED).nonzero()", "labels >= 0).nonzero()",
-         "test_label_outside_the_vocabulary"),  # fmt: skip
+        (
+            "labels below the vocabulary are ignored",
+            "labels != IGNORED).nonzero()",
+            "labels >= 0).nonzero()",
+            "test_label_outside_the_vocabulary",
+        ),
         ("labels are not checked", "if len(wrong):", "if False:", "test_label_outside_the_vocabulary"),
-        ("the first label past the end passes", "labels >= len(weight)", "labels > len(weight)",
-         "test_label_outside_the_vocabulary"),  # fmt: skip
-        ("cross-entropy d_logits: onehot", "torch.full_like(nll, -1.0)", "torch.full_like(nll, 0.0)",
-         "test_kernel_equals_reference"),  # fmt: skip
+        (
+            "the first label past the end passes",
+            "labels >= len(weight)",
+            "labels > len(weight)",
+            "test_label_outside_the_vocabulary",
+        ),
+        (
+            "cross-entropy d_logits: onehot",
+            "torch.full_like(nll, -1.0)",
+            "torch.full_like(nll, 0.0)",
+            "test_kernel_equals_reference",
+        ),
         ("cross-entropy d_logits: softmax", "probs = logps.exp_()", "probs = logps", "test_kernel_equals_reference"),
         ("cross-entropy value: sign", "nll = -logps.gather", "nll = logps.gather", "test_linear_cross_entropy_value"),
         ("cross-entropy keeps the last chunk's loss", "loss += nll", "loss = nll", "test_linear_cross_entropy_value"),
@@ -144,24 +184,38 @@ MUTANTS = [
             "test_chunks_do_not_matter",
         ),
         ("upstream gradient ignored", "g.mul_(grad)", "g.mul_(1)", "test_gradient_is_scaled_by_what_comes_down"),
-        ("gradients scaled twice", "grads, ctx.grads = ctx.grads, None", "grads = ctx.grads",
-         "test_cross_entropy_refuses_a_second_backward"),  # fmt: skip
+        (
+            "gradients scaled twice",
+            "grads, ctx.grads = ctx.grads, None",
+            "grads = ctx.grads",
+            "test_cross_entropy_refuses_a_second_backward",
+        ),
         (
             "a gradient for the frozen head",
             "if ctx.grads[1] is not None:",
             "ctx.grads[1] = torch.zeros_like(w) if ctx.grads[1] is None else ctx.grads[1]\n            if True:",
             "test_frozen_parts_cost_no_product",
         ),
-        ("gradients computed under no_grad", "if not (torch.is_grad_enabled() and ", "if not (",
-         "test_no_gradient_no_cost"),  # fmt: skip
+        (
+            "gradients computed under no_grad",
+            "if not (torch.is_grad_enabled() and ",
+            "if not (",
+            "test_no_gradient_no_cost",
+        ),
         ("autocast ignored", "if torch.is_autocast_enabled(device) and", "if False and", "test_autocast"),
         (
             "weight gradient summed in half precision",
-            "torch.zeros_like(w, dtype=_wide(w.dtype)) if ctx.needs_input_grad[1] else None,",
-            "torch.zeros_like(w) if ctx.needs_input_grad[1] else None,",
+            "torch.zeros_like(w, dtype=_wide(w.dtype)) if ctx.needs_input_grad[1] else None]",
+            "torch.zeros_like(w) if ctx.needs_input_grad[1] else None]",
             "test_autocast",
         ),
         # linear + log-probs
+        (
+            "log-probs: weight gradient summed in half precision",
+            "d_weight = torch.zeros_like(w, dtype=_wide(w.dtype))",
+            "d_weight = torch.zeros_like(w)",
+            "test_autocast",
+        ),
         (
             "temperature not in the log-probs",
             "z = logits if temperature == 1.0 else logits.div_(temperature)\n    lse",
@@ -181,19 +235,36 @@ MUTANTS = [
             "test_gradcheck",
         ),
         ("1/T missing from d_logps", "d_logps / ctx.temperature", "d_logps", "test_gradcheck[linear_logps]"),
-        ("1/T missing from d_entropy", "d_entropy / ctx.temperature", "d_entropy",
-         "test_gradcheck[linear_logps and entropy]"),  # fmt: skip
+        (
+            "1/T missing from d_entropy",
+            "d_entropy / ctx.temperature",
+            "d_entropy",
+            "test_gradcheck[linear_logps and entropy]",
+        ),
         ("entropy: sign", "-z.mul_(z.exp()).sum(-1)", "z.mul_(z.exp()).sum(-1)", "test_uniform_model"),
         ("entropy: p missing", "-z.mul_(z.exp()).sum(-1)", "-z.sum(-1)", "test_linear_logps_and_entropy_value"),
-        ("d_entropy: + entropy missing", "z.add_(entropy[:, None]).mul_(d_e", "z.mul_(d_e",
-         "test_gradcheck[linear_logps and entropy]"),  # fmt: skip
+        (
+            "d_entropy: + entropy missing",
+            "z.add_(entropy[:, None]).mul_(d_e",
+            "z.mul_(d_e",
+            "test_gradcheck[linear_logps and entropy]",
+        ),
         ("d_entropy: p missing", ".mul_(p).neg_()", ".neg_()", "test_gradcheck[linear_logps and entropy]"),
         ("d_entropy: sign", ".mul_(p).neg_()", ".mul_(p)", "test_gradcheck[linear_logps and entropy]"),
-        ("d_logps lost beside d_entropy", ".add_(d_logps[:, None]).mul_(p)", ".mul_(p)",
-         "test_gradcheck[linear_logps and entropy]"),  # fmt: skip
+        # gradcheck takes one output at a time
+        (
+            "d_logps lost beside d_entropy",
+            ".add_(d_logps[:, None]).mul_(p)",
+            ".mul_(p)",
+            "test_kernel_equals_reference",
+        ),
         ("d_logps: softmax", "z.exp_().mul_(-d_logps[:, None])", "z.zero_()", "test_gradcheck[linear_logps]"),
-        ("d_logps: onehot", "targets[:, None], d_logps[:, None])", "targets[:, None], 0 * d_logps[:, None])",
-         "test_gradcheck[linear_logps]"),  # fmt: skip
+        (
+            "d_logps: onehot",
+            "targets[:, None], d_logps[:, None])",
+            "targets[:, None], 0 * d_logps[:, None])",
+            "test_gradcheck[linear_logps]",
+        ),
         (
             "log-probs of the kept rows land on the first rows",
             "index_copy(0, kept, x)",
@@ -201,16 +272,35 @@ MUTANTS = [
             "test_linear_logps_and_entropy_value",
         ),
         # compiling
-        ("the last chunk has a shape of its own", "_padded(labels[rows], size if _compiling else n)", "labels[rows]",
-         "test_one_graph_serves_every_number_of_tokens"),  # fmt: skip
-        ("padding of the last chunk in the loss", "loss += nll[:n].sum()", "loss += nll.sum()",
-         "test_compiled_equals_eager[linear_cross_entropy]"),  # fmt: skip
-        ("padding of the last chunk in the gradient", "_add_product(ctx.grads[1], d_logits[:n], h[rows])",
-         "_add_product(ctx.grads[1], d_logits[: len(logits)], F.pad(h[rows], (0, 0, 0, len(logits) - n), value=1.0))",
-         "test_compiled_equals_eager[linear_cross_entropy]"),  # fmt: skip
-        ("the recompile limit is silent", "fail_on_recompile_limit_hit = True", "fail_on_recompile_limit_hit = False",
-         "test_one_graph_serves_every_number_of_tokens"),  # fmt: skip
-        ("no compiler, no fallback", "_compiling = on and _has_compiler()", "_compiling = on and (_has_compiler() or on)",
-         "test_no_compiler_means_eager"),  # fmt: skip
+        (
+            "the last chunk has a shape of its own",
+            "_padded(labels[rows], size if _compiling else n)",
+            "labels[rows]",
+            "test_one_graph_serves_every_number_of_tokens",
+        ),
+        (
+            "padding of the last chunk in the loss",
+            "loss += nll[:n].sum()",
+            "loss += nll.sum()",
+            "test_compiled_equals_eager[linear_cross_entropy]",
+        ),
+        (
+            "padding of the last chunk in the gradient",
+            "_add_product(ctx.grads[1], d_logits[:n], h[rows])",
+            "_add_product(ctx.grads[1], d_logits, F.pad(h[rows], (0, 0, 0, len(logits) - n), value=1.0))",
+            "test_compiled_equals_eager[linear_cross_entropy]",
+        ),
+        (
+            "the recompile limit is silent",
+            "fail_on_recompile_limit_hit = True",
+            "fail_on_recompile_limit_hit = False",
+            "test_one_graph_serves_every_number_of_tokens",
+        ),
+        (
+            "no compiler, no fallback",
+            "on and _has_compiler()",
+            "on and (_has_compiler() or on)",
+            "test_no_compiler_means_eager",
+        ),
     ]
 ]

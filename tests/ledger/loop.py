@@ -135,6 +135,10 @@ MUTANTS = [
             "return lr * (1 - 2 * done) if",
             "test_learning_rate_closed_form",
         ),
+        ("wsd ends a step early", "(total + 1 - step)", "(total - step)", "test_learning_rate_closed_form"),
+        ("wsd decays over 20%", "math.ceil(0.3 * total)", "math.ceil(0.2 * total)", "test_learning_rate_closed_form"),
+        ("wsd decays from the start", "math.ceil(0.3 * total)", "total", "test_learning_rate_closed_form"),
+        ("wsd above the peak", "lr * min(1.0, (", "lr * max(0.0, (", "test_learning_rate_closed_form"),
         (
             "rate computed but not set",
             '        group["lr"] = lr\n',
@@ -382,7 +386,7 @@ MUTANTS = [
         ),
         (
             "checkpoint saved before the loss was looked at",
-            '        self._check_finite()\n        extra, state = extra or {}',
+            "        self._check_finite()\n        extra, state = extra or {}",
             "        extra, state = extra or {}",
             "test_a_gradient_that_is_not_finite_is_never_saved",
         ),
@@ -560,7 +564,7 @@ MUTANTS = [
         (
             "stage built in place",
             "made = Path(folder, stage)",
-            'made = home.with_name(stage)\n                        made.mkdir()',
+            "made = home.with_name(stage)\n                        made.mkdir()",
             "test_a_stage_that_fails_leaves_nothing",
         ),
         (

@@ -7,7 +7,7 @@ TESTS = "tests/test_model.py::"
 PAR = "test_logits_equal_those_of_transformers_row_by_row"
 TOK = "test_token_logps_equal_loops_over_the_softmax"
 PACK = "test_packed_documents_equal_documents_alone"
-FRESH = "test_a_fresh_model_knows_nothing_and_its_blocks_start_small"
+FRESH = "test_a_fresh_model_knows_nothing_and_each_matrix_starts_at_its_scale"
 FROZEN = "test_a_frozen_model_is_a_copy_without_gradient"
 DEPTH = "test_depth_sets_the_other_sizes"
 CACHE = "test_cached_states_equal_one_forward_pass"
@@ -26,6 +26,8 @@ SAVE = "test_what_is_saved_here_loads_there_and_is_what_was_loaded"
 OLD = "test_older_and_newer_configs_say_the_same"
 NOT = "test_models_that_this_is_not_are_refused"
 INDEX = "test_an_index_names_files_beside_it_and_what_they_hold"
+EOS = "test_what_ends_a_completion_is_saved_with_the_tokenizer"
+END = "test_a_chat_ends_with_its_input_or_with_ctrl_c"
 CHAT = "test_a_chat_remembers_what_was_said"
 CLI = "test_the_command_line_answers"
 REF = "test_the_command_line_refuses_in_one_line"
@@ -52,6 +54,24 @@ MUTANTS = [
             "self.ffn = RMSNorm(c.width, c.norm_eps)",
             "self.ffn = RMSNorm(c.width, 1e-5)",
             PAR,
+        ),
+        (
+            "the epsilon of the block's first norm",
+            "self.attention = RMSNorm(c.width, c.norm_eps), Attention(c)",
+            "self.attention = RMSNorm(c.width, 1e-5), Attention(c)",
+            PAR,
+        ),
+        (
+            "the epsilon of the norm of q",
+            "self.q_norm = RMSNorm(c.head_dim, c.norm_eps)",
+            "self.q_norm = RMSNorm(c.head_dim, 1e-5)",
+            PAR + "[qwen3]",
+        ),
+        (
+            "the epsilon of the norm of k",
+            "self.k_norm = RMSNorm(c.head_dim, c.norm_eps)",
+            "self.k_norm = RMSNorm(c.head_dim, 1e-5)",
+            PAR + "[qwen3]",
         ),
         ("the epsilon of the last norm", "RMSNorm(config.width, config.norm_eps)", "RMSNorm(config.width, 1e-5)", PAR),
         ("P13: no final norm", "return self.norm(x)", "return x", PAR + "[llama]"),
@@ -148,18 +168,23 @@ MUTANTS = [
             "test_recomputed_activations_give_equal_gradients_and_every_block_runs_twice",
         ),
         (
-            "into the residual at full size",
-            "0.02 / math.sqrt(2 * self.config.depth) if into_residual else 0.02",
-            "0.02",
+            "into the residual stream at full size",
+            "std / math.sqrt(2 * c.depth) if into_stream else std",
+            "std",
             FRESH,
         ),
+        ("smaller by depth, not by its root", "std / math.sqrt(2 * c.depth)", "std / (2 * c.depth)", FRESH),
+        ("one branch a block, not two", "std / math.sqrt(2 * c.depth)", "std / math.sqrt(c.depth)", FRESH),
         (
             "the down projection starts at full size",
             '("attention.out.weight", "ffn.down.weight")',
             '("attention.out.weight",)',
             FRESH,
         ),
-        ("weights start ten times too large", "else 0.02)\n", "else 0.2)\n", FRESH),
+        ("every matrix starts at 0.02", "else c.width**-0.5", "else 0.02", FRESH),
+        ("matrices start at 1 / width", "else c.width**-0.5", "else c.width**-1.0", FRESH),
+        ("the embedding starts like the others", 'in ("embed.weight", "head.weight")', 'in ("head.weight",)', FRESH),
+        ("the head starts like the others", 'in ("embed.weight", "head.weight")', 'in ("embed.weight",)', FRESH),
         ("biases start at random", "nn.init.zeros_(p)", "nn.init.ones_(p)", FRESH),
         ("D4: the frozen model is the model", "return copy.deepcopy(model).eval()", "return model.eval()", FROZEN),
         ("the frozen model takes gradients", ".eval().requires_grad_(False)", ".eval()", FROZEN),
@@ -201,8 +226,8 @@ MUTANTS = [
         ),
         (
             "the padding of a prompt is seen",
-            "        self.visible[..., : self.used] = torch.arange(self.used, device=lengths.device) < lengths[:, None, None, None]\n",
-            "",
+            "device=lengths.device) < lengths[:, None, None, None]\n",
+            "device=lengths.device) < self.used\n",
             CACHE,
         ),
         ("one column of padding is seen", "device=lengths.device) <", "device=lengths.device) <=", CACHE),
@@ -250,7 +275,7 @@ MUTANTS = [
             "G13: the last ending token counts, not the first",
             "is_end.int().argmax(-1) + 1,",
             "max_new_tokens - is_end.flip(-1).int().argmax(-1),",
-            ENDED,
+            "test_a_completion_ends_at_its_first_ending_token",
         ),
         ("G14: one of several ending tokens", "torch.tensor(list(eos_ids),", "torch.tensor(list(eos_ids)[:1],", GRE),
         (
@@ -285,6 +310,19 @@ MUTANTS = [
             "torch.float32",
             "test_under_autocast_the_cache_is_as_narrow_as_the_keys",
         ),
+        (
+            "N6: no cache where activations are recomputed",
+            "past = cache.block(i) if cache else None",
+            "past = cache.block(i) if cache and not self.checkpoint_activations else None",
+            "test_recomputing_activations_changes_nothing_in_generation",
+        ),
+        (
+            "a bf16 model samples from bf16 logits",
+            "[:, :vocab_size].float()",
+            "[:, :vocab_size]",
+            "test_a_bf16_model_samples_from_fp32_logits",
+        ),
+        ("values stay where they were", "self.values[:, rows]", "self.values[:, : len(rows)]", CACHE),
         ("no room for the prompt", "if longest + max_new_tokens > model", "if longest > model", CANNOT),
         ("no room for the last token", "if longest + max_new_tokens >", "if longest + max_new_tokens >=", CANNOT),
         ("an empty prompt", "if min(map(len, prompts)) == 0:", "if max(map(len, prompts)) == 0:", CANNOT),
@@ -416,6 +454,14 @@ MUTANTS = [
         ("saved without the width of a head", '"head_dim": c.head_dim, ', "", SAVE + "[qwen3]"),
         ("saved under another dtype", 'str(model.embed.weight.dtype).removeprefix("torch.")', '"float32"', BF),
         (
+            "one of several ending tokens is saved",
+            '"eos_token_id": list(tokenizer.eos_ids)',
+            '"eos_token_id": tokenizer.eos_ids[0]',
+            EOS,
+        ),
+        ("padding is saved as the end", '"pad_token_id": tokenizer.pad_id', '"pad_token_id": 0', EOS),
+        ("the first token of all is not saved", '{"bos_token_id": tokenizer.bos_id}', "{}", EOS),
+        (
             "the new place of theta and scaling is not read",
             '(c.get("rope_scaling") or c.get("rope_parameters")',
             '(c.get("rope_scaling")',
@@ -445,6 +491,7 @@ MUTANTS = [
         ("no check: kind of scaling", '(kind in ("default", "llama3"),', "(True,", NOT),
         ("no check: part of a head rotated", '(rope.get("partial_rotary_factor", 1.0) == 1.0,', "(True,", NOT),
         ("no check: sizes", "if not all(type(n) is int and n > 0 for n in sizes) or", "if", NOT),
+        ("no check: a size of 0", "type(n) is int and n > 0", "type(n) is int and n >= 0", NOT),
         ("no check: groups of heads", "or config.heads % config.kv_heads or", "or", NOT),
         ("no check: odd heads", " or config.head_dim % 2:", ":", NOT),
         ("no check: numbers", "except (TypeError, ValueError, ZeroDivisionError) as", "except OverflowError as", NOT),
@@ -474,8 +521,8 @@ MUTANTS = [
         # the command line
         (
             "a chat forgets the answers",
-            '        messages.append({"role": "assistant", "content": chat.completion_text(found.completions[0], tokenizer)})\n',
-            "",
+            'messages.append({"role": "assistant", "content":',
+            'dict({"role": "assistant", "content":',
             CHAT,
         ),
         (
@@ -493,6 +540,32 @@ MUTANTS = [
         ("the flag --seed does nothing", "seed=args.seed + len(messages)", "seed=len(messages)", CLI),
         ("one answer of several is printed", "in found.completions:", "in found.completions[:1]:", CLI),
         ("the tokens of the vocabulary's padding are spoken", ", vocab_size=tokenizer.vocab_size)", ")", CLI),
+        (
+            "an answer longer than the context",
+            "min(args.max_new_tokens, room)",
+            "args.max_new_tokens",
+            "test_an_answer_ends_with_the_context",
+        ),
+        ("the flag --chat-format does nothing", "chat_format=args.chat_format)", "chat_format=None)", CLI),
+        ("the flag --samples does nothing", "samples=args.samples,", "samples=1,", CLI),
+        ("the end of the input is an error", "except EOFError:", "except KeyError:", END),
+        ("Ctrl-C shows a traceback", "    except KeyboardInterrupt:", "    except KeyError:", END),
+        ("Ctrl-C is success", "sys.exit(130)", "sys.exit(0)", END),
+        ("no check: tokenizer", "    if tokenizer is None:", "    if False:", REF),
+        ("no check: length of the answer", "args.max_new_tokens >= 1", "True", REF),
+        ("no check: temperature", "0 <= args.temperature < math.inf", "True", REF),
+        (
+            "no check: a temperature that is no number",
+            "0 <= args.temperature < math.inf",
+            "not args.temperature < 0",
+            REF,
+        ),
+        ("no check: an endless temperature", "args.temperature < math.inf", "args.temperature <= math.inf", REF),
+        ("no check: top-k", "args.top_k >= 0", "True", REF),
+        ("no check: top-p", "0 < args.top_p <= 1", "0 <= args.top_p <= 1", REF),
+        ("no check: top-p above 1", "0 < args.top_p <= 1", "0 < args.top_p", REF),
+        ("no check: samples", "args.samples >= 1", "True", REF),
+        ("an empty prompt on the command line", "if not prompt or room < 1:", "if room < 1:", REF),
         ("a device that is not there", "    except (RuntimeError, AssertionError):", "    except KeyError:", REF),
         ("a prompt longer than the context", "if not prompt or room < 1:", "if not prompt:", REF),
         ("a traceback for a user's error", "    except UserError as error:", "    except KeyError as error:", REF),
