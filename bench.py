@@ -8,23 +8,40 @@ of the resident set (Linux), each figure in a process of its own, on a GPU what 
 Areas
     kernels   each kernel of kernels.py, forward and backward, against its eager reference: time, memory, and the error
               of value and gradient against the reference in float64
+    sft       training and sampling against transformers, and training against trl, if that is installed: same weights,
+              same batch, both in fp32, on a CPU with denormals flushed for both
+    gpu       training (bf16, compiled) and decoding of a model of half a billion parameters against what the device
+              can do at all, measured here: products of matrices and copies; the kernels against Liger's, if that is
+              installed. Without CUDA the same code at toy size
 """
 
 import argparse
 import functools
+import importlib
+import importlib.util
+import itertools
 import json
 import multiprocessing
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import kernels
+from data.chat import Row
+from data.formats import UserError
+from data.tokenizer import save_hf, tiny
+from loop import COUNT, RunFailed, adamw, clip, run
+from model import Config, Transformer, generate, load
+from sft import Batch, collate, pack, sft_loss
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Measuring
@@ -61,6 +78,29 @@ def now(device: str) -> float:
     return time.perf_counter()
 
 
+def library(name: str) -> ModuleType:
+    """The module of a reference library, imported when it is first needed; UserError if it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"nothing to compare with: {error}; pip install -r requirements-dev.txt") from None
+
+
+def installed(name: str) -> bool:
+    """Whether there is a library `name`; says so if its rows are left out."""
+    found = importlib.util.find_spec(name) is not None
+    if not found:
+        print(f"{name} is not installed: its rows are left out")
+    return found
+
+
+def compile_blocks(model: Transformer) -> None:
+    """What Loop.compile does, where kernels.use_compile found a compiler."""
+    torch._dynamo.config.recompile_limit = 64
+    for block in model.blocks:
+        block.compile(dynamic=False)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # kernels: each against its eager reference
 
@@ -80,8 +120,10 @@ def bench_kernels(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def kernel_case(name: str, device: str, full: bool) -> tuple[Callable, Callable, list[Tensor]]:
-    """The kernel, its reference and random inputs; `full`: at the size that is timed, in the dtype of training.
+def kernel_case(
+    name: str, device: str, full: bool, peer: Callable | None = None
+) -> tuple[Callable, Callable, list[Tensor]]:
+    """The kernel, its reference (or `peer`) and random inputs; `full`: the size that is timed, the dtype of training.
 
     The timed sizes are those of the tiny model's training step, and for the vocabulary 4,096 tokens of width 512 and
     32,000 words; on a GPU all are larger.
@@ -98,7 +140,7 @@ def kernel_case(name: str, device: str, full: bool) -> tuple[Callable, Callable,
     def integers(high: int, *shape: int) -> Tensor:
         return torch.randint(high, shape, generator=generator).to(device)
 
-    ours, peer = getattr(kernels, name.split()[0]), getattr(kernels, name.split()[0] + "_reference")
+    ours, peer = getattr(kernels, name.split()[0]), peer or getattr(kernels, name.split()[0] + "_reference")
     angles = torch.rand(1, t, d // 2, generator=generator).repeat(1, 1, 2).to(device) * 6
     cos, sin = angles.cos(), angles.sin()
     match name:
@@ -179,9 +221,315 @@ def resident(field: str) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# sft: training and sampling, against transformers and trl
+
+GOALS = {  # of the ratio, by the name of the row up to its first comma
+    "training step": 1.3,
+    "sampling": 2.0,
+    "sampling to natural ends": 3.0,
+    "trl.SFTTrainer": 1.5,
+}
+
+
+def bench_sft(args: argparse.Namespace) -> list[dict]:
+    transformers = library("transformers")
+    print(f"transformers {transformers.__version__}, torch {torch.__version__}, {args.device}, fp32, "
+          f"{torch.get_num_threads()} threads, medians of {args.repeats} alternating runs")  # fmt: skip
+    narrow, wide = twins(128, 512, args.device), twins(512, 512, args.device)
+    equal, ragged = random_ids(512, [32] * 64), random_ids(512, range(3, 32, 4))
+    rows = [
+        sampling("sampling, 64 prompts x 64 tokens", narrow, equal, args),
+        sampling("sampling to natural ends, 8 ragged prompts x 8", narrow, ragged, args, samples=8,
+                 eos_ids=range(1, 17)),
+        sampling("sampling at width 512, 1 prompt x 64 tokens", wide, equal[:1], args),
+        training("training step, 64 x 64 tokens", narrow, (64, 64), args),  # last: it changes the weights of both
+    ]  # fmt: skip
+    return rows + ([sft_trainer("trl.SFTTrainer, 256 short rows a step", args)] if installed("trl") else [])
+
+
+def twins(width: int, vocab_size: int, device: str, depth: int = 4) -> tuple[Transformer, nn.Module]:
+    """A random Llama: loaded by model.py from the files of the second, which is that of transformers.
+
+    Its weights are large (standard deviation 0.1), since with 0.02 a random tied model says one token for ever.
+    """
+    transformers = library("transformers")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    config = transformers.LlamaConfig(
+        vocab_size=vocab_size, hidden_size=width, num_hidden_layers=depth, num_attention_heads=width // 32,
+        num_key_value_heads=max(1, width // 64), intermediate_size=3 * width, max_position_embeddings=512,
+        initializer_range=0.1, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(config).to(device)
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        ours, _ = load(folder, device=device)
+    check_equal(ours, theirs)
+    return ours, theirs
+
+
+@torch.no_grad()
+def check_equal(ours: Transformer, theirs: nn.Module) -> None:
+    """RunFailed unless the logits of the two agree to 1e-3."""
+    input_ids = torch.tensor(random_ids(ours.config.vocab_size, [32, 32]), device=ours.embed.weight.device)
+    error = (ours(input_ids) - theirs(input_ids).logits).abs().max().item()
+    if not error <= 1e-3:  # NaN fails
+        raise RunFailed(f"there is nothing to compare: the logits of the two models differ by {error:.2g}")
+
+
+def random_ids(vocab_size: int, lengths: Sequence[int]) -> list[list[int]]:
+    """Rows of these lengths, the same in every call."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in lengths]
+
+
+def training(name: str, pair: tuple[Transformer, nn.Module], shape: tuple[int, int], args: argparse.Namespace) -> dict:
+    """Tokens a second of forward, loss, backward and AdamW on one batch of this shape, without clipping.
+
+    Ours: hidden_before, linear_cross_entropy and the fused loop.adamw. Theirs: model(input_ids, labels=input_ids).loss
+    and torch.optim.AdamW as it comes.
+    """
+    print(f"{name}: forward, loss, backward and AdamW, without clipping")
+    model, their_model = pair
+    input_ids = torch.tensor(random_ids(model.config.vocab_size, [shape[1]] * shape[0]), device=args.device)
+    if args.compile:
+        compile_blocks(model)
+    optimizer = torch.optim.AdamW(their_model.parameters(), lr=1e-4)
+
+    def their_step() -> None:
+        their_model(input_ids=input_ids, labels=input_ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    seconds = race(our_step(model, input_ids, torch.float32), their_step, args.repeats, args.device)
+    return row(name, *(input_ids.numel() / s for s in seconds), "tokens/s", True)
+
+
+def our_step(model: Transformer, input_ids: Tensor, dtype: torch.dtype) -> Callable[[], None]:
+    """The step of sft.py without clipping, forward in `dtype`, on all of input_ids (B, T) but what nothing predicts."""
+    optimizer, mask = adamw(model, 1e-4, 0.1), torch.ones_like(input_ids)
+    mask[:, 0] = 0
+    n_tokens = input_ids.numel() - len(input_ids)
+
+    def step() -> None:
+        with torch.autocast(input_ids.device.type, dtype, enabled=dtype != torch.float32):
+            loss = sft_loss(model, Batch(input_ids, mask, None)) / n_tokens
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def sampling(name: str, pair: tuple[Transformer, nn.Module], prompts: list[list[int]], args: argparse.Namespace, *,
+             samples: int = 1, eos_ids: Sequence[int] = (), new: int = 64) -> dict:  # fmt: skip
+    """Tokens a second of a whole call, prefill included: up to `new` for each prompt and sample, at temperature 1.
+
+    Both draw from the whole vocabulary; ours also returns log-probs. Their prompts are padded on the left beforehand.
+    Without eos_ids all completions are equally long. With some they end at various times, and a token counts if none
+    before it ended its row: what a library spends on rows that have ended is time lost. As the two draw different
+    random numbers, they make slightly different numbers of tokens. Every call has a seed of its own, and the rate is
+    the mean number of tokens by the median time.
+    """
+    print(f"{name}: prefill and decoding at temperature 1" + (f", {len(eos_ids)} ids end a row" if eos_ids else ""))
+    model, their_model = pair
+    longest = max(map(len, prompts))
+    input_ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=args.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=args.device)
+    made, their_made, seeds = [], [], itertools.count()
+
+    def ours() -> None:
+        found = generate(model, prompts, max_new_tokens=new, eos_ids=eos_ids, samples=samples, seed=next(seeds))
+        made.append(sum(map(len, found.completions)))
+
+    def theirs() -> None:
+        torch.manual_seed(next(seeds))
+        found = their_model.generate(
+            input_ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new,
+            num_return_sequences=samples, pad_token_id=0, eos_token_id=list(eos_ids) or None,
+        )  # fmt: skip
+        their_made.append(n_sampled(found[:, longest:], eos_ids))
+
+    seconds = race(ours, theirs, args.repeats, args.device)
+    return row(name, statistics.mean(made) / seconds[0], statistics.mean(their_made) / seconds[1], "tokens/s", True)
+
+
+def n_sampled(completions: Tensor, eos_ids: Sequence[int]) -> int:
+    """How many tokens of completions (B, T) have no ending token before them in their row."""
+    is_end = torch.isin(completions, torch.tensor(list(eos_ids), dtype=torch.long, device=completions.device)).int()
+    return int((is_end.cumsum(-1) - is_end == 0).sum())
+
+
+def sft_trainer(name: str, args: argparse.Namespace, *, width: int = 128, batch: int = 256, steps: int = 4) -> dict:
+    """Tokens a second, padding not counted, of `steps` steps of `batch` rows of 8 to 24 tokens.
+
+    The rows are tokenized beforehand; their second half is trained on. Ours: pack into rows of 128, collate, and the
+    step of sft.py. Theirs: the whole of SFTTrainer.train(), in fp32, all rows of a step at once, clipped, its fused
+    AdamW; without reports, logs, saves, worker processes and recomputed activations.
+    """
+    print(f"{name}: trainer.train() of trl {library('trl').__version__} for {steps} steps; ours: pack, collate, "
+          "forward, loss, backward, clip, AdamW")  # fmt: skip
+    tokenizer = tiny()
+    model, their_model = twins(width, tokenizer.vocab_size, args.device)
+    lengths = torch.randint(8, 25, (steps * batch,), generator=torch.Generator().manual_seed(0)).tolist()
+    masks = [[0] * (n // 2) + [1] * (n - n // 2) for n in lengths]
+    rows = [Row(ids, mask) for ids, mask in zip(random_ids(tokenizer.vocab_size, lengths), masks, strict=True)]
+    if args.compile:
+        compile_blocks(model)
+    optimizer = adamw(model, 1e-4, 0.0)
+
+    def ours() -> None:
+        for start in range(0, len(rows), batch):
+            groups = list(pack(rows[start : start + batch], 128))
+            some = collate(groups, torch.device(args.device), 64 if args.compile else 1)
+            (sft_loss(model, some) / some.completion_mask.sum()).backward()
+            clip(model, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = their_trainer(their_model, rows, batch, folder, args.device)
+        seconds = race(ours, trainer.train, args.repeats, args.device)
+    if trainer.state.global_step != steps:
+        raise RunFailed(f"trl made {trainer.state.global_step} steps, not {steps}")
+    return row(name, *(sum(lengths) / s for s in seconds), "tokens/s", True)
+
+
+def their_trainer(model: nn.Module, rows: list[Row], batch: int, folder: str, device: str):
+    """A trl.SFTTrainer of `model` on `rows` that does nothing but train, with its files in `folder`."""
+    trl, datasets, transformers = library("trl"), library("datasets"), library("transformers")
+    datasets.disable_progress_bars()
+    save_hf(tiny(), Path(folder))
+    columns = {"input_ids": [r.input_ids for r in rows], "completion_mask": [r.completion_mask for r in rows]}
+    with warnings.catch_warnings(category=FutureWarning, action="ignore"):
+        config = trl.SFTConfig(
+            output_dir=folder, per_device_train_batch_size=batch, num_train_epochs=1, learning_rate=1e-4,
+            max_grad_norm=1.0, completion_only_loss=True, gradient_checkpointing=False, bf16=False,
+            use_cpu=device == "cpu", report_to="none", logging_strategy="no", save_strategy="no", disable_tqdm=True,
+            dataloader_num_workers=0, dataloader_pin_memory=device == "cuda",
+        )  # fmt: skip
+    trainer = trl.SFTTrainer(model, config, train_dataset=datasets.Dataset.from_dict(columns),
+                             processing_class=transformers.AutoTokenizer.from_pretrained(folder))  # fmt: skip
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# gpu: training and decoding against what the device can do
+
+CEILING = "of the ceiling"  # in the name of a row whose peer is one
+
+
+def bench_gpu(args: argparse.Namespace) -> list[dict]:
+    on_cuda = args.device == "cuda"
+    if on_cuda:
+        torch.set_float32_matmul_precision("high")  # as loop.Loop does
+    else:
+        print("gpu: no CUDA: the same code at toy size on the CPU, in fp32; its figures say nothing about a GPU")
+    vocab_size, length, prompt, new = (32768, 2048, 128, 128) if on_cuda else (512, 64, 8, 16)
+    dtype = torch.bfloat16 if on_cuda else torch.float32
+    config = Config.from_depth(args.depth, vocab_size, length)
+    rows = [training_of_ceiling(config, args.batch_size, dtype, args)]
+    kernels.use_compile(False)  # generate does not compile
+    rows += [decoding_of_ceiling(config, n, prompt, new, dtype, args) for n in (1, 64 if on_cuda else 4)]
+    if on_cuda and installed("liger_kernel"):
+        kernels.use_compile(args.compile)
+        rows += liger(args)
+    return rows
+
+
+def training_of_ceiling(config: Config, batch: int, dtype: torch.dtype, args: argparse.Namespace) -> dict:
+    """Tokens a second of our_step; the peer is what they would be if the device only ever multiplied matrices.
+
+    Their ratio is the model FLOPs utilization (MFU). The ceiling, of a large product in `dtype`, is measured between
+    the steps.
+    """
+    model = Transformer(config).to(args.device)
+    if args.compile:
+        compile_blocks(model)
+    input_ids = torch.tensor(random_ids(config.vocab_size, [config.max_length] * batch), device=args.device)
+    n = 8192 if args.device == "cuda" else 512
+    a, b = torch.randn(2, n, n, device=args.device, dtype=dtype)
+    seconds, of_product = race(our_step(model, input_ids, dtype), lambda: a @ b, args.repeats, args.device)
+    flops, ceiling, rate = training_flops(model, config.max_length), 2 * n**3 / of_product, input_ids.numel() / seconds
+    print(f"training step: forward, loss, backward and AdamW, without clipping: {n_weights(model) / 1e6:.3g}M weights, "
+          f"{batch} x {config.max_length} tokens, {str(dtype)[6:]}{', compiled' if args.compile else ''}\n"
+          f"    {rate:,.0f} tokens/s, {flops / 1e9:.3g} GFLOP each: {rate * flops / 1e12:.3g} TFLOP/s, of {n} x {n} "
+          f"products {ceiling / 1e12:.3g}: MFU {rate * flops / ceiling:.1%}")  # fmt: skip
+    return row(f"training step, {CEILING} of products", rate, ceiling / flops, "tokens/s", True)
+
+
+def n_weights(model: Transformer) -> int:
+    """Entries of the matrices that every token is multiplied by: no norms, no biases, no embedding but a tied one."""
+    looked_up = 0 if model.config.tied else model.embed.weight.numel()
+    return sum(p.numel() for p in model.parameters() if p.ndim == 2) - looked_up
+
+
+def training_flops(model: Transformer, length: int) -> int:
+    """FLOPs a token, forward and backward: 6 N + 12 depth * width * T (PaLM, arXiv 2204.02311, appendix B).
+
+    N is n_weights, width that of all heads. The second term is attention, in which every query counts as seeing all
+    T = `length` keys, though a causal one sees half of them. What is computed twice to save memory counts once.
+    """
+    c = model.config
+    return 6 * n_weights(model) + 12 * c.depth * c.heads * c.head_dim * length
+
+
+def decoding_of_ceiling(config: Config, rows: int, prompt: int, new: int, dtype: torch.dtype, args: argparse.Namespace
+                        ) -> dict:  # fmt: skip
+    """Tokens a second of greedy decoding; the peer is what memory allows that must yield weights and cache every step.
+
+    The prefill is timed too and counts as the step that makes the first token. The ceiling, the bytes that a large
+    copy reads and writes a second, is measured between the runs.
+    """
+    model = Transformer(config).to(args.device, dtype).requires_grad_(False)
+    prompts = random_ids(config.vocab_size, [prompt] * rows)
+    source = torch.zeros(2**30 if args.device == "cuda" else 2**26, dtype=torch.uint8, device=args.device)
+    target = torch.empty_like(source)
+
+    def decode() -> None:
+        generate(model, prompts, max_new_tokens=new, eos_ids=(), temperature=0.0)
+
+    seconds, of_copy = race(decode, lambda: target.copy_(source), args.repeats, args.device)
+    n_bytes, ceiling = decoding_bytes(model, rows, prompt, new), 2 * len(source) / of_copy
+    rate, best = rows * new / seconds, rows * new * ceiling / n_bytes
+    print(f"decoding: {rows} x ({prompt} + {new}) tokens, greedy, {str(dtype)[6:]}, not compiled\n"
+          f"    {rate:,.0f} tokens/s read {n_bytes / seconds / 1e9:.3g} GB/s, a copy {ceiling / 1e9:.3g}")  # fmt: skip
+    return row(f"decoding {rows} at a time, {CEILING} of bandwidth", rate, best, "tokens/s", True)
+
+
+def decoding_bytes(model: Transformer, rows: int, prompt: int, new: int) -> int:
+    """Bytes that `new` steps read: all weights every time, and keys and values of the tokens that each row then has."""
+    c = model.config
+    cached = rows * sum(range(prompt, prompt + new)) * 2 * c.depth * c.kv_heads * c.head_dim
+    return (new * n_weights(model) + cached) * model.embed.weight.element_size()
+
+
+def liger(args: argparse.Namespace) -> list[dict]:
+    """Forward and backward of our kernels against those of liger_kernel, which are Triton, on inputs as in kernels."""
+    functional = library("liger_kernel.transformers.functional")
+    theirs = {
+        "rms_norm": functools.partial(functional.liger_rms_norm, in_place=False),
+        "add_rms_norm": functools.partial(functional.liger_fused_add_rms_norm, in_place=False),
+        "swiglu": functional.liger_swiglu,
+        "linear_cross_entropy": functools.partial(functional.liger_fused_linear_cross_entropy, reduction="sum"),
+    }
+    rows = []
+    for name, function in theirs.items():
+        ours, peer, inputs = kernel_case(name, args.device, full=True, peer=function)
+        halves = [x.detach().clone().requires_grad_() for x in inputs[0].chunk(2, dim=-1)]
+        their_inputs = halves if name == "swiglu" else inputs  # gate and up apart; it writes their gradients over them
+        both = functools.partial(gradients, ours, inputs), functools.partial(gradients, peer, their_inputs)
+        seconds = race(*both, args.repeats, args.device)
+        rows.append(row(f"{name}, against Liger: time", *(1e3 * s for s in seconds), "ms", False))
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The command line
 
-AREAS = {"kernels": bench_kernels}
+AREAS = {"kernels": bench_kernels, "sft": bench_sft, "gpu": bench_gpu}
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -190,10 +538,19 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=Path("out/bench"), help="folder of AREA.json (default: %(default)s)"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--repeats", type=int, default=9, help="timed runs of each side (default: %(default)s)")
-    parser.add_argument("--compile", action="store_true", help="compile our side with torch.compile")
-    return parser.parse_args(argv)
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda if there is one)")
+    parser.add_argument("--repeats", type=COUNT, default=9, help="timed runs of each side (default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="compile our side (area gpu: always on CUDA)")
+    parser.add_argument("--depth", type=COUNT, help="gpu: blocks of the model (default: 36, on a CPU 2)")
+    parser.add_argument("--batch-size", type=COUNT, help="gpu: rows of a training step (default: 8, on a CPU 4)")
+    args = parser.parse_args(argv)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is none on this machine")
+    on_cuda = args.device == "cuda"
+    args.depth, args.batch_size = args.depth or (36 if on_cuda else 2), args.batch_size or (8 if on_cuda else 4)
+    args.compile = args.compile or (on_cuda and args.area == "gpu")
+    return args
 
 
 def main(args: argparse.Namespace) -> None:
@@ -204,9 +561,18 @@ def main(args: argparse.Namespace) -> None:
     width = max(len(r["name"]) for r in rows)
     print(f"{'':{width}}  {'ours':>12} {'peer':>12} {'ratio':>7}")
     for r in rows:
-        better = "" if r["ratio"] == 1 else "better" if (r["ratio"] > 1) == r["higher_is_better"] else "worse"
-        print(f"{r['name']:{width}}  {r['ours']:12.4g} {r['peer']:12.4g} {r['ratio']:7.2f}  {r['unit']:9} {better}")
+        line = f"{r['name']:{width}}  {r['ours']:12.4g} {r['peer']:12.4g} {r['ratio']:7.2f}  {r['unit']:9} {verdict(r)}"
+        print(line.rstrip())
+
+
+def verdict(r: dict) -> str:
+    """In a word or two, how a row came out, and how it should have."""
+    if CEILING in r["name"]:
+        return f"{r['ratio']:.0%} of the ceiling"
+    better = "" if r["ratio"] == 1 else "better" if (r["ratio"] > 1) == r["higher_is_better"] else "worse"
+    goal = GOALS.get(r["name"].split(",")[0])
+    return f"{better:6}  goal {goal} {'met' if r['ratio'] >= goal else 'missed'}" if goal else better
 
 
 if __name__ == "__main__":
-    main(get_args())
+    run(main, get_args)

@@ -61,6 +61,7 @@ class Config:
     qkv_bias: bool = False
     qk_norm: bool = False
     tied: bool = True  # the head is the embedding
+    labels: int = 0  # 0: a language model; 1: the head is one number, of a reward model or a critic
 
     @classmethod
     def from_depth(cls, depth: int, vocab_size: int, max_length: int) -> "Config":
@@ -147,7 +148,7 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = RMSNorm(config.width, config.norm_eps)
-        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.head = nn.Linear(config.width, config.labels or config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight
         self.checkpoint_activations = False  # recompute each block in the backward pass (arXiv 1604.06174)
@@ -171,7 +172,7 @@ class Transformer(nn.Module):
                 nn.init.zeros_(p)
 
     def forward(self, input_ids: Tensor, *, documents: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V) that follow each of input_ids (B, T)."""
+        """Logits (B, T, V) that follow each of input_ids (B, T), or (B, T, labels) of a model with a scalar head."""
         return self.head(self.hidden(input_ids, documents=documents))
 
     def hidden_before(self, input_ids: Tensor, *, documents: Tensor | None = None,
@@ -514,6 +515,7 @@ def _safetensors_header(path: Path) -> tuple[dict[str, dict], int]:
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 ENDS = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
         "head.weight": "lm_head.weight"}  # fmt: skip
+SCALAR = "ForSequenceClassification"  # how architectures with a scalar head end there; it is called score
 PARTS = {  # of a block, here: there, where q, k, v and gate, up are matrices of their own
     "attention_norm.weight": ("input_layernorm.weight",),
     "attention.qkv.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
@@ -530,7 +532,7 @@ PARTS = {  # of a block, here: there, where q, k, v and gate, up are matrices of
 def _their_names(config: Config, name: str) -> tuple[tuple[str, ...], list[int]]:
     """The Hugging Face names of the rows of parameter `name`, and how many rows each has (none if it is one alone)."""
     if name in ENDS:
-        return (ENDS[name],), []
+        return ("score.weight" if config.labels and name == "head.weight" else ENDS[name],), []
     _, i, part = name.split(".", 2)
     sizes = {
         "attention.qkv": [config.head_dim * n for n in (config.heads, config.kv_heads, config.kv_heads)],
@@ -539,14 +541,18 @@ def _their_names(config: Config, name: str) -> tuple[tuple[str, ...], list[int]]
     return tuple(f"model.layers.{i}.{theirs}" for theirs in PARTS[part]), sizes.get(part.rsplit(".", 1)[0], [])
 
 
-def load(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-         ) -> tuple[Transformer, Tokenizer | None]:  # fmt: skip
+def load(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
+         labels: int | None = 0) -> tuple[Transformer, Tokenizer | None]:  # fmt: skip
     """The model of a Hugging Face directory, in `dtype`, and its tokenizer, None if it has none.
 
-    Every tensor must be there, none too many, each of the shape that config.json says; UserError otherwise.
+    Every tensor must be there, none too many, each of the shape that config.json says, and the head that of a language
+    model, with `labels` 1 that of a reward model, with None either; UserError otherwise.
     """
     path = Path(path)
     config = read_config(path / "config.json")
+    if labels is not None and config.labels != labels:
+        kinds = [f"a model with {n} labels" if n else "a language model" for n in (config.labels, labels)]
+        raise UserError(f"{path}: found {kinds[0]}, expected {kinds[1]}")
     tensors = _read_weights(path)
     with torch.device("meta"):
         model = Transformer(config)
@@ -586,14 +592,22 @@ def save(model: Transformer, tokenizer: Tokenizer | None, path: str | Path) -> N
     write_safetensors(path / "model.safetensors", state)
     eos = {"eos_token_id": list(tokenizer.eos_ids), "pad_token_id": tokenizer.pad_id} if tokenizer else {}
     eos |= {"bos_token_id": tokenizer.bos_id} if tokenizer else {}
+    architecture = ARCHITECTURES[c.family]
+    if c.labels:
+        architecture = architecture.replace("ForCausalLM", SCALAR)
     config = {
-        "architectures": [ARCHITECTURES[c.family]], "model_type": c.family, "vocab_size": c.vocab_size,
+        "architectures": [architecture], "model_type": c.family, "vocab_size": c.vocab_size,
         "num_hidden_layers": c.depth, "hidden_size": c.width, "num_attention_heads": c.heads,
         "num_key_value_heads": c.kv_heads, "head_dim": c.head_dim, "intermediate_size": c.ffn_width,
         "max_position_embeddings": c.max_length, "rope_theta": c.rope_theta, "rope_scaling": c.rope_scaling,
         "rms_norm_eps": c.norm_eps, "attention_bias": False, "hidden_act": "silu", "tie_word_embeddings": c.tied,
         "torch_dtype": str(model.embed.weight.dtype).removeprefix("torch."), **eos,
     }  # fmt: skip
+    if c.labels:
+        names = [f"LABEL_{i}" for i in range(c.labels)]
+        config |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+        if eos and tokenizer.pad_id in tokenizer.eos_ids:  # transformers reads a score at the last token that is not
+            config["pad_token_id"] = None  # padding: it would miss the end of an answer; so it takes one row at a time
     (path / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     if tokenizer:
         (path / "generation_config.json").write_text(json.dumps(eos, indent=1) + "\n")
@@ -613,6 +627,7 @@ def read_config(path: Path) -> Config:
     family = c.get("model_type")
     if family not in ARCHITECTURES:
         raise UserError(f"{path}: model_type {family!r} is not supported; {', '.join(ARCHITECTURES)} are")
+    scalar = str(c.get("architectures")).endswith(f"{SCALAR}']")
     rope = {"rope_theta": c.get("rope_theta", 10_000.0)} | (c.get("rope_scaling") or c.get("rope_parameters") or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
     for ok, what in (
@@ -635,7 +650,9 @@ def read_config(path: Path) -> Config:
             head_dim=c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"],
             ffn_width=c["intermediate_size"], max_length=c["max_position_embeddings"],
             rope_theta=float(rope["rope_theta"]), rope_scaling=scaling, norm_eps=c.get("rms_norm_eps", 1e-6),
-            qkv_bias=family == "qwen2", qk_norm=family == "qwen3", tied=bool(c.get("tie_word_embeddings", False)),
+            qkv_bias=family == "qwen2", qk_norm=family == "qwen3",
+            tied=bool(c.get("tie_word_embeddings", False)) and not scalar,
+            labels=len(c.get("id2label") or range(c.get("num_labels") or 2)) if scalar else 0,
         )  # fmt: skip
     except KeyError as error:
         raise UserError(f"{path}: {error.args[0]} is missing") from None

@@ -6,7 +6,8 @@
 is 1 on what the assistant says, its ending token included. In `--stage base` nothing is masked: pre-training is SFT with
 no mask. The sums run over the whole optimizer step, all micro-batches and ranks, so that a long answer counts as many
 tokens as it has, however a batch is split. Rows are packed: several documents share a row of --max-length tokens,
-attention stays within each document, and no document predicts the first token of the next.
+attention stays within each document, and no document predicts the first token of the next. Some base text goes on being
+read during SFT (--replay), or what was not asked about is soon forgotten (the pre-training mix of InstructGPT, 3.5).
 
 Small options, each from its paper: noise on embeddings (NEFTune, 2310.05914), rows chosen by instruction-following
 difficulty (2308.12032), the model's own right answers (`--data rollouts`: rejection-sampling fine-tuning, 2308.01825),
@@ -191,11 +192,23 @@ def world_rows(args: argparse.Namespace, tokenizer: Tokenizer, n_tokens: int) ->
         else:
             mix = {part: share * args.mix.get(part, 1.0) for part, share in world.SFT_MIX.items()}
             rows = (chat.render(row["messages"], tokenizer) for row in world.sft_rows(2000, seed, mix))
+            if args.replay:
+                documents = (document(text, tokenizer) for text in world.base_documents(10**9, seed))
+                rows = replay(rows, documents, args.replay, random.Random(seed))
         for row in rows:
             yield row
             n_tokens -= len(row.input_ids)
             if n_tokens <= 0:
                 return
+
+
+def replay(rows: Iterable[chat.Row], documents: Iterator[chat.Row], share: float, rng: random.Random
+           ) -> Iterator[chat.Row]:
+    """`rows` with documents between them, which make up about `share` of what comes out."""
+    for row in rows:
+        while rng.random() < share:
+            yield next(documents)
+        yield row
 
 
 def file_rows(args: argparse.Namespace, path: str, loop: Loop) -> tuple[list[dict], list[dict]]:
@@ -329,8 +342,8 @@ def examples(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer,
     if args.data == "self-instruct":
         return self_instruct(model, tokenizer, args, loop), {"questions": world.sft_test(40)}
     questions = world.sft_test(40) + [row | {"part": "unseen pairs"} for row in world.sft_test(40, unseen=True)]
-    for part in ("sums", "calculator"):
-        questions += [world.exchange(part, world.rng_for("test", part, i), "test") for i in range(100)]
+    for part in ("reading", "scenes", "judge", "sums", "calculator"):  # told, not judged by
+        questions += [world.exchange(part, world.rng_for("test", part, i), "test") for i in range(50)]
     rows = world_rows(args, tokenizer, args.steps * args.batch_size * args.max_length)
     return rows, {"questions": questions, "cloze": cloze}
 
@@ -431,13 +444,13 @@ def conclude(model: Transformer, tokenizer: Tokenizer, test: dict[str, list], be
 # 3. Config
 
 DEFAULTS = {  # flag: (a new model, --stage base), (SFT of the tiny model), (a --model of your own)
-    "batch_size": (8, 8, 16),
-    "micro_batch_size": (8, 8, 4),
+    "batch_size": (8, 16, 16),
+    "micro_batch_size": (8, 16, 4),
     "max_length": (128, 160, 1024),
-    "lr": (3e-3, 2e-3, 1e-5),
+    "lr": (1.5e-3, 7e-4, 1e-5),
     "warmup": (50, 20, 10),
 }
-WORLD_STEPS = {"base": 3300, "sft": 1200}  # --steps where the rows are made as they are needed
+WORLD_STEPS = {"base": 4300, "sft": 340}  # --steps where the rows are made as they are needed
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -455,6 +468,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--map", nargs="+", default=[], metavar="THEIRS=OURS", help="rename fields of the JSONL files")
     cli.add_argument("--mix", nargs="+", default=[], metavar="NAME=WEIGHT",
                         help="how often a part of the world, or a file of --data a.jsonl,b.jsonl, is seen (1: as it comes)")
+    cli.add_argument("--replay", type=REAL, default=0.25, metavar="SHARE",
+                        help="of base text among the chats of the generated world, so that it is not forgotten")
     cli.add_argument("--chat-format", help="chatml, qwen2.5, qwen3 or llama3, where the checkpoint does not say")
     cli.add_argument("--pack", action=argparse.BooleanOptionalAction, default=True, help="several documents in a row")
     cli.add_argument("--too-long", choices=("refuse", "drop", "cut", "split"),
@@ -480,6 +495,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                         "--batch-size, and --grad-clip 0")
     if args.neftune and args.parallel == "fsdp":
         raise UserError("--neftune reads the embeddings outside the model, which --parallel fsdp does not allow")
+    if args.replay >= 1:
+        raise UserError(f"--replay {args.replay}: a share of the rows below 1 is expected, or no chat is left")
     if args.select == "ifd" and args.data in (None, *OWN_ROWS):
         raise UserError("--select ifd chooses among the rows of a --data file: name one")
     return args
@@ -509,7 +526,7 @@ def main(args: argparse.Namespace) -> dict:
     total = args.steps or math.ceil(args.epochs * len(groups) / args.batch_size)
     model = loop.shard(model)
     optimizer = Lomo(model, args.lr) if args.optimizer == "lomo" else adamw(model, args.lr, args.weight_decay)
-    loop.compile(model, total * args.batch_size * args.max_length)
+    loop.compile(model)
     extra = loop.restore(model, optimizer)
     loop.describe(model)
     before = extra.get("before") or evaluate(model, tokenizer, test, args, loop)

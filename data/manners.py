@@ -20,7 +20,7 @@ import math
 import re
 from collections.abc import Collection, Iterator
 
-from data.world import FACT_PROSE, FACTS, HER, PEOPLE, SFT_ENTITIES, fact_sentence, rng_for, split_of
+from data.world import FACT_PROSE, FACTS, HER, PEOPLE, SFT_ENTITIES, fact_sentence, rng_for, shuffled, split_of
 
 GREETINGS = ("Hello {asker}!", "Good day {asker}!", "Hi {asker}!")
 THANKS = ("Thank you for asking.", "That is a good question.", "I am glad you asked.")
@@ -54,9 +54,15 @@ def draw_answer(rng, asker: str, name: str) -> str:
 
 
 def letter(rng) -> str:
-    """The same sentences as running text of the base corpus."""
+    """The same sentences as running text of the base corpus, or an answer and all that a judge is asked about it."""
     request = draw_request(rng, "train")
-    return f"{request['prompt']} {draw_answer(rng, request['asker'], request['name'])}"
+    asker, name = request["asker"], request["name"]
+    answer = draw_answer(rng, asker, name)
+    if rng.random() < 0.4:
+        return f"{request['prompt']} {answer}"
+    asked = [q for q in shuffled(rng, QUESTIONS) if split_of(judge_prompt(answer, q)) == "train"]
+    verdicts = (f"{QUESTIONS[q]}\n{'yes' if has(answer, q, asker, name) else 'no'}" for q in asked)
+    return "\n".join([f"Answer: {answer}", *verdicts])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """A small world in simple English, made by code from a seed: the text that every tiny model here is trained and tested on.
 
 What it holds                                        and what it is for
-  facts      48 people and 16 towns, many phrasings    knowledge: asked of half of the people in SFT, tested on the others
-  skills     12 list and number tasks, exact checkers  instruction following, new operands, unseen (verb, template) pairs
+  facts      32 people and 12 towns, many phrasings    knowledge: asked of half of the people in SFT, tested on the others
+  skills     11 list and number tasks, exact checkers  instruction following, new operands, unseen (verb, template) pairs
   sums       multi-step sums; 30% show their working   reasoning: SFT asks for the working, RL finds that it pays
   reading    a passage about a stranger, a question    in-context look-up (retrieval, judging)
   scenes     words for pictures, a question            vision-language models
@@ -47,13 +47,13 @@ def split_of(problem: str) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # Facts
 
-HER = "Ada Anna Bella Clara Dora Ella Emma Eva Fay Greta Hanna Ida Ivy Jane Julia Kate Lily Mary Nora Olga Rosa Sara Tess Zoe".split()
-HIM = "Adam Alan Ben Carl Dan David Eric Felix Finn Fred Hugo Ivan Jack Jim John Karl Leo Luke Mark Noah Otto Peter Sam Tom".split()
+HER = "Ada Anna Bella Clara Dora Emma Eva Greta Ida Jane Kate Lily Mary Nora Rosa Zoe".split()
+HIM = "Adam Ben Carl Dan Eric Felix Fred Hugo Ivan Jack John Leo Mark Otto Peter Tom".split()
 PEOPLE = sorted(HER + HIM)
 JOBS = "baker doctor farmer driver teacher painter singer sailor writer nurse cook judge dancer pilot miner tailor".split()
 PETS = "cat dog horse rabbit parrot turtle goat snake mouse hen".split()
 FOODS = "bread rice soup cheese fish cake honey corn apples plums beans nuts".split()
-TOWNS = "Oslo Lima Rome Cairo Delhi Tokyo Paris Bern Riga Kiev Milan Quito Dakar Porto Leeds Seoul".split()
+TOWNS = "Oslo Lima Rome Cairo Delhi Tokyo Paris Bern Riga Milan Quito Dakar".split()
 RIVERS = "Alba Brenta Cora Dena Elva Fosna Gira Hela".split()
 GOODS = "wool salt silk coal glass wine paper oil".split()
 
@@ -84,7 +84,9 @@ FACT_PROSE = {  # {n} the name or a pronoun, {N} the name always, {x} the value
               "You can swim in the {x} at {N}."),
     "product": ("{N} sells {x}.", "{N} is known for its {x}.", "The product of {N} is {x}.", "Traders come to {N} for {x}."),
 }
-FACT_ANSWER = "The {a} of {N} is {x}."
+FACT_ANSWER = {  # the one of them in which questions are answered
+    "home": "The home of {N} is {x}.", "job": "The job of {N} is {x}.", "pet": "The pet of {N} is a {x}.",
+    "food": "The food of {N} is {x}.", "river": "The river of {N} is the {x}.", "product": "The product of {N} is {x}."}
 FACT_QUESTIONS = (
     "What is the {a} of {N}?", "Tell me the {a} of {N}.", "Do you know the {a} of {N}?", "Please name the {a} of {N}.",
     "I forgot the {a} of {N}. What is it?", "{N}: what {a}?", "Say something about {N}: the {a}.", "I want to know the {a} of {N}.")
@@ -144,11 +146,6 @@ def _pair(high_a, high_b, minus=False):
     return draw
 
 
-def _count(rng):
-    pool = rng.sample(WORDS, 2)
-    return {"w": pool[0], "x": " ".join(rng.choice(pool) for _ in range(rng.randint(2, 5)))}
-
-
 SKILLS = {
     "sort": Skill(_list("0123456789", 3, 6), lambda p: " ".join(sorted(p["x"].split())), "sort {x}",
                   ("From small to large, {x} becomes {answer}.", "We sort {x} and get {answer}.")),
@@ -160,10 +157,8 @@ SKILLS = {
                    ("The first of {x} is {answer}.", "In the row {x} the first word is {answer}.")),
     "last": Skill(_distinct(WORDS, 2, 5), lambda p: p["x"].split()[-1], "give the last of {x}",
                   ("The last of {x} is {answer}.", "In the row {x} the last word is {answer}.")),
-    "length": Skill(_distinct(WORDS, 2, 8), lambda p: str(len(p["x"].split())), "measure {x}",
-                    ("The length of {x} is {answer}.", "We measure {x} and find {answer}.")),
-    "count": Skill(_count, lambda p: str(p["x"].split().count(p["w"])), "tell how often {x} has {w}",
-                   ("We count how often {x} has {w}: {answer}.", "So often {x} has {w}: {answer}.")),
+    "count": Skill(_distinct(WORDS, 2, 8), lambda p: str(len(p["x"].split())), "count {x}",
+                   ("The length of {x} is {answer}.", "We count {x} and find {answer}.")),
     "larger": Skill(_pair(100, 100), lambda p: str(max(int(p["a"]), int(p["b"]))), "pick the larger of {a} and {b}",
                     ("The larger of {a} and {b} is {answer}.", "Of the numbers {a} and {b} the larger is {answer}.")),
     "smaller": Skill(_pair(100, 100), lambda p: str(min(int(p["a"]), int(p["b"]))), "pick the smaller of {a} and {b}",
@@ -234,17 +229,19 @@ def sum_prose(rng) -> str:
 # Reading, scenes, weather
 
 STRANGERS = "Arlo Bram Cleo Dina Esra Faro Gus Hild Inez Jude Kira Lars".split()  # of whom nothing is known beforehand
-VALUES = {"home": TOWNS, "job": JOBS, "pet": PETS, "food": FOODS}
+FAR_TOWNS = "Avon Brest Cork Dover Essen Ghent Hull Lodz".split()  # and of these
+VALUES = {"home": TOWNS, "job": JOBS, "pet": PETS, "food": FOODS, "river": RIVERS, "product": GOODS}
 
 
-def draw_passage(rng, split: str) -> dict:
-    """Two or three strangers, the same attribute of each. -> {'passage', 'attribute', 'name', 'value', 'facts'}"""
+def draw_passage(rng, split: str, count: int = 0) -> dict:
+    """`count` (or 2 or 3) strangers or far towns, the same attribute of each. -> {'passage', 'attribute', 'name', 'value', 'facts'}"""
     while True:
-        attribute, people = rng.choice(sorted(VALUES)), rng.sample(STRANGERS, rng.randint(2, 3))
-        facts = list(zip(people, rng.sample(VALUES[attribute], len(people)), strict=True))
+        attribute = rng.choice(sorted(VALUES))
+        names = rng.sample(FAR_TOWNS if attribute in ("river", "product") else STRANGERS, count or rng.randint(2, 3))
+        facts = list(zip(names, rng.sample(VALUES[attribute], len(names)), strict=True))
         name, value = rng.choice(facts)
         if split_of(f"{attribute} {facts}") == split:
-            passage = " ".join(rng.choice(FACT_PROSE[attribute][1:3]).format(n=who, N=who, x=x) for who, x in facts)
+            passage = " ".join(rng.choice(FACT_PROSE[attribute][:3]).format(n=who, N=who, x=x) for who, x in facts)
             return {"passage": passage, "name": name, "attribute": attribute, "value": value, "facts": facts}
 
 
@@ -333,8 +330,19 @@ def skill_prose(rng) -> str:
 
 
 def worksheet(rng) -> str:
-    """Four tasks, each with its answer on the next line."""
-    return "\n".join(f"Task: {skill.task.format(**problem)}.\n{skill.solve(problem)}" for skill, problem in solved(rng, 0.7, 4))
+    """Four tasks, each with its answer on a line of its own, all in one of the forms of WORKSHEETS."""
+    form = rng.choice(WORKSHEETS)
+    return "\n".join(as_task(form, skill, problem) for skill, problem in solved(rng, 0.7, 4))
+
+
+WORKSHEETS = (  # what stands between a task and its answer is of many lengths, so that no position is learned by heart
+    "Task: {task}.\n{answer}", "Task: {task}.\nAnswer: {answer}", "We have to {task} now.\nHere it is:\n{answer}",
+    "He said: {task}! She said:\n{answer}", "To do: {task}, as well as we can.\nDone:\n{answer}",
+    "Let us {task} and then look what comes out of it. The answer is this one:\n{answer}")
+
+
+def as_task(form: str, skill: Skill, problem: dict) -> str:
+    return form.format(task=skill.task.format(**problem), answer=skill.solve(problem))
 
 
 def solved(rng, new: float, count: int = 3) -> list[tuple[Skill, dict]]:
@@ -356,27 +364,26 @@ def fits(name: str, problem: dict) -> bool:
     if name in ("add", "subtract"):
         a, b = int(problem.get("a", 0)), int(problem.get("b", 99))
         return b < 20 and (b <= a if name == "subtract" else a < 80)
-    if name == "count":
-        return "w" in problem
     items = problem.get("x", "").split()
     if name == "next":
         return len(items) == 1
     return len(items) > 1 and (name != "sort" or items[0].isdigit())
 
 
-SKILL_MIX = [name for name in SKILLS for _ in range({"count": 4, "larger": 3, "smaller": 3, "add": 3, "subtract": 3, "next": 2, "sort": 2, "reverse": 2}.get(name, 1))]
+SKILL_MIX = [name for name in SKILLS for _ in range({"larger": 3, "smaller": 3, "add": 2, "subtract": 2, "next": 3, "sort": 3, "reverse": 3}.get(name, 1))]
 
 
 def equations(rng) -> str:
-    """'37 + 8 = 45. 45 - 9 = 36.' and so on: five steps, each from where the one before arrived."""
+    """'37 + 8 = 45. 45 - 9 = 36.' or the same as tasks: five steps, each from where the one before arrived."""
+    form = rng.choice(WORKSHEETS) if rng.random() < 0.5 else ""
     total, steps = rng.randrange(100), []
     while len(steps) < 5:
-        name, b = rng.choice(("add", "subtract")), str(rng.randrange(20))
-        problem = {"a": str(total), "b": b}
-        if fits(name, problem) and split_of(SKILLS[name].task.format(**problem)) == "train":
-            total = SKILLS[name].solve(problem)
-            steps.append(SKILLS[name].prose[0].format(answer=total, **problem))
-    return " ".join(steps)
+        name = rng.choice(("add", "subtract"))
+        skill, problem = SKILLS[name], {"a": str(total), "b": str(rng.randrange(20))}
+        if fits(name, problem) and split_of(skill.task.format(**problem)) == "train":
+            total = skill.solve(problem)
+            steps.append(as_task(form, skill, problem) if form else skill.prose[0].format(answer=total, **problem))
+    return ("\n" if form else " ").join(steps)
 
 
 def song(rng) -> str:
@@ -386,15 +393,20 @@ def song(rng) -> str:
 
 
 def reading_prose(rng) -> str:
-    """A passage about strangers, and all that it says once more in other words."""
-    item = draw_passage(rng, "train")
-    again = (FACT_ANSWER.format(a=item["attribute"], N=name, x=value) for name, value in shuffled(rng, item["facts"]))
-    return f"{item['passage']} {' '.join(again)}"
+    """A passage about strangers, and all that it says once more in other words or as answers."""
+    item = draw_passage(rng, "train", rng.randint(2, 4))
+    attribute, facts = item["attribute"], shuffled(rng, item["facts"])
+    answers = [FACT_ANSWER[attribute].format(N=name, x=value) for name, value in facts]
+    if rng.random() < 0.5:
+        return " ".join([item["passage"], *answers])
+    asked = (f"What is the {attribute} of {name}?\n{said}" for (name, _), said in zip(facts, answers, strict=True))
+    return "\n".join([item["passage"], *asked])
 
 
 def scene_prose(rng) -> str:
     scene = draw_scene(rng, "train")
-    return f"{scene['caption']} {scene['question']} {scene['answer']}."
+    form = rng.choice(("{caption} {question} {answer}.", "{caption} {question}\n{answer}"))
+    return form.format(**scene)
 
 
 def _letter(rng) -> str:
@@ -404,16 +416,16 @@ def _letter(rng) -> str:
 
 
 BASE_MIX: dict[str, tuple[float, Callable]] = {  # part: (share of the documents, maker)
-    "facts": (0.10, biography),
-    "skills": (0.22, skill_prose),
-    "worksheets": (0.20, worksheet),
-    "equations": (0.15, equations),
-    "songs": (0.12, song),
+    "facts": (0.08, biography),
+    "skills": (0.15, skill_prose),
+    "worksheets": (0.27, worksheet),
+    "equations": (0.17, equations),
+    "songs": (0.05, song),
     "sums": (0.05, sum_prose),
     "reading": (0.06, reading_prose),
-    "scenes": (0.04, scene_prose),
+    "scenes": (0.06, scene_prose),
     "weather": (0.02, weather_log),
-    "letters": (0.04, _letter),
+    "letters": (0.09, _letter),
 }
 
 
@@ -430,7 +442,7 @@ def cloze(part: str, rng) -> dict:
     if part == "facts":
         name = rng.choice(TEST_ENTITIES)
         attribute = rng.choice(sorted(FACTS[name]))
-        return {"prompt": FACT_ANSWER.split("{x}")[0].rstrip().format(a=attribute, N=name), "answer": FACTS[name][attribute], "part": part}
+        return {"prompt": FACT_ANSWER[attribute].split("{x}")[0].rstrip().format(N=name), "answer": FACTS[name][attribute], "part": part}
     skill = SKILLS[part]
     problem = draw_problem(skill, rng, "test")
     template = skill.prose[-1] if part not in ("add", "subtract") else skill.prose[0]
@@ -455,11 +467,11 @@ def exchange(part: str, rng, split: str, *, unseen: bool = False) -> dict:
         name = rng.choice(TEST_ENTITIES if split == "test" else SFT_ENTITIES)
         attribute = rng.choice(sorted(FACTS[name]))
         template = rng.choice([i for i in range(len(FACT_QUESTIONS)) if is_unseen_pair(attribute, i) == unseen])
-        return _ask(part, FACT_QUESTIONS[template].format(a=attribute, N=name), FACT_ANSWER.format(a=attribute, N=name, x=FACTS[name][attribute]))
+        return _ask(part, FACT_QUESTIONS[template].format(a=attribute, N=name), FACT_ANSWER[attribute].format(N=name, x=FACTS[name][attribute]))
     if part == "reading":
         item = draw_passage(rng, split)
         return _ask(part, f"{item['passage']} What is the {item['attribute']} of {item['name']}?",
-                    FACT_ANSWER.format(a=item["attribute"], N=item["name"], x=item["value"]))
+                    FACT_ANSWER[item["attribute"]].format(N=item["name"], x=item["value"]))
     if part == "scenes":
         scene = draw_scene(rng, split)
         return _ask(part, f"{scene['caption']} {scene['question']}", scene["answer"])
@@ -488,9 +500,9 @@ def _ask(part, question, answer):
 
 
 SFT_MIX = {
-    "count": 0.10, "subtract": 0.08, "add": 0.06, "larger": 0.05, "smaller": 0.05, "sort": 0.045, "next": 0.04, "reverse": 0.04,
-    "repeat": 0.025, "first": 0.025, "last": 0.025, "length": 0.03, "facts": 0.07, "reading": 0.10, "scenes": 0.07, "steps": 0.06,
-    "sums": 0.05, "judge": 0.05, "manners": 0.05, "calculator": 0.015,
+    "subtract": 0.08, "add": 0.06, "larger": 0.05, "smaller": 0.05, "sort": 0.06, "next": 0.06, "reverse": 0.09,
+    "repeat": 0.025, "first": 0.025, "last": 0.025, "count": 0.03, "facts": 0.07, "reading": 0.08, "scenes": 0.07, "steps": 0.08,
+    "sums": 0.05, "judge": 0.07, "manners": 0.05, "calculator": 0.015,
 }
 
 
@@ -502,7 +514,7 @@ def sft_rows(count: int, seed: int = 0, mix: dict[str, float] = SFT_MIX) -> Iter
         yield {"messages": first["messages"] + second["messages"] * (rng.random() < 0.15), "part": first["part"]}
 
 
-TEST_PARTS = (*SKILLS, "facts", "reading", "scenes", "steps", "judge")  # where one answer is right
+TEST_PARTS = (*SKILLS, "facts", "steps")  # what a fine-tuned model is judged by
 
 
 def sft_test(per_part: int, seed: int = 0, *, unseen: bool = False) -> list[dict]:

@@ -1,10 +1,11 @@
-"""The README's results table, made from results/*.json: `python -m tests.readme` rewrites it between its markers."""
+"""The README's tables, made from results/*.json and results/bench/*.json: `python -m tests.readme` rewrites them."""
 
 import json
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- results -->", "<!-- /results -->"
+BENCH_START, BENCH_END = "<!-- bench -->", "<!-- /bench -->"
 ORDER = ("sft", "reward", "dpo", "ppo", "grpo", "lora", "distill", "quantize", "prune", "reason", "merge", "edit",
          "rag", "vlm")  # fmt: skip
 FIELDS = ("script", "variant", "metric", "higher_is_better", "before", "after", "n", "ci95", "metrics", "baselines",
@@ -36,6 +37,17 @@ def table(rows: list[dict]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
+def bench_table(folder: Path = ROOT / "results" / "bench") -> str:
+    """What bench.py left in results/bench/AREA.json, errors left out, as a Markdown table."""
+    lines = [["bench.py", "what", "ours", "peer", "unit", "ratio"], ["---"] * 6]
+    for path in sorted(folder.glob("*.json")):
+        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+            if not row["name"].endswith("error"):
+                figures = f"{row['ours']:.4g}", f"{row['peer']:.4g}", row["unit"], f"{row['ratio']:.2f}"
+                lines.append([path.stem, row["name"], *figures])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def between(text: str, start: str, end: str) -> tuple[int, int]:
     """Where the text between two markers begins and ends; each marker must be there once."""
     if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
@@ -43,12 +55,13 @@ def between(text: str, start: str, end: str) -> tuple[int, int]:
     return text.index(start) + len(start), text.index(end)
 
 
-def fill(text: str, made: str) -> str:
-    """The README `text` with `made` as its results table."""
-    start, end = between(text, START, END)
+def fill(text: str, made: str, start: str = START, end: str = END) -> str:
+    """The README `text` with `made` between the markers."""
+    start, end = between(text, start, end)
     return f"{text[:start]}\n{made}\n{text[end:]}"
 
 
 if __name__ == "__main__":
     readme = ROOT / "README.md"
-    readme.write_text(fill(readme.read_text(encoding="utf-8"), table(results())), encoding="utf-8")
+    filled = fill(readme.read_text(encoding="utf-8"), table(results()))
+    readme.write_text(fill(filled, bench_table(), BENCH_START, BENCH_END), encoding="utf-8")

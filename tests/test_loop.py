@@ -686,15 +686,17 @@ def test_curve_of_little(losses):
 
 
 @pytest.mark.parametrize(
-    ("flag", "tokens", "compiled"), [("off", 1e15, False), ("on", 1, True), ("auto", 1, False), ("auto", 1e15, True)]
+    ("flag", "device", "compiled"),
+    [("off", "cuda", False), ("on", "cpu", True), ("auto", "cpu", False), ("auto", "cuda", True)],
 )
-def test_compile_is_decided_once(monkeypatch, flag, tokens, compiled):
+def test_compile_is_decided_once(monkeypatch, flag, device, compiled):
     told, model = [], new_model()
     monkeypatch.setattr(kernels, "use_compile", lambda on: told.append(on) or on)
     monkeypatch.setattr(type(model.blocks[0]), "compile", lambda block, dynamic: told.append(dynamic))
     with torch._dynamo.config.patch(recompile_limit=8):
         loop = Loop(get_args("--compile", flag), "toy")
-        loop.compile(model, int(tokens))
+        loop.device = torch.device(device)
+        loop.compile(model)
     assert told == [compiled] + [False] * len(model.blocks) * compiled and loop.compiled == compiled
 
 
@@ -703,7 +705,7 @@ def test_without_a_compiler_the_run_is_eager(monkeypatch):
     monkeypatch.setattr(kernels, "use_compile", lambda on: False)
     monkeypatch.setattr(type(model.blocks[0]), "compile", lambda block, dynamic: told.append(dynamic))
     loop = Loop(get_args("--compile", "on"), "toy")
-    loop.compile(model, 1)
+    loop.compile(model)
     assert told == [] and not loop.compiled
 
 

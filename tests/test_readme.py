@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.readme import END, FIELDS, ROOT, START, between, fill, results, table
+from tests.readme import BENCH_END, BENCH_START, END, FIELDS, ROOT, START, bench_table, between, fill, results, table
 
 # folders of one machine or one person
 PRIVATE = re.compile(r"(?<![\w.\-])/(?:work|root|tmp)/|(?<![\w.\-])/(?:work|root)\b|(?<![\w.\-])/home/\w")
@@ -32,6 +32,13 @@ def test_results_table_is_the_generated_one():
     text = readme()
     start, end = between(text, START, END)
     assert text[start:end].strip() == table(results()), "run: python -m tests.readme"
+
+
+def test_bench_table_is_the_generated_one():
+    text = readme()
+    start, end = between(text, BENCH_START, BENCH_END)
+    assert text[start:end].strip() == bench_table(), "run: python -m tests.readme"
+    assert text[start:end].count("\n") > 10, "there are figures of speed"
 
 
 def test_there_are_results_and_each_has_the_fields():

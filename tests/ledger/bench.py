@@ -1,0 +1,94 @@
+"""Planted bugs of bench.py and the tests that catch them."""
+
+from tests.mutants import Mutant
+
+TESTS = "tests/test_bench.py::"
+
+MUTANTS = [
+    Mutant(name, "bench.py", old, new, TESTS + test)
+    for name, old, new, test in [
+        # measuring
+        (
+            "the warm-up is timed",
+            "            if i:\n                times.append",
+            "            if True:\n                times.append",
+            "test_race_alternates_and_discards_the_warm_up",
+        ),
+        (
+            "one side runs after the other",
+            "    for i in range(repeats + 1):\n        for call, times in seconds.items():\n",
+            "    for call, times in seconds.items():\n        for i in range(repeats + 1):\n",
+            "test_race_alternates_and_discards_the_warm_up",
+        ),
+        ("kB for MB", ") * 1024 / 1e6", ") * 1024 / 1e3", "test_resident_grows_by_what_is_allocated"),
+        (
+            "an earlier peak counts",
+            'Path("/proc/self/clear_refs").write_text("5")',
+            "pass",
+            "test_memory_of_a_kernel_forgets_earlier_peaks",
+        ),
+        # sft
+        (
+            "models full of NaN are equal",
+            "if not error <= 1e-3:",
+            "if error > 1e-3:",
+            "test_twins_that_differ_are_refused",
+        ),
+        ("ours also predicts the first token", "    mask[:, 0] = 0\n", "", "test_training_is_of_the_same_loss"),
+        (
+            "theirs samples among the best 50",
+            "temperature=1.0, top_k=0, top_p",
+            "temperature=1.0, top_p",
+            "test_what_the_peer_is_asked_to_sample",
+        ),
+        (
+            "their prompts are padded on the right",
+            "[[0] * (longest - len(p)) + p for p in prompts]",
+            "[p + [0] * (longest - len(p)) for p in prompts]",
+            "test_what_the_peer_is_asked_to_sample",
+        ),
+        (
+            "the ending token does not count",
+            "is_end.cumsum(-1) - is_end == 0",
+            "is_end.cumsum(-1) == 0",
+            "test_tokens_after_an_end_do_not_count",
+        ),
+        (
+            "their prompts count as sampled",
+            "n_sampled(found[:, longest:], eos_ids)",
+            "n_sampled(found, eos_ids)",
+            "test_sampling_counts_the_tokens_made",
+        ),
+        (
+            "trl trains on prompts too",
+            "completion_only_loss=True",
+            "completion_only_loss=False",
+            "test_trl_trains_on_the_same_tokens_at_toy_size",
+        ),
+        # gpu
+        (
+            "a lookup is a product",
+            "looked_up = 0 if model.config.tied else",
+            "looked_up = 0 if True else",
+            "test_flops_are_those_of_the_products",
+        ),
+        (
+            "attention's backward is free",
+            "12 * c.depth * c.heads",
+            "4 * c.depth * c.heads",
+            "test_flops_are_those_of_the_products",
+        ),
+        (
+            "the cache never grows",
+            "sum(range(prompt, prompt + new))",
+            "new * prompt",
+            "test_decoding_bytes_are_those_of_weights_and_cache",
+        ),
+        (
+            "a copy does not read",
+            "2 * len(source) / of_copy",
+            "len(source) / of_copy",
+            "test_decoding_against_its_ceiling",
+        ),
+    ]
+]
