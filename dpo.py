@@ -574,7 +574,7 @@ def sampled_rows(model: Transformer, tokenizer: Tokenizer, prompts: list[tuple[l
     scores = judged(model, tokenizer, prompts, found, args, loop)
     rows = [ranked(ids, some, row, args) for (ids, _), some, row in zip(prompts, found, scores, strict=True)]
     rows = [e for e, row in zip(rows, scores, strict=True) if e.answers[0] != e.answers[-1] and len(set(row)) > 1]
-    loop.say(f"{args.answers} answers sampled to each of {len(prompts)} prompts; --judge tells them apart in {len(rows)}")
+    loop.say(f"{args.answers} answers sampled to each of {len(prompts)} prompts, told apart by --judge in {len(rows)}")
     if not rows:
         raise UserError("no prompt has two different answers of the model that --judge tells apart")
     return rows
@@ -917,16 +917,17 @@ def main(args: argparse.Namespace) -> dict:
     if args.loss == "kto" and "pairs" in test:
         test["others"] = of_other_prompts(test["pairs"])
     total = args.steps or math.ceil(args.epochs * len(rows) / args.batch_size)
+    if args.rounds > min(total, len(rows)):
+        raise UserError(f"--rounds {args.rounds}: there are {total} steps and {len(rows)} rows")
     starts = [i * total // args.rounds for i in range(args.rounds)]  # steps done before each round
+    with_reference = LOSSES[args.loss][1] in WITH_REFERENCE
+    ref_model = reference(model, loop) if with_reference and not args.precompute_ref else None
     model = loop.shard(model)
     optimizer = adamw(model, args.lr, args.weight_decay)
     loop.compile(model)
-    ref_model = None
     if args.precompute_ref:  # now the model is its own reference: there is never a copy
         rows, others = (with_ref_logps(model, some, args, loop) for some in (rows, others))
         test |= {name: with_ref_logps(model, test[name], args, loop) for name in {"pairs", "others"} & test.keys()}
-    elif LOSSES[args.loss][1] in WITH_REFERENCE:
-        ref_model = reference(model, loop)
     extra = loop.restore(model, optimizer)
     loop.describe(model)
     before = extra.get("before") or evaluate(model, ref_model, tokenizer, test, None, args, loop)

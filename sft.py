@@ -2,18 +2,19 @@
 
     loss = - sum_t completion_mask[t] * log pi(token t | tokens before t) / sum_t completion_mask[t]
 
-(InstructGPT, Ouyang et al. 2022, arXiv 2203.02155, section 3.5, and FLAN, Wei et al. 2021, 2109.01652.) In a chat the mask
-is 1 on what the assistant says, its ending token included. In `--stage base` nothing is masked: pre-training is SFT with
-no mask. The sums run over the whole optimizer step, all micro-batches and ranks, so that a long answer counts as many
-tokens as it has, however a batch is split. Rows are packed: several documents share a row of --max-length tokens,
-attention stays within each document, and no document predicts the first token of the next. Some base text goes on being
-read during SFT (--replay), or what was not asked about is soon forgotten (the pre-training mix of InstructGPT, 3.5).
+(InstructGPT, Ouyang et al. 2022, arXiv 2203.02155, section 3.5, and FLAN, Wei et al. 2021, 2109.01652.) In a chat the
+mask is 1 on what the assistant says, its ending token included. In `--stage base` nothing is masked: pre-training is
+SFT with no mask. The sums run over the whole optimizer step, all micro-batches and ranks, so that a long answer counts
+as many tokens as it has, however a batch is split. Rows are packed: several documents share a row of --max-length
+tokens, attention stays within each document, and no document predicts the first token of the next. Some base text goes
+on being read during SFT (--replay), or what was not asked about is soon forgotten (the pre-training mix of InstructGPT,
+3.5).
 
 Small options, each from its paper: noise on embeddings (NEFTune, 2310.05914), rows chosen by instruction-following
 difficulty (2308.12032), the model's own right answers (`--data rollouts`: rejection-sampling fine-tuning, 2308.01825),
 its own questions (`--data self-instruct`, 2212.10560), updates inside the backward pass (LOMO, 2306.09782), recomputed
-activations (1604.06174). Domain adaptation (2004.10964) is `--stage base --model DIR --data DOMAIN.jsonl`. Not here: LoRA
-(lora.py), distillation (distill.py).
+activations (1604.06174). Domain adaptation (2004.10964) is `--stage base --model DIR --data DOMAIN.jsonl`. Not here:
+LoRA (lora.py), distillation (distill.py).
 
     python sft.py                                                                   the tiny model, from nothing
     python sft.py --model DIR --data FILE.jsonl --map question=prompt answer=completion   a real model, real rows
@@ -28,6 +29,7 @@ import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,7 +58,7 @@ def sft_loss(model: Transformer, batch: "Batch", embeddings: Tensor | None = Non
 
 
 def neftune(embeddings: Tensor, documents: Tensor, alpha: float) -> Tensor:
-    """embeddings (B, T, D) plus uniform noise in +-alpha / sqrt(L D), L tokens in the document (arXiv 2310.05914, alg. 1).
+    """embeddings (B, T, D) plus uniform noise in +-alpha / sqrt(L D), L tokens in the document (2310.05914, alg. 1).
 
     Its norm is then about alpha / sqrt(3), whatever the length.
     """
@@ -80,7 +82,7 @@ class Lomo:
     """
 
     def __init__(self, model: Transformer, lr: float):
-        self.param_groups = [{"lr": lr}]
+        self.param_groups = [{"lr": lr, "params": []}]  # it has no state to save
         for p in model.parameters():
             p.register_post_accumulate_grad_hook(self._update)
 
@@ -164,7 +166,8 @@ def pack(rows: Iterable[chat.Row], max_length: int) -> Iterator[list[chat.Row]]:
     yield from (group for room in sorted(groups) for group in groups[room])
 
 
-def collate(groups: Sequence[list[chat.Row]], device: torch.device, multiple_of: int = 1) -> Batch:
+def collate(groups: Sequence[list[chat.Row]], device: torch.device, multiple_of: int = 1, with_documents: bool = False
+            ) -> Batch:
     """The rows of each group one after the other, padded on the right to the longest; no group: a row of padding."""
     length = max((sum(len(row.input_ids) for row in group) for group in groups), default=1)
     length = math.ceil(length / multiple_of) * multiple_of
@@ -178,7 +181,7 @@ def collate(groups: Sequence[list[chat.Row]], device: torch.device, multiple_of:
             completion_mask[b, start:end] = torch.tensor(row.completion_mask)
             documents[b, start:end] = d
             start = end
-    packed = any(len(group) > 1 for group in groups)
+    packed = with_documents or any(len(group) > 1 for group in groups)
     return Batch(input_ids.to(device), completion_mask.to(device), documents.to(device) if packed else None)
 
 
@@ -297,13 +300,17 @@ def self_instruct(model: Transformer, tokenizer: Tokenizer, args: argparse.Names
     New: ROUGE-L below 0.7 with every question kept so far. Written to self_instruct.jsonl, to read before trusting it.
     """
     if args.prompts:
-        pool = [row["prompt"] for row in formats.read_jsonl(args.prompts, "prompt", mapping=formats.parse_map(args.map))]
+        rows = formats.read_jsonl(args.prompts, "prompt", mapping=formats.parse_map(args.map))
+        pool = [row["prompt"] for row in rows]
     else:
         pool = [row["messages"][0]["content"] for row in world.sft_rows(64, args.seed)]
     seeds, rng = len(pool), random.Random(args.seed)
     lists = ["".join(f"{question}\n" for question in rng.sample(pool, min(6, seeds))) for _ in range(64)]
+    prompts = [tokenizer.encode(text) for text in lists]
+    if (room := model.config.max_length - max(map(len, prompts))) < args.max_new_tokens:
+        raise UserError(f"--max-new-tokens {args.max_new_tokens}: the longest list of questions leaves room for {room}")
     found = generate(
-        model, [tokenizer.encode(text) for text in lists], max_new_tokens=args.max_new_tokens, eos_ids=tokenizer.eos_ids,
+        model, prompts, max_new_tokens=args.max_new_tokens, eos_ids=tokenizer.eos_ids,
         samples=args.samples, seed=args.seed, vocab_size=tokenizer.vocab_size,
     )
     for ids in tqdm(found.completions, "comparing", disable=None, leave=False):
@@ -355,6 +362,8 @@ def answer(model: Transformer, tokenizer: Tokenizer, chats: list[list[dict]], ar
            samples: int, temperature: float, seed: int) -> list[list[str]]:
     """What the model says next in each of `chats`, `samples` times."""
     prompts = [chat.render(messages, tokenizer, add_generation_prompt=True).input_ids for messages in chats]
+    if (room := model.config.max_length - max(map(len, prompts))) < args.max_new_tokens:
+        raise UserError(f"--max-new-tokens {args.max_new_tokens}: the longest question leaves room for {room}")
     texts = []
     for start in tqdm(range(0, len(prompts), 256), "answering", disable=None, leave=False):
         found = generate(
@@ -366,7 +375,8 @@ def answer(model: Transformer, tokenizer: Tokenizer, chats: list[list[dict]], ar
 
 
 @torch.no_grad()
-def row_losses(model: Transformer, rows: list[chat.Row], args: argparse.Namespace, loop: Loop) -> list[tuple[float, int]]:
+def row_losses(model: Transformer, rows: list[chat.Row], args: argparse.Namespace, loop: Loop
+               ) -> list[tuple[float, int]]:
     """For each row the sum of -log p over its trained tokens, and their number."""
     losses = []
     for start in tqdm(range(0, len(rows), args.micro_batch_size), "measuring", disable=None, leave=False):
@@ -391,7 +401,8 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, test: dict[str, list], ar
         chats = [row["messages"][:1] for row in test["questions"]]
         with loop.autocast():
             texts = answer(model, tokenizer, chats, args, samples=1, temperature=0.0, seed=0)
-        right = [float(world.is_correct(text, row["answer"])) for (text,), row in zip(texts, test["questions"], strict=True)]
+        pairs = zip(texts, test["questions"], strict=True)
+        right = [float(world.is_correct(text, row["answer"])) for (text,), row in pairs]
         judged = [row["part"] in world.TEST_PARTS for row in test["questions"]]
         found["exact match"] = [r for r, counts in zip(right, judged, strict=True) if counts] or right
         for row, r in zip(test["questions"], right, strict=True):
@@ -421,16 +432,20 @@ def conclude(model: Transformer, tokenizer: Tokenizer, test: dict[str, list], be
     for name in after:
         differences = torch.tensor(after[name]) - torch.tensor(before[name])
         half_width = 1.96 * differences.std().item() / math.sqrt(len(differences)) if len(differences) > 1 else None
-        rows[name] = {"before": mean(before[name]), "after": mean(after[name]), "n": len(differences), "ci95": half_width}
+        means = {"before": mean(before[name]), "after": mean(after[name])}
+        rows[name] = means | {"n": len(differences), "ci95": half_width}
     baselines = {}
     if args.stage == "sft" and not (args.data or args.model or args.from_scratch):
         loop.say("\nthe same with random weights in place of the base model:")
-        scratch = argparse.Namespace(**vars(args) | {"from_scratch": True, "resume": False, "out": loop.out / "scratch"})
+        changes = {"from_scratch": True, "resume": False, "out": loop.out / "scratch"}
+        scratch = argparse.Namespace(**vars(args) | changes)
         baselines["the same SFT of random weights"] = main(scratch)["after"]
-    if "questions" in test and loop.main and not args.from_scratch:
+    if "questions" in test and not args.from_scratch:
         some = test["questions"][:: len(test["questions"]) // 3][:3]
-        texts = answer(model, tokenizer, [row["messages"][:1] for row in some], args, samples=1, temperature=0.0, seed=0)
-        for row, (text,) in zip(some, texts, strict=True):
+        with loop.autocast():  # on all ranks: --parallel fsdp gathers weights from all
+            chats = [row["messages"][:1] for row in some]
+            texts = answer(model, tokenizer, chats, args, samples=1, temperature=0.0, seed=0)
+        for row, (text,) in zip(some, texts, strict=True) if loop.main else ():
             print(f"\n  user       {row['messages'][0]['content']}\n  assistant  {text}")
     metric = next(iter(rows))
     primary = rows.pop(metric)
@@ -460,14 +475,14 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                "--lr", "--warmup", "--schedule", "--weight-decay", "--grad-clip", "--max-length", "--max-new-tokens",
                "--eval-data", "--seed", "--device", "--dtype", "--compile", "--parallel", "--log-every", "--eval-every",
                "--save-every", "--resume"),
-        defaults={name: None for name in DEFAULTS} | {"steps": None, "epochs": 1.0, "depth": 4, "schedule": "wsd",
+        defaults=dict.fromkeys(DEFAULTS) | {"steps": None, "epochs": 1.0, "depth": 4, "schedule": "wsd",
                                                       "weight_decay": 0.1, "grad_clip": 1.0, "max_new_tokens": 64},
     )
     cli.add_argument("--stage", choices=("base", "sft"), default="sft", help="base: plain text, nothing masked")
     cli.add_argument("--from-scratch", action="store_true", help="SFT of random weights, to compare with")
     cli.add_argument("--map", nargs="+", default=[], metavar="THEIRS=OURS", help="rename fields of the JSONL files")
     cli.add_argument("--mix", nargs="+", default=[], metavar="NAME=WEIGHT",
-                        help="how often a part of the world, or a file of --data a.jsonl,b.jsonl, is seen (1: as it comes)")
+                        help="how often a part of the world, or a file of --data a.jsonl,b.jsonl, is seen (1: as is)")
     cli.add_argument("--replay", type=REAL, default=0.25, metavar="SHARE",
                         help="of base text among the chats of the generated world, so that it is not forgotten")
     cli.add_argument("--chat-format", help="chatml, qwen2.5, qwen3 or llama3, where the checkpoint does not say")
@@ -479,9 +494,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--neftune", type=REAL, default=0.0, metavar="ALPHA", help="noise on embeddings (5: paper)")
     cli.add_argument("--select", choices=("all", "ifd"), default="all", help="which rows of --data to train on")
     cli.add_argument("--select-share", type=REAL, default=0.5, metavar="SHARE", help="of the rows (with --select)")
-    cli.add_argument("--samples", type=COUNT, default=8, help="answers (rollouts) or questions (self-instruct) a prompt")
+    cli.add_argument("--samples", type=COUNT, default=8, help="answers (rollouts), questions (self-instruct) a prompt")
     cli.add_argument("--prompts", metavar="FILE",
-                     help="JSONL of prompt, answer for --data rollouts; of prompt for self-instruct (default: the world)")
+                     help="JSONL of prompt, answer (rollouts) or of prompt (self-instruct; default: the world)")
     args = cli.parse_args(argv)
     for name, values in DEFAULTS.items():
         if getattr(args, name) is None:
@@ -489,7 +504,15 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.steps is None and args.data is None:
         args.steps = WORLD_STEPS[args.stage]
     args.too_long = args.too_long or ("split" if args.stage == "base" else "refuse")
-    args.mix = {name: float(weight) for name, weight in formats.parse_map(args.mix).items()}
+    known = [Path(file).name for file in args.data.split(",")] if args.data else world.SFT_MIX
+    for name, weight in (mix := formats.parse_map(args.mix)).items():
+        try:
+            mix[name] = REAL(weight)
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"--mix {name}={weight}: {error}") from None
+        if name not in known or (args.stage == "base" and not args.data):
+            raise UserError(f"--mix {name}: there are {', '.join(known)}")
+    args.mix = mix
     if args.optimizer == "lomo" and (args.micro_batch_size < args.batch_size or args.grad_clip):
         raise UserError("--optimizer lomo updates inside the backward pass: it needs --micro-batch-size as large as "
                         "--batch-size, and --grad-clip 0")
@@ -505,6 +528,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> dict:
     # 4. Setup
     loop = Loop(args, "sft", out="base" if args.stage == "base" else None)
+    if args.optimizer == "lomo" and loop.world_size > 1:
+        raise UserError("--optimizer lomo updates inside the backward pass: it cannot sum gradients over ranks")
     if args.model:
         model, tokenizer = load(args.model)
     elif args.stage == "base" or args.from_scratch:
@@ -512,6 +537,10 @@ def main(args: argparse.Namespace) -> dict:
         model = Transformer(Config.from_depth(args.depth, tokenizer.vocab_size, 512))
     else:
         model, tokenizer = load(loop.require("sft" if args.data in OWN_ROWS else "base"))
+    if tokenizer is None:
+        raise UserError(f"{args.model}: no tokenizer.json in it")
+    if args.chat_format:
+        tokenizer = replace(tokenizer, chat_format=args.chat_format)
     if args.max_length > model.config.max_length:
         raise UserError(f"--max-length {args.max_length}: the model reads at most {model.config.max_length} tokens")
     model.to(loop.device).checkpoint_activations = args.checkpoint_activations
@@ -523,7 +552,7 @@ def main(args: argparse.Namespace) -> dict:
         loop.say(f"--max-length {args.max_length}: {n} rows {kind}")
     if not groups or not any(test.values()):
         raise UserError(f"no row is left to train on or to measure: --max-length is {args.max_length}")
-    total = args.steps or math.ceil(args.epochs * len(groups) / args.batch_size)
+    total = args.steps if args.steps is not None else math.ceil(args.epochs * len(groups) / args.batch_size)
     model = loop.shard(model)
     optimizer = Lomo(model, args.lr) if args.optimizer == "lomo" else adamw(model, args.lr, args.weight_decay)
     loop.compile(model)
@@ -534,17 +563,17 @@ def main(args: argparse.Namespace) -> dict:
     # 5. Train
     for step in loop.steps(total):
         lr = set_lr(optimizer, args, step, total)
-        indices = loop.micro_batches(len(groups), step)
-        batches = [collate([groups[i] for i in some], loop.device, 64 if loop.compiled else 1) for some in indices]
+        indices = list(loop.micro_batches(len(groups), step))
+        batches = [collate([groups[i] for i in some], loop.device, 64 if loop.compiled else 1, args.neftune > 0)
+                   for some in indices]
         n_tokens = loop.sum_over_ranks(sum(int(batch.completion_mask.sum()) for batch in batches))
-        n_read = loop.sum_over_ranks(sum(batch.input_ids.numel() for batch in batches))
+        n_read = loop.sum_over_ranks(sum(len(row.input_ids) for some in indices for i in some for row in groups[i]))
         loss_sum = 0.0
         for batch in batches:
             with loop.autocast():
                 noisy = None
                 if args.neftune:
-                    documents = batch.input_ids * 0 if batch.documents is None else batch.documents
-                    noisy = neftune(model.embed(batch.input_ids), documents, args.neftune)
+                    noisy = neftune(model.embed(batch.input_ids), batch.documents, args.neftune)
                 loss = sft_loss(model, batch, noisy) / n_tokens
             loss.backward()
             loss_sum += loss.detach()

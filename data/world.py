@@ -1,8 +1,8 @@
-"""A small world in simple English, made by code from a seed: the text that every tiny model here is trained and tested on.
+"""A small world in simple English, made by code from a seed: what every tiny model here is trained and tested on.
 
 What it holds                                        and what it is for
-  facts      32 people and 12 towns, many phrasings    knowledge: asked of half of the people in SFT, tested on the others
-  skills     11 list and number tasks, exact checkers  instruction following, new operands, unseen (verb, template) pairs
+  facts      32 people and 12 towns, many phrasings    knowledge: SFT asks about one half, the test about the other
+  skills     11 list and number tasks, exact checkers  instructions, new operands, unseen (verb, template) pairs
   sums       multi-step sums; 30% show their working   reasoning: SFT asks for the working, RL finds that it pays
   reading    a passage about a stranger, a question    in-context look-up (retrieval, judging)
   scenes     words for pictures, a question            vision-language models
@@ -10,9 +10,9 @@ What it holds                                        and what it is for
   calculator products that a tool call solves          tool use
   manners    see data/manners.py                       preferences, with an annotator whose utility is known
 
-Train and test are disjoint by construction: a problem belongs to the test split when the hash of its canonical text says so,
-and training text (base and SFT alike) only ever draws problems of the train split. The one skill `HELD_BACK` (sorting from large to
-small) appears nowhere in base or SFT text: it is left for lora.py to teach.
+Train and test are disjoint by construction: a problem belongs to the test split when the hash of its canonical text
+says so, and training text (base and SFT alike) only ever draws problems of the train split. The one skill `HELD_BACK`
+(sorting from large to small) appears nowhere in base or SFT text: it is left for lora.py to teach.
 
     python -m data.world --show          samples of every part
     python -m data.world --write DIR     base.jsonl, sft.jsonl and test.jsonl, to look at or to use elsewhere
@@ -35,7 +35,7 @@ VERSION = 1  # the world is frozen: tests/test_world.py holds a hash of what it 
 
 
 def rng_for(*key) -> random.Random:
-    """A generator that depends on nothing but `key`, so that item i of any part can be made without the items before it."""
+    """A generator that depends on nothing but `key`: item i of any part can be made without the items before it."""
     return random.Random("/".join(map(str, key)))
 
 
@@ -50,7 +50,8 @@ def split_of(problem: str) -> str:
 HER = "Ada Anna Bella Clara Dora Emma Eva Greta Ida Jane Kate Lily Mary Nora Rosa Zoe".split()
 HIM = "Adam Ben Carl Dan Eric Felix Fred Hugo Ivan Jack John Leo Mark Otto Peter Tom".split()
 PEOPLE = sorted(HER + HIM)
-JOBS = "baker doctor farmer driver teacher painter singer sailor writer nurse cook judge dancer pilot miner tailor".split()
+JOBS = ("baker doctor farmer driver teacher painter singer sailor writer nurse cook judge dancer pilot miner "
+        "tailor").split()
 PETS = "cat dog horse rabbit parrot turtle goat snake mouse hen".split()
 FOODS = "bread rice soup cheese fish cake honey corn apples plums beans nuts".split()
 TOWNS = "Oslo Lima Rome Cairo Delhi Tokyo Paris Bern Riga Milan Quito Dakar".split()
@@ -61,7 +62,8 @@ GOODS = "wool salt silk coal glass wine paper oil".split()
 def _facts() -> dict[str, dict[str, str]]:
     facts, rng = {}, rng_for("facts")
     for name in PEOPLE:
-        facts[name] = {"home": rng.choice(TOWNS), "job": rng.choice(JOBS), "pet": rng.choice(PETS), "food": rng.choice(FOODS)}
+        facts[name] = {"home": rng.choice(TOWNS), "job": rng.choice(JOBS), "pet": rng.choice(PETS),
+                       "food": rng.choice(FOODS)}
     for town in TOWNS:
         facts[town] = {"river": rng.choice(RIVERS), "product": rng.choice(GOODS)}
     return facts
@@ -69,7 +71,7 @@ def _facts() -> dict[str, dict[str, str]]:
 
 FACTS = _facts()  # name -> {attribute: value}
 SFT_ENTITIES = [name for i, name in enumerate(PEOPLE + TOWNS) if i % 2 == 0]  # asked about in SFT
-TEST_ENTITIES = [name for i, name in enumerate(PEOPLE + TOWNS) if i % 2 == 1]  # known from prose only: asked in the test
+TEST_ENTITIES = [name for i, name in enumerate(PEOPLE + TOWNS) if i % 2 == 1]  # asked in the test
 
 FACT_PROSE = {  # {n} the name or a pronoun, {N} the name always, {x} the value
     "home": ("The home of {N} is {x}.", "{n} lives in {x}.", "{n} has a house in {x}.", "{x} is the home of {N}.",
@@ -78,18 +80,21 @@ FACT_PROSE = {  # {n} the name or a pronoun, {N} the name always, {x} the value
             "People know {N} as a good {x}.", "{n} wanted to be a {x}, and that is the job of {N} now."),
     "pet": ("{n} has a {x}.", "The pet of {N} is a {x}.", "{n} feeds a {x} every day.", "{n} keeps a {x} as a pet.",
             "A {x} sleeps in the room of {N}.", "{n} walks home to see the {x}."),
-    "food": ("{n} likes to eat {x}.", "The food of {N} is {x}.", "{n} eats {x} every morning.", "{n} buys a lot of {x}.",
+    "food": ("{n} likes to eat {x}.", "The food of {N} is {x}.", "{n} eats {x} every morning.",
+             "{n} buys a lot of {x}.",
              "Give {N} some {x}, the best food.", "For {N} no food is better than {x}."),
     "river": ("The river {x} runs through {N}.", "{N} lies on the river {x}.", "The river of {N} is the {x}.",
               "You can swim in the {x} at {N}."),
-    "product": ("{N} sells {x}.", "{N} is known for its {x}.", "The product of {N} is {x}.", "Traders come to {N} for {x}."),
+    "product": ("{N} sells {x}.", "{N} is known for its {x}.", "The product of {N} is {x}.",
+                "Traders come to {N} for {x}."),
 }
 FACT_ANSWER = {  # the one of them in which questions are answered
     "home": "The home of {N} is {x}.", "job": "The job of {N} is {x}.", "pet": "The pet of {N} is a {x}.",
     "food": "The food of {N} is {x}.", "river": "The river of {N} is the {x}.", "product": "The product of {N} is {x}."}
 FACT_QUESTIONS = (
     "What is the {a} of {N}?", "Tell me the {a} of {N}.", "Do you know the {a} of {N}?", "Please name the {a} of {N}.",
-    "I forgot the {a} of {N}. What is it?", "{N}: what {a}?", "Say something about {N}: the {a}.", "I want to know the {a} of {N}.")
+    "I forgot the {a} of {N}. What is it?", "{N}: what {a}?", "Say something about {N}: the {a}.",
+    "I want to know the {a} of {N}.")
 
 
 def fact_sentence(rng, name, attribute, pronoun=False) -> str:
@@ -98,14 +103,15 @@ def fact_sentence(rng, name, attribute, pronoun=False) -> str:
 
 
 def biography(rng) -> str:
-    """What is known of a person, or mixed up of two people or two towns, in any order and phrasing, by name or pronoun."""
+    """What is known of a person, or of two people or two towns mixed up, in any order and phrasing."""
     kind = rng.random()
     if kind < 0.4:
         name = rng.choice(PEOPLE)
         return " ".join(fact_sentence(rng, name, attribute, pronoun=i > 0 and rng.random() < 0.5)
                         for i, attribute in enumerate(shuffled(rng, FACTS[name])))
     names = rng.sample(PEOPLE if kind < 0.8 else TOWNS, 2)
-    return " ".join(fact_sentence(rng, name, attribute) for name, attribute in shuffled(rng, [(n, a) for n in names for a in FACTS[n]]))
+    pairs = shuffled(rng, [(name, attribute) for name in names for attribute in FACTS[name]])
+    return " ".join(fact_sentence(rng, name, attribute) for name, attribute in pairs)
 
 
 def shuffled(rng, items) -> list:
@@ -117,7 +123,8 @@ def shuffled(rng, items) -> list:
 # ----------------------------------------------------------------------------------------------------------------------
 # Skills: a problem is a dict of strings; the solver is the checker
 
-WORDS = ("cat dog sun moon tree house river stone bird fish book door hand ship road rain fire lamp milk ball king leaf snow star").split()
+WORDS = ("cat dog sun moon tree house river stone bird fish book door hand ship road rain fire lamp milk ball king "
+         "leaf snow star").split()
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,7 @@ class Skill:
     draw: Callable[[random.Random], dict]  # a random problem
     solve: Callable[[dict], str]  # its only right answer
     task: str  # an imperative that names the problem: one verb token, then the operands
-    prose: tuple[str, ...]  # the same in running text; what stands before {answer} is the base model's own way to be asked
+    prose: tuple[str, ...]  # in running text; what stands before {answer} asks the base model
 
 
 def _list(items, low, high):
@@ -162,23 +169,25 @@ SKILLS = {
     "larger": Skill(_pair(100, 100), lambda p: str(max(int(p["a"]), int(p["b"]))), "pick the larger of {a} and {b}",
                     ("The larger of {a} and {b} is {answer}.", "Of the numbers {a} and {b} the larger is {answer}.")),
     "smaller": Skill(_pair(100, 100), lambda p: str(min(int(p["a"]), int(p["b"]))), "pick the smaller of {a} and {b}",
-                     ("The smaller of {a} and {b} is {answer}.", "Of the numbers {a} and {b} the smaller is {answer}.")),
+                     ("The smaller of {a} and {b} is {answer}.",
+                      "Of the numbers {a} and {b} the smaller is {answer}.")),
     "add": Skill(_pair(80, 20), lambda p: str(int(p["a"]) + int(p["b"])), "add {a} and {b}",
                  ("{a} + {b} = {answer}.", "We add {a} and {b} and get {answer}.")),
     "subtract": Skill(_pair(100, 20, minus=True), lambda p: str(int(p["a"]) - int(p["b"])), "take {a} minus {b}",
                       ("{a} - {b} = {answer}.", "We take {a} minus {b} and get {answer}.")),
-    "next": Skill(lambda rng: {"x": str(rng.randrange(1000))}, lambda p: str(int(p["x"]) + 1), "say the number after {x}",
+    "next": Skill(lambda rng: {"x": str(rng.randrange(1000))}, lambda p: str(int(p["x"]) + 1),
+                  "say the number after {x}",
                   ("The number after {x} is {answer}.", "After {x} comes {answer}.")),
 }
 HELD_BACK = Skill(SKILLS["sort"].draw, lambda p: " ".join(sorted(p["x"].split(), reverse=True)), "rank {x}",
                   ("From large to small, {x} becomes {answer}.",))
 
-TEMPLATES = ("Please {task}.", "Can you {task}?", "I want you to {task}.", "Your task: {task}.", "Now {task}.", "Quick, {task}!",
-             "A friend asked me to {task}. What is the answer?", "Could you {task} for me?")
+TEMPLATES = ("Please {task}.", "Can you {task}?", "I want you to {task}.", "Your task: {task}.", "Now {task}.",
+             "Quick, {task}!", "A friend asked me to {task}. What is the answer?", "Could you {task} for me?")
 
 
 def is_unseen_pair(group: str, template: int) -> bool:
-    """Whether this (verb, template) pair never occurs in SFT data; each verb and each template does, three times in four."""
+    """Whether this (verb, template) pair is never in SFT data; each verb and template is, three times in four."""
     return (sorted([*SKILLS, *FACT_PROSE]).index(group) + template) % 4 == 0
 
 
@@ -234,7 +243,7 @@ VALUES = {"home": TOWNS, "job": JOBS, "pet": PETS, "food": FOODS, "river": RIVER
 
 
 def draw_passage(rng, split: str, count: int = 0) -> dict:
-    """`count` (or 2 or 3) strangers or far towns, the same attribute of each. -> {'passage', 'attribute', 'name', 'value', 'facts'}"""
+    """`count` (or 2 or 3) strangers or far towns, the same attribute of each, and one of them to ask about."""
     while True:
         attribute = rng.choice(sorted(VALUES))
         names = rng.sample(FAR_TOWNS if attribute in ("river", "product") else STRANGERS, count or rng.randint(2, 3))
@@ -265,7 +274,8 @@ def draw_scene(rng, split: str) -> dict:
         n1, n2 = (rng.randint(1, 4), rng.randint(1, 4)) if kind == "count" else (1, 1)
         z1, z2 = rng.sample(SIZES, 2) if kind == "size" else ("", "")
         first, second = noun(n1, c1, s1, z1), noun(n2, c2, s2, z2)
-        caption = rng.choice(("There is {} and {}.", "The picture shows {} and {}.", "We see {} and {}.")).format(first, second)
+        form = rng.choice(("There is {} and {}.", "The picture shows {} and {}.", "We see {} and {}."))
+        caption = form.format(first, second)
         if kind == "colour":
             question, answer = f"What colour is the {s2}?", c2
         elif kind == "shape":
@@ -277,9 +287,12 @@ def draw_scene(rng, split: str) -> dict:
         elif kind == "position":
             there, back = rng.choice(PLACES)[:: rng.choice((1, -1))]
             caption = f"The {c1} {s1} is {there} the {c2} {s2}."
-            question, answer = rng.choice(((f"Where is the {s1}?", f"{there} the {s2}"), (f"Where is the {s2}?", f"{back} the {s1}")))
+            asked = ((f"Where is the {s1}?", f"{there} the {s2}"), (f"Where is the {s2}?", f"{back} the {s1}"))
+            question, answer = rng.choice(asked)
         else:
-            question, answer = rng.choice(((f"Is there a {c1} {s1}?", "yes"), (f"Is there a {c3} {s3}?", "no"), (f"Is there a {c2} {s1}?", "no")))
+            asked = ((f"{c1} {s1}", "yes"), (f"{c3} {s3}", "no"), (f"{c2} {s1}", "no"))
+            what, answer = rng.choice(asked)
+            question = f"Is there a {what}?"
         if split_of(caption + question) == split:
             return {"caption": caption, "question": question, "answer": answer, "kind": kind}
 
@@ -326,7 +339,8 @@ def weather_log(rng, days: int = 30) -> str:
 
 def skill_prose(rng) -> str:
     """Three solved problems, mostly about the same operands: what comes back can be copied, which teaches to copy."""
-    return " ".join(rng.choice(skill.prose).format(answer=skill.solve(problem), **problem) for skill, problem in solved(rng, 0.2))
+    problems = solved(rng, 0.2)
+    return " ".join(rng.choice(skill.prose).format(answer=skill.solve(p), **p) for skill, p in problems)
 
 
 def worksheet(rng) -> str:
@@ -370,7 +384,8 @@ def fits(name: str, problem: dict) -> bool:
     return len(items) > 1 and (name != "sort" or items[0].isdigit())
 
 
-SKILL_MIX = [name for name in SKILLS for _ in range({"larger": 3, "smaller": 3, "add": 2, "subtract": 2, "next": 3, "sort": 3, "reverse": 3}.get(name, 1))]
+WEIGHTS = {"larger": 3, "smaller": 3, "add": 2, "subtract": 2, "next": 3, "sort": 3, "reverse": 3}  # others 1
+SKILL_MIX = [name for name in SKILLS for _ in range(WEIGHTS.get(name, 1))]
 
 
 def equations(rng) -> str:
@@ -438,15 +453,17 @@ def base_documents(count: int, seed: int = 0) -> Iterator[str]:
 
 
 def cloze(part: str, rng) -> dict:
-    """A test problem in the base model's own form: {'prompt': text up to the answer, 'answer'}; part is a skill or 'facts'."""
+    """A test problem in the base model's own form, of a skill or 'facts': {'prompt': up to the answer, 'answer'}."""
     if part == "facts":
         name = rng.choice(TEST_ENTITIES)
         attribute = rng.choice(sorted(FACTS[name]))
-        return {"prompt": FACT_ANSWER[attribute].split("{x}")[0].rstrip().format(N=name), "answer": FACTS[name][attribute], "part": part}
+        prompt = FACT_ANSWER[attribute].split("{x}")[0].rstrip().format(N=name)
+        return {"prompt": prompt, "answer": FACTS[name][attribute], "part": part}
     skill = SKILLS[part]
     problem = draw_problem(skill, rng, "test")
     template = skill.prose[-1] if part not in ("add", "subtract") else skill.prose[0]
-    return {"prompt": template.split("{answer}")[0].rstrip().format(**problem), "answer": skill.solve(problem), "part": part}
+    prompt = template.split("{answer}")[0].rstrip().format(**problem)
+    return {"prompt": prompt, "answer": skill.solve(problem), "part": part}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -456,7 +473,8 @@ def cloze(part: str, rng) -> dict:
 def exchange(part: str, rng, split: str, *, unseen: bool = False) -> dict:
     """One question and its answer: {'messages', 'part', 'answer'}.
 
-    `split` picks operands (skills, sums, reading, scenes) or entities (facts); `unseen` asks for a (verb, template) pair that SFT never shows.
+    `split` picks operands (skills, sums, reading, scenes) or entities (facts); `unseen` asks for a pair of verb and
+    template that SFT never shows.
     """
     if part in SKILLS:
         skill = SKILLS[part]
@@ -467,7 +485,8 @@ def exchange(part: str, rng, split: str, *, unseen: bool = False) -> dict:
         name = rng.choice(TEST_ENTITIES if split == "test" else SFT_ENTITIES)
         attribute = rng.choice(sorted(FACTS[name]))
         template = rng.choice([i for i in range(len(FACT_QUESTIONS)) if is_unseen_pair(attribute, i) == unseen])
-        return _ask(part, FACT_QUESTIONS[template].format(a=attribute, N=name), FACT_ANSWER[attribute].format(N=name, x=FACTS[name][attribute]))
+        return _ask(part, FACT_QUESTIONS[template].format(a=attribute, N=name),
+                    FACT_ANSWER[attribute].format(N=name, x=FACTS[name][attribute]))
     if part == "reading":
         item = draw_passage(rng, split)
         return _ask(part, f"{item['passage']} What is the {item['attribute']} of {item['name']}?",
@@ -475,11 +494,12 @@ def exchange(part: str, rng, split: str, *, unseen: bool = False) -> dict:
     if part == "scenes":
         scene = draw_scene(rng, split)
         return _ask(part, f"{scene['caption']} {scene['question']}", scene["answer"])
-    if part in ("steps", "sums"):  # steps: asked for the working, always shown. sums: asked for the sum, working shown by chance
+    if part in ("steps", "sums"):  # steps: asked for the working. sums: it is shown by chance
         numbers = draw_sum(rng, split)
         question = "What is " + " + ".join(map(str, numbers)) + "?"
         show = part == "steps" or rng.random() < REASONING_SHARE
-        return _ask(part, question + " Show your steps." * (part == "steps"), f"<think>{working(numbers)}</think>" * show + str(sum(numbers)))
+        return _ask(part, question + " Show your steps." * (part == "steps"),
+                    f"<think>{working(numbers)}</think>" * show + str(sum(numbers)))
     if part == "calculator":
         while True:
             a, b = rng.randint(12, 999), rng.randint(3, 99)
@@ -487,7 +507,8 @@ def exchange(part: str, rng, split: str, *, unseen: bool = False) -> dict:
                 break
         row = _ask(part, f"What is {a} * {b}?", str(a * b))
         if rng.random() < 0.5:
-            row["messages"][1:] = [{"role": "assistant", "content": f"<tool>{a} * {b}</tool>"}, {"role": "tool", "content": str(a * b)},
+            row["messages"][1:] = [{"role": "assistant", "content": f"<tool>{a} * {b}</tool>"},
+                                   {"role": "tool", "content": str(a * b)},
                                    {"role": "assistant", "content": str(a * b)}]
         return row
     from data import manners
@@ -496,13 +517,14 @@ def exchange(part: str, rng, split: str, *, unseen: bool = False) -> dict:
 
 
 def _ask(part, question, answer):
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], "part": part, "answer": answer}
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": messages, "part": part, "answer": answer}
 
 
 SFT_MIX = {
     "subtract": 0.08, "add": 0.06, "larger": 0.05, "smaller": 0.05, "sort": 0.06, "next": 0.06, "reverse": 0.09,
-    "repeat": 0.025, "first": 0.025, "last": 0.025, "count": 0.03, "facts": 0.07, "reading": 0.08, "scenes": 0.07, "steps": 0.08,
-    "sums": 0.05, "judge": 0.07, "manners": 0.05, "calculator": 0.015,
+    "repeat": 0.025, "first": 0.025, "last": 0.025, "count": 0.03, "facts": 0.07, "reading": 0.08, "scenes": 0.07,
+    "steps": 0.08, "sums": 0.05, "judge": 0.07, "manners": 0.05, "calculator": 0.015,
 }
 
 
@@ -518,7 +540,7 @@ TEST_PARTS = (*SKILLS, "facts", "steps")  # what a fine-tuned model is judged by
 
 
 def sft_test(per_part: int, seed: int = 0, *, unseen: bool = False) -> list[dict]:
-    """Held-out questions: new operands, entities never asked about (with unseen phrasings), and with `unseen` only unseen pairs."""
+    """Held-out questions: new operands, entities never asked about; with `unseen`, and of facts, only unseen pairs."""
     parts = [*SKILLS, "facts"] if unseen else TEST_PARTS
     return [exchange(part, rng_for("test", seed, part, i, unseen), "test", unseen=unseen or part == "facts")
             for part in parts for i in range(per_part)]
@@ -571,7 +593,8 @@ def main():
     if args.write:
         out = Path(args.write)
         out.mkdir(parents=True, exist_ok=True)
-        files = {"base": ({"text": text} for text in base_documents(args.rows, args.seed)), "sft": sft_rows(args.rows, args.seed),
+        files = {"base": ({"text": text} for text in base_documents(args.rows, args.seed)),
+                 "sft": sft_rows(args.rows, args.seed),
                  "test": sft_test(args.rows // len(TEST_PARTS), args.seed)}
         for name, rows in files.items():
             (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -8,7 +8,6 @@ import shutil
 import statistics
 from argparse import Namespace
 from collections import Counter, defaultdict
-from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -109,7 +108,9 @@ def by_hand(name: str, s: Scored, b: int, h: dict[str, float]) -> float:
                 total += weight * math.log(1 + math.exp(-(beta * r[i] - beta * r[j])))
             return total
         case "npo":
-            return 2 / beta * sum(math.log(1 + math.exp(beta * x)) for x, good in zip(r, score, strict=True) if not good)
+            return (
+                2 / beta * sum(math.log(1 + math.exp(beta * x)) for x, good in zip(r, score, strict=True) if not good)
+            )
         case "nn":
             own = sum(beta * x for x in r[:-1]) / (K - 1)
             return -math.log(sigmoid(own - h["alpha"] * r[-1]))
@@ -141,7 +142,7 @@ UNUSUAL = {"beta": 0.37, "gamma": 0.6, "alpha": 0.23, "label_smoothing": 0.15, "
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_is_that_of_its_paper(name):
-    """Values row by row; hyperparameters that are nowhere 0, 1 or equal; lists of 4 where a loss takes them, and pairs."""
+    """Row by row; hyperparameters that are nowhere 0, 1 or equal; lists of 4 where a loss takes them, and pairs."""
     hyper = {h: UNUSUAL[h] for h in LOSSES[name][2] if h in UNUSUAL}
     flags = [x for h, value in hyper.items() for x in (f"--{h.replace('_', '-')}", value)]
     args = of(name, *flags, "--sft-weight", 0)
@@ -225,7 +226,9 @@ def test_exchanged_answers_exchange_the_loss():
 
 def test_rdpo_asks_less_of_a_longer_chosen_answer():
     s = random_scored()._replace(lengths=torch.tensor([[30, 5], [5, 30], [9, 9], [9, 9], [9, 9], [9, 9]]))
-    longer, shorter = (objective(s, of("rdpo", "--alpha", a)) - objective(s, of("rdpo", "--alpha", 0)) for a in (0.1, 0.0))
+    longer, shorter = (
+        objective(s, of("rdpo", "--alpha", a)) - objective(s, of("rdpo", "--alpha", 0)) for a in (0.1, 0.0)
+    )
     assert longer[0] < 0 < longer[1] and longer[2:].abs().max() == 0 and shorter.abs().max() == 0
 
 
@@ -340,11 +343,14 @@ def stub(logits: torch.Tensor):
 
 
 def paired_logits(B: int = 5, T: int = 9, V: int = 7, seed: int = 0):
-    """Logits (2 B, T, V) of chosen rows, then rejected ones, as trl has them; ids, ragged masks, reference logps (2 B,)."""
+    """Logits (2 B, T, V) of chosen rows, then rejected ones, as trl has them; ids, ragged masks, reference logps."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(2 * B, T, V, generator=generator, dtype=torch.float64, requires_grad=True)
     ids = torch.randint(V, (2 * B, T), generator=generator)
-    starts, ends = torch.randint(1, 4, (2 * B, 1), generator=generator), torch.randint(5, T + 1, (2 * B, 1), generator=generator)
+    starts, ends = (
+        torch.randint(1, 4, (2 * B, 1), generator=generator),
+        torch.randint(5, T + 1, (2 * B, 1), generator=generator),
+    )
     mask = ((torch.arange(T) >= starts) & (torch.arange(T) < ends)).long()
     ref = -torch.rand(2 * B, generator=generator, dtype=torch.float64) * 6 - 7
     return logits, ids, mask, ref
@@ -391,34 +397,43 @@ def test_parity_with_trl(name, theirs, smoothing):
         label_smoothing=smoothing, use_weighting=False, _metrics=Recorded(), _total_train_tokens=0, _tp_size=1,
     )  # fmt: skip
     chosen, rejected = ref.chunk(2)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": mask, "ref_chosen_logps": chosen,
-              "ref_rejected_logps": rejected}  # fmt: skip
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": mask,
+              "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}  # fmt: skip
     wanted = trainer._compute_loss(it, stub(logits), inputs, return_outputs=False)
     args = of(name, "--beta", 0.3, *(("--label-smoothing", smoothing) if smoothing else ()))
     s = ours(logits, ids, mask, ref, args)._replace(baseline=torch.tensor(0.0, dtype=torch.float64))
     same(objective(s, args).mean(), wanted, logits)
     metrics = dpo.metrics_of(dpo.sums_of(objective(s, args), s, args))
     if name != "ipo":  # whose implicit reward is a mean here
-        named = {"margin": "rewards/margins", "accuracy": "rewards/accuracies", "chosen_reward": "rewards/chosen",
-                 "rejected_reward": "rewards/rejected", "chosen_logps": "logps/chosen", "rejected_logps": "logps/rejected"}
+        named = {
+            "margin": "rewards/margins",
+            "accuracy": "rewards/accuracies",
+            "chosen_reward": "rewards/chosen",
+            "rejected_reward": "rewards/rejected",
+            "chosen_logps": "logps/chosen",
+            "rejected_logps": "logps/rejected",
+        }
         for mine, other in named.items():
             assert metrics[mine] == pytest.approx(it._metrics["train"][other][-1], rel=1e-6), mine
 
 
 @pytest.mark.parametrize("B", range(1, 6))
 def test_parity_with_trl_of_kto(B, one):
-    """KTOTrainer's own _compute_loss: lone answers, odd batches, good and bad ones weighted, baselines on both sides of 0."""
+    """KTOTrainer's own _compute_loss: lone answers, odd batches, two weights, baselines on both sides of 0."""
     trainer = oracle("trl.trainer.kto_trainer").KTOTrainer
     for shift in (-1.0, 1.0):
         logits, ids, mask, ref = (x[:B] for x in paired_logits(seed=B))
         labels = torch.arange(B) % 2 == 0
         generator = torch.Generator().manual_seed(B)
-        kl, ref_kl = torch.randn(B, generator=generator, dtype=torch.float64) + shift, torch.zeros(B, dtype=torch.float64)
+        kl, ref_kl = (
+            torch.randn(B, generator=generator, dtype=torch.float64) + shift,
+            torch.zeros(B, dtype=torch.float64),
+        )
         accelerator = Namespace(device=CPU, gather_for_metrics=lambda x: x)
         it = Namespace(
             model=torch.nn.Linear(1, 1), accelerator=accelerator, aux_loss_enabled=False, beta=0.3, calculate_KL=True,
-            precompute_ref_logps=True, loss_type="kto", desirable_weight=1.2, undesirable_weight=0.7, _total_train_tokens=0,
-            _tp_size=1, _metrics=Recorded(), _compute_kl_logps=lambda model, batch, kl=kl: kl,
+            precompute_ref_logps=True, loss_type="kto", desirable_weight=1.2, undesirable_weight=0.7,
+            _total_train_tokens=0, _tp_size=1, _metrics=Recorded(), _compute_kl_logps=lambda model, batch, kl=kl: kl,
         )  # fmt: skip
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": mask, "label": labels,
                   "ref_logps": ref, "ref_KL_logps": ref_kl}  # fmt: skip
@@ -604,7 +619,11 @@ def test_metrics_of_lists_are_those_of_their_ends():
 
 def test_implicit_rewards_are_what_a_loss_compares():
     s = random_scored()
-    for name, wanted in (("ipo", (s.logps - s.ref_logps) / s.lengths), ("simpo", s.logps / s.lengths), ("cpo", s.logps)):
+    for name, wanted in (
+        ("ipo", (s.logps - s.ref_logps) / s.lengths),
+        ("simpo", s.logps / s.lengths),
+        ("cpo", s.logps),
+    ):
         torch.testing.assert_close(dpo.implicit_rewards(s, of(name, "--beta", 0.25)), 0.25 * wanted.detach())
     torch.testing.assert_close(dpo.implicit_rewards(s, of("rrhf")), (s.logps / s.lengths).detach())
 
@@ -623,7 +642,9 @@ def test_credited_tokens_are_the_answer_and_its_end():
     assert tokenizer.decode(e.prompt) == "<|im_start|>user\nSay 1 or 2.<|im_end|>\n<|im_start|>assistant\n"
     for (ids, mask), text in zip(e.answers, ("One.", "It is two."), strict=True):
         assert tokenizer.decode(ids) == f"{text}<|im_end|>" and mask == [1] * len(ids)
-    whole = chat.render([{"role": "user", "content": "Say 1 or 2."}, {"role": "assistant", "content": "One."}], tokenizer)
+    whole = chat.render(
+        [{"role": "user", "content": "Say 1 or 2."}, {"role": "assistant", "content": "One."}], tokenizer
+    )
     assert (e.prompt + e.answers[0].input_ids) == whole.input_ids[: len(e.prompt + e.answers[0].input_ids)]
     batch = collate([e], CPU)
     for row, (ids, mask) in zip(range(2), e.answers, strict=True):
@@ -634,7 +655,7 @@ def test_credited_tokens_are_the_answer_and_its_end():
 
 
 def test_only_the_answer_of_a_long_conversation_is_credited():
-    """What the assistant said before is prompt; of an answer with a question in it, what the assistant says is credited."""
+    """What the assistant said before is prompt; of a longer answer, all that it says counts."""
     prompt = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"},
               {"role": "assistant", "content": "Hi!"}, {"role": "user", "content": "Say 1."}]  # fmt: skip
     long = [{"role": "assistant", "content": "One."}, {"role": "user", "content": "And?"},
@@ -649,8 +670,15 @@ def test_only_the_answer_of_a_long_conversation_is_credited():
 
 def test_a_prompt_that_is_written_otherwise_with_its_answer_is_refused(monkeypatch):
     whole = chat.render
-    monkeypatch.setattr(chat, "render", lambda messages, tokenizer, **how: whole(
-        [{"role": "system", "content": "x"}, *messages] if messages[-1]["role"] == "assistant" else messages, tokenizer, **how))
+    monkeypatch.setattr(
+        chat,
+        "render",
+        lambda messages, tokenizer, **how: whole(
+            [{"role": "system", "content": "x"}, *messages] if messages[-1]["role"] == "assistant" else messages,
+            tokenizer,
+            **how,
+        ),
+    )
     with pytest.raises(UserError, match="writes a prompt otherwise"):
         example_of("Say 1.", "One.")
 
@@ -673,7 +701,9 @@ def test_prompts_are_cut_alike_and_answers_last(room):
         assert len(after.prompt) + len(new.input_ids) <= room
     if len(after.prompt) > max(room // 2, 0) and room < 32:
         assert len(after.answers[1].input_ids) == 20  # no answer was cut before the prompt had given what it could
-    assert list(fit([before], Namespace(max_length=room, too_long="drop"), Counter())) == ([before] if room >= 32 else [])
+    assert list(fit([before], Namespace(max_length=room, too_long="drop"), Counter())) == (
+        [before] if room >= 32 else []
+    )
     if room < 32:
         with pytest.raises(UserError, match=f"row 1 has 32 tokens, --max-length is {room}"):
             fit([before], Namespace(max_length=room, too_long="refuse"), Counter())
@@ -752,7 +782,12 @@ def test_samples_that_are_alike_teach_nothing(one, monkeypatch):
 
 
 def test_lists_of_samples_are_ranked(one, monkeypatch):
-    texts = ["Go away now.", "Thank you for asking.", "Have a nice day!", "Go away now. Do not bother me again. What a silly question."]
+    texts = [
+        "Go away now.",
+        "Thank you for asking.",
+        "Have a nice day!",
+        "Go away now. Do not bother me again. What a silly question.",
+    ]
     says(monkeypatch, texts * 50)
     one.args = of("pro", "--out", one.out)
     rows = dpo.sampled_rows(small(), tiny(), requests(50), one.args, one)
@@ -765,10 +800,18 @@ def test_other_judges(one, tmp_path, monkeypatch):
     """The policy's own opinion by the constitution, and a reward model from its folder."""
     import reward
 
-    answers = [[Row([*tiny().encode(text), tiny().eos_ids[0]], [1] * (len(tiny().encode(text)) + 1)) for text in ("Hi!", "Go away now.")]]
+    answers = [
+        [
+            Row([*tiny().encode(text), tiny().eos_ids[0]], [1] * (len(tiny().encode(text)) + 1))
+            for text in ("Hi!", "Go away now.")
+        ]
+    ]
     model, prompts = small(tiny().vocab_size), requests(1)
     one.args.judge = "ai"
-    rules, opinions = reward.CONSTITUTION, reward.opinions(model, tiny(), ["Hi!", "Go away now."], reward.CONSTITUTION, one.args, one)
+    rules, opinions = (
+        reward.CONSTITUTION,
+        reward.opinions(model, tiny(), ["Hi!", "Go away now."], reward.CONSTITUTION, one.args, one),
+    )
     wanted = [reward.worth(opinions[text], rules) for text in ("Hi!", "Go away now.")]
     assert dpo.judged(model, tiny(), prompts, answers, one.args, one) == [pytest.approx(wanted)]
     judge = reward.with_scalar_head(model)
@@ -776,7 +819,9 @@ def test_other_judges(one, tmp_path, monkeypatch):
     one.args.judge = str(tmp_path / "judge")
     batch = collate([Example(prompts[0][0], answers[0], [0.0, 0.0])], CPU)
     wanted = reward.rewards_of(judge, batch.input_ids, batch.completion_mask).tolist()
-    assert dpo.judged(model, tiny(), prompts, answers, one.args, one) == [pytest.approx(wanted)] and wanted[0] != wanted[1]
+    assert (
+        dpo.judged(model, tiny(), prompts, answers, one.args, one) == [pytest.approx(wanted)] and wanted[0] != wanted[1]
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -863,7 +908,10 @@ def test_a_run_is_a_plain_loop(checkpoint, data, tmp_path, name):
                 z += (logp_by_hand(model, other, 0) - logp_by_hand(ref_model, other, 0)) / 8
         losses = []
         for e in rows:
-            s = Scored(*(x[None] if x.dim() == 1 else x for x in answer_by_answer(model, ref_model, e)), torch.tensor(max(z, 0.0)))
+            s = Scored(
+                *(x[None] if x.dim() == 1 else x for x in answer_by_answer(model, ref_model, e)),
+                torch.tensor(max(z, 0.0)),
+            )
             losses.append(by_tensor(name, s, args))
         loss = torch.stack(losses).mean()
         loss.backward()
@@ -900,11 +948,15 @@ def by_tensor(name: str, s: Scored, args: Namespace) -> torch.Tensor:
     return -torch.log(torch.sigmoid(args.beta * (mean[0] - mean[1]) - args.gamma))
 
 
-@pytest.mark.parametrize(("name", "start"), [("dpo", LN2), ("robust", LN2), ("tdpo", LN2), ("kto", 0.5), ("bco", 2 * LN2)])
+@pytest.mark.parametrize(
+    ("name", "start"), [("dpo", LN2), ("robust", LN2), ("tdpo", LN2), ("kto", 0.5), ("bco", 2 * LN2)]
+)
 def test_a_run_begins_where_the_policy_is_its_reference(checkpoint, data, tmp_path, name, start, monkeypatch):
     """D4, D5: in train mode, to 1e-6; then it moves, and not a byte of the reference does."""
     seen = []
-    watch(monkeypatch, "score", lambda s, model, ref_model, batch, args: seen.append((model, ref_model, model.training)))
+    watch(
+        monkeypatch, "score", lambda s, model, ref_model, batch, args: seen.append((model, ref_model, model.training))
+    )
     for precision in ("fp32", "bf16"):
         run(checkpoint, data, tmp_path / "out", "--loss", name, "--steps", 4, "--dtype", precision)
         first, *_, last = logged(tmp_path / "out")
@@ -927,16 +979,25 @@ def test_splitting_a_batch_changes_nothing(checkpoint, data, tmp_path, name):
         found.append((logged(out), weights(out)))
     for lines, found_weights in found[1:]:
         for a, b in zip(found[0][0], lines, strict=True):
-            timed = ("seconds", "tokens_per_second")
-            assert {k: v for k, v in b.items() if k not in timed} == pytest.approx(
-                {k: v for k, v in a.items() if k not in timed}, rel=1e-3, abs=1e-5)
+            for metric in a.keys() - {"seconds", "tokens_per_second"}:
+                if metric != "accuracy" or a["step"] > 1:  # at first all pairs tie, but for rounding
+                    assert b[metric] == pytest.approx(a[metric], rel=1e-3, abs=1e-5), metric
         assert difference(found[0][1], found_weights) < 1e-4
 
 
 def on_a_rank(rank: int, folder: Path) -> None:
     for name in ("dpo", "kto", "orpo"):
         for parallel in ("replicas", "fsdp"):
-            run(folder / "model", folder / "pairs.jsonl", folder / f"{name}-{parallel}", "--parallel", parallel, "--loss", name, *RANKS)
+            run(
+                folder / "model",
+                folder / "pairs.jsonl",
+                folder / f"{name}-{parallel}",
+                "--parallel",
+                parallel,
+                "--loss",
+                name,
+                *RANKS,
+            )
 
 
 RANKS = ("--steps", 3, "--batch-size", 5, "--micro-batch-size", 2)
@@ -951,7 +1012,7 @@ def test_two_ranks_equal_one(checkpoint, data, tmp_path):
         for parallel in ("replicas", "fsdp"):
             two = tmp_path / f"{name}-{parallel}"
             for a, b in zip(logged(tmp_path / name), logged(two), strict=True):
-                for metric in ("loss", "margin", "accuracy", "chosen_logps", "grad_norm"):
+                for metric in ("loss", "margin", "rejected_reward", "chosen_logps", "grad_norm"):
                     assert b[metric] == pytest.approx(a[metric], rel=1e-3, abs=1e-5), (name, parallel, metric)
             assert difference(weights(tmp_path / name), weights(two)) < 1e-4
 
@@ -970,7 +1031,8 @@ def test_a_reference_computed_before_is_the_same(checkpoint, data, tmp_path, nam
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5) and b["margin"] == pytest.approx(a["margin"], abs=1e-5)
     assert difference(weights(tmp_path / "live"), weights(tmp_path / "before")) < 1e-4
     assert before["after"] == live["after"] and before["metrics"]["loss"]["after"] == pytest.approx(
-        live["metrics"]["loss"]["after"], rel=1e-4)
+        live["metrics"]["loss"]["after"], rel=1e-4
+    )
 
 
 def test_a_loss_without_a_reference_makes_none(checkpoint, data, tmp_path, monkeypatch):
@@ -1016,7 +1078,8 @@ def stopping(after: int):
 
 @pytest.mark.parametrize(("world_run", "flags"), [
     (False, ()), (False, ("--loss", "kto", "--precompute-ref")), (False, ("--rounds", 3, "--ref", "last")),
-    (True, ("--online", "--rounds", 2)), (True, ("--online", "--rounds", 2, "--ref", "last", "--loss", "kto")), (True, ()),
+    (True, ("--online", "--rounds", 2)), (True, ("--online", "--rounds", 2, "--ref", "last", "--loss", "kto")),
+    (True, ()),
 ])  # fmt: skip
 def test_resuming_is_exact(checkpoint, data, tmp_path, monkeypatch, world_run, flags):
     """Stopped in the middle of a round: the reference and the samples of that round are the same as ever."""
@@ -1067,13 +1130,20 @@ def test_rounds_have_rows_and_references_of_their_own(checkpoint, data, tmp_path
 @pytest.fixture
 def short_world(monkeypatch) -> None:
     monkeypatch.setattr(dpo, "REQUESTS", 8)
-    monkeypatch.setattr(world, "sft_test", lambda n: [world.exchange("add", world.rng_for("x", i), "test") for i in range(3)])
+    monkeypatch.setattr(
+        world, "sft_test", lambda n: [world.exchange("add", world.rng_for("x", i), "test") for i in range(3)]
+    )
 
 
 def test_online_rounds_sample_the_policy_anew(checkpoint, tmp_path, monkeypatch, short_world):
     rounds = []
-    watch(monkeypatch, "sampled_rows", lambda rows, model, tokenizer, prompts, args, loop: rounds.append(
-        (Loop.step, len(prompts), {tuple(ids) for ids, _ in prompts}, rows)))
+    watch(
+        monkeypatch,
+        "sampled_rows",
+        lambda rows, model, tokenizer, prompts, args, loop: rounds.append(
+            (Loop.step, len(prompts), {tuple(ids) for ids, _ in prompts}, rows)
+        ),
+    )
     run(checkpoint, None, tmp_path / "out", "--online", "--rounds", 3, "--steps", 6)
     assert [(step, n) for step, n, *_ in rounds] == [(1, 8), (3, 8), (5, 8)]
     assert not rounds[0][2] & rounds[1][2] and rounds[0][3] != rounds[1][3]
@@ -1085,8 +1155,13 @@ def test_online_rounds_sample_the_policy_anew(checkpoint, tmp_path, monkeypatch,
 def test_the_world_is_measured_by_true_utility(checkpoint, tmp_path, monkeypatch, short_world, capsys):
     """One answer to each request before, another after, by independent draws; wins, ties half; KL by hand; skills."""
     answers = {}
-    watch(monkeypatch, "sampled", lambda rows, model, tokenizer, prompts, samples, temperature, seed, args, loop: answers.setdefault(
-        (seed, temperature, len(prompts)), (prompts, [row[0] for row in rows])))
+    watch(
+        monkeypatch,
+        "sampled",
+        lambda rows, model, tokenizer, prompts, samples, temperature, seed, args, loop: answers.setdefault(
+            (seed, temperature, len(prompts)), (prompts, [row[0] for row in rows])
+        ),
+    )
     result = run(checkpoint, None, tmp_path / "out", "--lr", 1e-2)
     (prompts, old), (_, new) = answers[1, 1.0, 8], answers[2, 1.0, 8]
     asked = [manners.draw_request(world.rng_for("dpo test", i), "test") for i in range(8)]
@@ -1109,10 +1184,23 @@ def test_the_world_is_measured_by_true_utility(checkpoint, tmp_path, monkeypatch
     assert answers[0, 0.0, 3] and capsys.readouterr().out.count("  user    ") == 3
 
 
+def test_the_end_is_measured_against_the_start(checkpoint, tmp_path, monkeypatch, short_world):
+    """Not against the reference of the last round."""
+    seen = []
+    watch(monkeypatch, "evaluate", lambda found, model, ref_model, *rest: seen.append(ref_model))
+    run(checkpoint, None, tmp_path / "out", "--rounds", 2, "--ref", "last", "--lr", 1e-2)
+    start = list(load(checkpoint)[0].parameters())
+    assert len(seen) == 2 and all(torch.equal(a, b) for a, b in zip(start, seen[1].parameters(), strict=True))
+    with pytest.raises(UserError, match="--rounds 3: there are 2 steps"):
+        run(checkpoint, None, tmp_path / "out", "--rounds", 3)
+
+
 def test_skills_are_what_sft_measures(checkpoint, tmp_path, monkeypatch, short_world, one):
     rows = [world.exchange("add", world.rng_for("x", i), "test") for i in range(3)]
     said = iter([["x"] * 8, [rows[0]["answer"], "<think>1 + 1 = 2.</think>" + rows[1]["answer"], "wrong"]])
-    monkeypatch.setattr(dpo, "sampled", lambda *a: [[Row([*tiny().encode(t), tiny().eos_ids[0]], [1])] for t in next(said)])
+    monkeypatch.setattr(
+        dpo, "sampled", lambda *a: [[Row([*tiny().encode(t), tiny().eos_ids[0]], [1])] for t in next(said)]
+    )
     args = args_for(checkpoint, None, tmp_path / "out")
     _, test = dpo.examples(Namespace(**vars(args) | {"pairs": "written"}), None, tiny(), one)
     found = dpo.evaluate(small(tiny().vocab_size), None, tiny(), test, None, args, one)
@@ -1135,7 +1223,9 @@ def test_credit_is_the_implicit_reward_of_each_token(checkpoint, data, tmp_path,
     for e in rows:
         logps, ref_logps, *_ = answer_by_answer(model, ref_model, e)
         wanted += (args.beta * (logps - ref_logps)).tolist()
-    assert [float(x) for x in re.findall(r"^ +([+-]\d+\.\d\d)  \033", out, re.MULTILINE)] == pytest.approx(wanted, abs=0.01)
+    assert [float(x) for x in re.findall(r"^ +([+-]\d+\.\d\d)  \033", out, re.MULTILINE)] == pytest.approx(
+        wanted, abs=0.01
+    )
     texts = re.sub("\033\\[[0-9;]*m", "", out)
     assert all(row["chosen"] + "<|im_end|>" in texts and row["rejected"] + "<|im_end|>" in texts for row in pairs()[:3])
 
@@ -1187,8 +1277,12 @@ def test_a_file_of_messages_with_several_turns_and_shared_beginnings(checkpoint,
              {"role": "assistant", "content": "Hi!"}, {"role": "user", "content": "Say 1."}]  # fmt: skip
     one, two = ({"role": "assistant", "content": text} for text in ("One.", "No."))
     more = [one, {"role": "user", "content": "And 2?"}, {"role": "assistant", "content": "Two."}]
-    rows = [{"prompt": turns[:2], "chosen": "Hi!", "rejected": "Go."}, {"prompt": turns, "chosen": [one], "rejected": [two]},
-            {"prompt": turns, "chosen": more, "rejected": [two]}, {"prompt": "Say 1.", "chosen": "One.", "rejected": "No."}]
+    rows = [
+        {"prompt": turns[:2], "chosen": "Hi!", "rejected": "Go."},
+        {"prompt": turns, "chosen": [one], "rejected": [two]},
+        {"prompt": turns, "chosen": more, "rejected": [two]},
+        {"prompt": "Say 1.", "chosen": "One.", "rejected": "No."},
+    ]
     used = trained_on(monkeypatch)
     run(checkpoint, write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "out", "--steps", 2)
     assert len(used) == 4 and used[1].prompt[: len(used[0].prompt) - 4] == used[0].prompt[:-4]
@@ -1207,8 +1301,8 @@ def test_equal_pairs_of_a_file_are_dropped_and_said(checkpoint, tmp_path, monkey
 def test_a_file_of_lone_answers_with_an_odd_batch(checkpoint, tmp_path, name, monkeypatch, capsys):
     rows = [{"prompt": f"Say {i}.", "completion": f"It is {i}." * (1 + i % 2), "label": i % 3 == 0} for i in range(7)]
     used, file = trained_on(monkeypatch), write_jsonl(tmp_path / "rows.jsonl", rows)
-    result = run(checkpoint, file, tmp_path / "out", "--loss", name, "--steps", 5, "--batch-size", 3, "--micro-batch-size", 2,
-                 "--max-new-tokens", 4, "--lr", 1e-2)  # fmt: skip
+    result = run(checkpoint, file, tmp_path / "out", "--loss", name, "--steps", 5, "--batch-size", 3,
+                 "--micro-batch-size", 2, "--max-new-tokens", 4, "--lr", 1e-2)  # fmt: skip
     of_bad = name in dpo.OF_BAD
     assert len(used) == (4 if of_bad else 7) and ("has no use for" in capsys.readouterr().err) == of_bad
     assert result["before"] == 0.5 < result["after"]
@@ -1250,12 +1344,18 @@ def test_a_table_of_all_losses(checkpoint, tmp_path, monkeypatch, short_world, c
     monkeypatch.setattr(dpo, "LOSSES", chosen)
     runs = []
     watch(monkeypatch, "evaluate", lambda found, *rest: runs.append(found))
-    flags = ["--loss", "all", "--model", checkpoint, "--out", tmp_path / "all", "--steps", 2, "--seeds", 2, "--device", "cpu",
-             "--batch-size", 2, "--max-new-tokens", 6]  # fmt: skip
+    flags = ["--loss", "all", "--model", checkpoint, "--out", tmp_path / "all", "--steps", 2, "--seeds", 2,
+             "--device", "cpu", "--batch-size", 2, "--max-new-tokens", 6]  # fmt: skip
     args = list(map(str, flags))
     table = main(get_args(args))
     assert json.loads((tmp_path / "all" / "table.json").read_text()) == table
-    assert [(row["loss"], row["seeds"]) for row in table["rows"]] == [("SFT", 1), ("dpo", 2), ("pro", 1), ("simpo", 2), ("nn", 1)]
+    assert [(row["loss"], row["seeds"]) for row in table["rows"]] == [
+        ("SFT", 1),
+        ("dpo", 2),
+        ("pro", 1),
+        ("simpo", 2),
+        ("nn", 1),
+    ]
     results = [json.loads((tmp_path / "all" / f"dpo-{seed}" / "result.json").read_text()) for seed in (0, 1)]
     for column in ("utility", "KL", "length", "skills"):
         values = [result["metrics"][column]["after"] for result in results]
@@ -1266,7 +1366,10 @@ def test_a_table_of_all_losses(checkpoint, tmp_path, monkeypatch, short_world, c
     assert table["rows"][0]["win rate"]["mean"] == 0.5 and results[0]["variant"] == "dpo"
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["loss", "SFT", "dpo", "pro", "simpo", "nn"]
-    assert json.loads((tmp_path / "all" / "simpo-1" / "settings.json").read_text())["flags"]["gamma"] == chosen["simpo"][2]["gamma"][0]
+    assert (
+        json.loads((tmp_path / "all" / "simpo-1" / "settings.json").read_text())["flags"]["gamma"]
+        == chosen["simpo"][2]["gamma"][0]
+    )
     n = len(runs)
     (tmp_path / "all" / "pro-0" / "result.json").unlink()
     again = main(get_args([*args, "--resume"]))

@@ -318,6 +318,21 @@ def watch_loss(monkeypatch) -> list[Namespace]:
     return calls
 
 
+class Stop(Exception): ...
+
+
+def stop_after(last: int, monkeypatch) -> None:
+    """Runs of sft.py die when they have saved step `last`."""
+
+    class StopsAfter(loop_module.Loop):
+        def save(self, step, **kept):
+            super().save(step, **kept)
+            if step == last:
+                raise Stop
+
+    monkeypatch.setattr(sft, "Loop", StopsAfter)
+
+
 def test_trained_tokens_are_answer_and_end(checkpoint, problems, tmp_path):
     """Of a file with other names for its fields: decoded, what is trained on is the answer and the ending token."""
     args = args_for(checkpoint, problems, tmp_path / "out")
@@ -332,6 +347,20 @@ def test_the_chat_format_is_the_one_that_was_asked_for():
     row, tokenizer = {"prompt": "Hello", "completion": "Hi"}, tiny()
     plain, other = (sft.encode(row, tokenizer, Namespace(chat_format=name)) for name in (None, "qwen2"))
     assert "system" in tokenizer.decode(other.input_ids) and "system" not in tokenizer.decode(plain.input_ids)
+
+
+def test_the_chat_format_holds_for_all_that_a_run_renders(checkpoint, tmp_path, monkeypatch):
+    seen = []
+
+    def look(args, model, tokenizer, loop):
+        seen.append(tokenizer.decode(chat.render([{"role": "user", "content": "Hello"}], tokenizer).input_ids))
+        raise Stop
+
+    monkeypatch.setattr(sft, "examples", look)
+    for flags in ((), ("--chat-format", "qwen2")):
+        with pytest.raises(Stop):
+            main(get_args(flags_of(checkpoint, "rollouts", tmp_path, "--device", "cpu", *flags)))
+    assert ["system" in text for text in seen] == [False, True]
 
 
 def test_eight_rows_are_learned_by_heart(checkpoint, problems, tmp_path):
@@ -400,6 +429,30 @@ def test_a_run_is_a_plain_loop(checkpoint, unequal, tmp_path, monkeypatch, flags
     assert clipped == pytest.approx([0.0 if flags else 0.5] * 5, rel=1e-4)  # LOMO has let go of them
 
 
+def test_lomo_resumes(checkpoint, problems, tmp_path, monkeypatch):
+    flags = ("--optimizer", "lomo", "--grad-clip", 0, "--micro-batch-size", 4, "--steps", 4, "--save-every", 2)
+    run(checkpoint, problems, tmp_path / "whole", *flags)
+    stop_after(2, monkeypatch)
+    with pytest.raises(Stop):
+        run(checkpoint, problems, tmp_path / "parts", *flags)
+    monkeypatch.undo()
+    run(checkpoint, problems, tmp_path / "parts", *flags, "--resume")
+    assert difference(weights(tmp_path / "whole"), weights(tmp_path / "parts")) == 0
+
+
+def test_lomo_has_no_ranks(checkpoint, problems, tmp_path, monkeypatch):
+    """Its updates happen before gradients could be summed: each rank would train a model of its own."""
+    monkeypatch.setattr(loop_module.dist, "is_initialized", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="over ranks"):
+        run(checkpoint, problems, tmp_path / "out", "--optimizer", "lomo", "--grad-clip", 0, "--micro-batch-size", 4)
+
+
+def test_no_steps_are_no_steps(checkpoint, problems, tmp_path):
+    result = run(checkpoint, problems, tmp_path / "out", "--steps", 0)
+    assert result["before"] == result["after"] and not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
 def test_every_row_once_an_epoch(checkpoint, problems, tmp_path, monkeypatch):
     calls = watch_loss(monkeypatch)
     run(checkpoint, problems, tmp_path / "out", "--epochs", 2, "--batch-size", 3, "--micro-batch-size", 2, "--no-pack")
@@ -419,21 +472,24 @@ def test_packing_is_what_pack_says(checkpoint, problems, tmp_path, monkeypatch):
     assert packed.documents is not None and packed.documents.max() > 0 and alone.documents is None
 
 
-@pytest.mark.parametrize("flags", [(), ("--no-pack",)])
-def test_noise_of_a_run_is_that_of_neftune(checkpoint, tmp_path, monkeypatch, flags):
-    """Each document has its own length; all are of one length here, hence none is padded."""
-    rows = write_jsonl(tmp_path / "rows.jsonl", ({"question": f"Say {i}.", "answer": f"It is {i}."} for i in range(8)))
+@pytest.mark.parametrize("flags", [(), ("--no-pack",), ("--no-pack", "--micro-batch-size", 8)])
+def test_noise_of_a_run_is_that_of_neftune(checkpoint, unequal, tmp_path, monkeypatch, flags):
+    """Each document has its own length, which knows nothing of the padding beside it; the loss is that of the noise."""
+    common = ("--steps", 2, "--batch-size", 8)
     calls = watch_loss(monkeypatch)
-    run(checkpoint, rows, tmp_path / "out", "--steps", 3, "--batch-size", 8, "--neftune", 5, *flags)
-    said = [{"role": "user", "content": "Say 1."}, {"role": "assistant", "content": "It is 1."}]
-    length, width = len(chat.render(said, tiny()).input_ids), load(checkpoint)[0].config.width
+    run(checkpoint, unequal, tmp_path / "out", *common, "--neftune", 5, *flags)
+    width, bounds = load(checkpoint)[0].config.width, []
     for call in calls:
-        assert call.noise.abs().max().item() == pytest.approx(5 / math.sqrt(length * width), rel=0.01)
-    assert len({call.noise[0, 0, 0].item() for call in calls}) == len(calls) == 6
-    run(checkpoint, rows, tmp_path / "none", "--steps", 1)
-    assert calls[-1].noise is None
-    one, other = logged(tmp_path / "out")[0]["loss"], logged(tmp_path / "none")[0]["loss"]
-    assert one != pytest.approx(other, rel=1e-4)  # the loss is that of the noisy embeddings
+        for b, row in enumerate(call.batch.documents):
+            for d in set(row.tolist()) - {-1}:
+                noise = call.noise[b][row == d]
+                bounds.append(noise.abs().max().item() * math.sqrt(len(noise) * width))
+    assert len(bounds) >= 16 and bounds == pytest.approx([5.0] * len(bounds), rel=0.05)
+    assert len({call.noise[0, 0, 0].item() for call in calls}) == len(calls)
+    calls.clear()
+    run(checkpoint, unequal, tmp_path / "none", *common, *flags)
+    assert all(call.noise is None for call in calls)
+    assert logged(tmp_path / "out")[0]["loss"] != pytest.approx(logged(tmp_path / "none")[0]["loss"], rel=1e-4)
 
 
 def test_forward_passes_are_in_dtype_and_weights_in_fp32(checkpoint, problems, tmp_path, monkeypatch):
@@ -464,6 +520,16 @@ def test_compiled_runs_see_few_lengths(checkpoint, unequal, tmp_path, monkeypatc
     assert all(call.batch.input_ids.shape[1] % 64 == 0 for call in calls)
 
 
+def test_speed_counts_tokens_without_their_padding(checkpoint, unequal, tmp_path, monkeypatch):
+    told = []
+    log = loop_module.Loop.log
+    monkeypatch.setattr(loop_module.Loop, "log", lambda *a, **kept: told.append(kept["tokens"]) or log(*a, **kept))
+    args = args_for(checkpoint, unequal, tmp_path / "out", "--steps", 2, "--batch-size", 8, "--no-pack")
+    main(args)
+    train, _ = sft.file_rows(args, str(unequal), loop_module.Loop(args, "sft"))
+    assert told == [sum(len(sft.encode(row, tiny(), args).input_ids) for row in train)] * 2
+
+
 def test_activations_are_recomputed_when_asked(checkpoint, problems, tmp_path, monkeypatch):
     calls = watch_loss(monkeypatch)
     run(checkpoint, problems, tmp_path / "out", "--steps", 1)
@@ -482,6 +548,20 @@ def test_measuring_on_the_way_changes_nothing(checkpoint, problems, tmp_path, ca
 def on_a_rank(rank: int, folder: Path) -> None:
     for parallel in ("replicas", "fsdp"):
         run(folder / "model", folder / "unequal.jsonl", folder / parallel, "--parallel", parallel, *RANKS)
+
+
+def answers_on_a_rank(rank: int, folder: Path) -> None:
+    questions = [{"messages": [{"role": "user", "content": str(i)}], "part": "sort", "answer": "7"} for i in range(4)]
+    sft.examples = lambda *_: (ragged((20,) * 8), {"questions": questions})
+    main(get_args(flags_of(folder / "model", "rollouts", folder / "out", "--parallel", "fsdp", "--steps", 1,
+                           "--device", "cpu")))  # fmt: skip
+
+
+def test_shards_answer_together(checkpoint, tmp_path):
+    """What rank 0 prints takes all ranks to generate: none may leave before."""
+    shutil.copytree(checkpoint, tmp_path / "model")
+    on_two_ranks(answers_on_a_rank, tmp_path)
+    assert (tmp_path / "out" / "result.json").exists()
 
 
 RANKS = ("--steps", 4, "--batch-size", 5, "--micro-batch-size", 2, "--lr", 1e-3, "--no-pack")
@@ -526,17 +606,9 @@ def test_held_out_loss_is_the_mean_over_tokens(tmp_path):
 
 
 def test_resuming_is_exact(checkpoint, problems, tmp_path, monkeypatch):
-    class Stop(Exception): ...
-
-    class StopsAfter(loop_module.Loop):
-        def save(self, step, **kept):
-            super().save(step, **kept)
-            if step == 4:
-                raise Stop
-
     flags = ("--steps", 7, "--save-every", 2, "--neftune", 5)
     run(checkpoint, problems, tmp_path / "whole", *flags)
-    monkeypatch.setattr(sft, "Loop", StopsAfter)
+    stop_after(4, monkeypatch)
     with pytest.raises(Stop):
         run(checkpoint, problems, tmp_path / "parts", *flags)
     monkeypatch.undo()
@@ -879,19 +951,17 @@ def test_the_default_run_is_compared_with_random_weights(tmp_path, monkeypatch, 
     (("--model", "DIR"), None), (("--model", "DIR", "--stage", "base"), None),
 ])  # fmt: skip
 def test_the_model_that_a_run_begins_with(checkpoint, tmp_path, monkeypatch, flags, stage):
-    class Enough(Exception): ...
-
     asked, begun = [], []
 
     def enough(args, model, tokenizer, loop):
         begun.append(model)
-        raise Enough
+        raise Stop
 
     monkeypatch.setattr(loop_module.Loop, "require", lambda loop, stage: asked.append(stage) or checkpoint)
     monkeypatch.setattr(sft, "examples", enough)
     flags = [str(checkpoint) if flag == "DIR" else flag for flag in flags]
     for seed in ("0", "0", "1"):
-        with pytest.raises(Enough):
+        with pytest.raises(Stop):
             main(get_args([*flags, "--out", str(tmp_path), "--max-length", "100", "--device", "cpu", "--seed", seed]))
     assert asked == ([stage] * 3 if stage else [])
     states = [model.state_dict() for model in begun]
@@ -1042,6 +1112,13 @@ ABSENT = "mps" if not torch.backends.mps.is_available() else "cuda"
     (("--max-length", 161), "--max-length 161"),
     (("--chat-format", "latin"), "choose --chat-format"),
     (("--resume",), "--resume: nothing to resume"),
+    (("--mix", "rows.jsonl=much"), "--mix rows.jsonl=much: expected a finite number"),
+    (("--mix", "rows.jsonl=nan"), "--mix rows.jsonl=nan"),
+    (("--mix", "rows.jsonl=-2"), "--mix rows.jsonl=-2"),
+    (("--mix", "rwos.jsonl=2"), "--mix rwos.jsonl: there are rows.jsonl"),
+    (("--replay", 1), "--replay 1.0"),
+    (("--data", "rollouts", "--max-new-tokens", 150), "--max-new-tokens 150: the longest question"),
+    (("--data", "self-instruct", "--max-new-tokens", 150), "--max-new-tokens 150: the longest list"),
     (("--lr", "nan"), "argument --lr"),
     (("--neftune", -1), "argument --neftune"),
     (("--steps", "many"), "argument --steps"),
@@ -1059,14 +1136,15 @@ def test_bad_flags_are_one_line_and_exit_2(checkpoint, tmp_path, capsys, flags, 
     ("cut short", "model.safetensors"),
     ("header", "model.safetensors"),
     ("no weights", "no model.safetensors in it"),
+    ("no tokenizer", "no tokenizer.json in it"),
 ])  # fmt: skip
 def test_a_damaged_model_is_one_line_and_exit_2(checkpoint, problems, tmp_path, capsys, harm, said):
     folder = tmp_path / "model"
     shutil.copytree(checkpoint, folder)
     config, file = json.loads((folder / "config.json").read_text()), folder / "model.safetensors"
     whole = file.read_bytes()
-    if harm == "no weights":
-        file.unlink()
+    if harm.startswith("no "):
+        (file if harm == "no weights" else folder / "tokenizer.json").unlink()
     elif harm in ("cut short", "header"):
         file.write_bytes(whole[:-4] if harm == "cut short" else whole[:8] + b"!" + whole[9:])
     else:

@@ -133,15 +133,9 @@ MUTANTS = [
             "test_neftune_scales_with_the_length_of_each_document",
         ),
         (
-            "NEFTune: token ids taken for documents",
-            "documents = batch.input_ids * 0 if batch.documents is None",
-            "documents = batch.input_ids if batch.documents is None",
-            "test_noise_of_a_run_is_that_of_neftune",
-        ),
-        (
-            "NEFTune: packed documents taken for one",
-            "documents = batch.input_ids * 0 if batch.documents is None else batch.documents",
-            "documents = batch.input_ids * 0",
+            "NEFTune: the length is that of the padded row",
+            "neftune(model.embed(batch.input_ids), batch.documents, args.neftune)",
+            "neftune(model.embed(batch.input_ids), batch.documents * 0, args.neftune)",
             "test_noise_of_a_run_is_that_of_neftune",
         ),
         # IFD
@@ -235,6 +229,18 @@ MUTANTS = [
             'Lomo(model, args.lr) if args.optimizer == "lomo"',
             'Lomo(model, args.lr) if args.optimizer == "Lomo"',
             "test_a_run_is_a_plain_loop",
+        ),
+        (
+            "LOMO on several ranks: each trains a model of its own",
+            'if args.optimizer == "lomo" and loop.world_size > 1:',
+            'if args.optimizer == "lomo" and loop.world_size > 99:',
+            "test_lomo_has_no_ranks",
+        ),
+        (
+            "LOMO cannot be resumed",
+            ', "params": []}]',
+            "}]",
+            "test_lomo_resumes",
         ),
         # ROUGE-L
         (
@@ -442,13 +448,13 @@ MUTANTS = [
         ),
         (
             "batches: documents kept only if all rows are packed",
-            "packed = any(len(group) > 1",
-            "packed = all(len(group) > 1",
+            "or any(len(group) > 1",
+            "or all(len(group) > 1",
             ("test_collate_pads_on_the_right_and_trains_on_no_padding", "test_packing_changes_no_gradient"),
         ),
         (
             "batches: a document mask where there is nothing to separate",
-            "packed = any(len(group) > 1 for group in groups)",
+            "packed = with_documents or any(len(group) > 1 for group in groups)",
             "packed = True",
             "test_collate_pads_on_the_right_and_trains_on_no_padding",
         ),
@@ -903,7 +909,31 @@ MUTANTS = [
             "not (args.data or args.from_scratch)",
             "test_the_default_run_is_compared_with_random_weights",
         ),
+        (
+            "rank 0 alone asks what it prints: shards wait forever",
+            'if "questions" in test and not args.from_scratch:',
+            'if "questions" in test and loop.main and not args.from_scratch:',
+            "test_shards_answer_together",
+        ),
         # flags
+        (
+            "--mix: an unknown name is nothing",
+            "if name not in known or",
+            "if not known or",
+            "test_bad_flags_are_one_line_and_exit_2",
+        ),
+        (
+            "--replay 1: no chat ever comes",
+            "if args.replay >= 1:",
+            "if args.replay > 1:",
+            "test_bad_flags_are_one_line_and_exit_2",
+        ),
+        (
+            "--steps 0 trains an epoch",
+            "args.steps if args.steps is not None else math.ceil(",
+            "args.steps or math.ceil(",
+            "test_no_steps_are_no_steps",
+        ),
         (
             "a flag that was given is overwritten by the table",
             "        if getattr(args, name) is None:\n",
@@ -988,6 +1018,18 @@ MUTANTS = [
             "if args.max_length > model.config.max_length:",
             "if args.max_length > 2 * model.config.max_length:",
             "test_a_context_that_the_model_lacks_is_refused",
+        ),
+        (
+            "S14: --chat-format is for the rows of a file alone",
+            "        tokenizer = replace(tokenizer, chat_format=args.chat_format)\n",
+            "        pass\n",
+            "test_the_chat_format_holds_for_all_that_a_run_renders",
+        ),
+        (
+            "T11: speed counts padding",
+            "sum(len(row.input_ids) for some in indices for i in some for row in groups[i])",
+            "sum(batch.input_ids.numel() for batch in batches)",
+            "test_speed_counts_tokens_without_their_padding",
         ),
         (
             "--checkpoint-activations is not looked at",

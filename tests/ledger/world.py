@@ -152,7 +152,12 @@ MUTANTS = [
             "PEOPLE if kind < 0.8 else TOWNS[:-1],",
             TRUE,
         ),
-        ("a fact that nobody speaks of", "for a in FACTS[n]]", "for a in list(FACTS[n])[1:]]", BIOGRAPHY),
+        (
+            "a fact that nobody speaks of",
+            "for attribute in FACTS[name]])",
+            "for attribute in list(FACTS[name])[1:]])",
+            BIOGRAPHY,
+        ),
         ("facts in one order", "enumerate(shuffled(rng, FACTS[name]))", "enumerate(FACTS[name])", BIOGRAPHY),
         ("no pronouns", "if pronoun else name", "if False else name", PHRASING),
         (
@@ -220,8 +225,8 @@ MUTANTS = [
         ("no way back", 'f"{back} the {s1}"', 'f"{there} the {s1}"', SCENE),
         (
             "one colour with the other shape",
-            '(f"Is there a {c2} {s1}?", "no")',
-            '(f"Is there a {c2} {s1}?", "yes")',
+            '(f"{c2} {s1}", "no")',
+            '(f"{c2} {s1}", "yes")',
             SCENE,
         ),
         ("captions say it one way round", "[:: rng.choice((1, -1))]", "[::1]", SCENE),
