@@ -632,6 +632,9 @@ class Loop:
                         # in a session of its own, so that Ctrl-C reaches this process alone, which then ends it
                         if subprocess.run(argv, cwd=ROOT, check=False, start_new_session=True).returncode:
                             raise RunFailed(f"the {stage} model could not be made by: python {command}")
+                        result = json.loads((made / "result.json").read_text())
+                        result |= {"command": f"python {command}"}  # not the temporary folder
+                        _write(made / "result.json", json.dumps(result, indent=1) + "\n")
                         made.rename(home)
                     self.say(f"the {stage} model is in {home}")
         _recover(home / "checkpoint")

@@ -733,7 +733,7 @@ if __name__ == "__main__":
     if Path("fail").exists(): sys.exit(1)
     (args.out / "checkpoint").mkdir(parents=True)
     (args.out / "settings.json").write_text(SETTINGS)
-    (args.out / "result.json").write_text("{}")
+    (args.out / "result.json").write_text('{"seconds": 1, "command": "with a temporary folder"}')
 """
 
 
@@ -755,6 +755,8 @@ def test_a_missing_stage_is_built_once(house, capsys):
     assert "sft.py --stage base" in capsys.readouterr().err
     assert loop.require("base") == path and (house / "count").read_text() == "built "
     assert {p.name for p in (house / "out").iterdir()} == {"base", ".base.lock"}
+    result = json.loads((house / "out" / "base" / "result.json").read_text())
+    assert result == {"seconds": 1, "command": "python sft.py --stage base"}, "the command that anybody can repeat"
 
 
 def test_a_stage_that_fails_leaves_nothing(house):

@@ -525,6 +525,12 @@ MUTANTS = [
             "test_an_absent_device_is_refused",
         ),
         (
+            "a stage remembers the temporary folder that it was made in",
+            'result |= {"command": f"python {command}"}',
+            "result |= {}",
+            "test_a_missing_stage_is_built_once",
+        ),
+        (
             "CPU runs compiled",
             'self.args.compile == "auto" and self.device.type == "cuda"',
             'self.args.compile == "auto"',
