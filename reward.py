@@ -225,16 +225,16 @@ def world_examples(args: argparse.Namespace, tokenizer: Tokenizer) -> Iterator[E
         if args.feedback == "binary":  # good: better than an answer of no utility
             answer = rng.choice((row["chosen"], row["rejected"]))
             good = rng.random() < manners.prefers_first(manners.utility(answer, asker, name), 0.0)
-            yield Example(encode(row["prompt"], [answer], tokenizer), float(good))
+            yield Example(encode(row["prompt"], [answer], tokenizer, args.chat_format), float(good))
         elif args.feedback == "rank":  # sorted by utility and Gumbel noise, which is the order of Plackett and Luce
             answers = {row["chosen"], row["rejected"]}
             while len(answers) < 4:
                 answers.add(manners.draw_answer(rng, asker, name))
             noise = {answer: -math.log(-math.log(rng.random())) for answer in sorted(answers)}
             answers = sorted(noise, key=lambda answer: -manners.utility(answer, asker, name) - noise[answer])
-            yield Example(encode(row["prompt"], answers, tokenizer))
+            yield Example(encode(row["prompt"], answers, tokenizer, args.chat_format))
         else:
-            yield Example(encode(row["prompt"], [row["chosen"], row["rejected"]], tokenizer))
+            yield Example(encode(row["prompt"], [row["chosen"], row["rejected"]], tokenizer, args.chat_format))
 
 
 def file_example(row: dict, tokenizer: Tokenizer, args: argparse.Namespace) -> Example:
@@ -283,8 +283,8 @@ def examples(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer,
     for i, request in enumerate(requests):
         rng = world.rng_for("answers", i)
         request["answers"] = [manners.draw_answer(rng, request["asker"], request["name"]) for _ in range(8)]
-    test = [Example(encode(row["prompt"], [row["chosen"], row["rejected"]], tokenizer)) for row in pairs]
-    test = {"examples": test, "pairs": pairs, "requests": requests}
+    both = [encode(row["prompt"], [row["chosen"], row["rejected"]], tokenizer, args.chat_format) for row in pairs]
+    test = {"examples": [Example(rows) for rows in both], "pairs": pairs, "requests": requests}
     if args.labels == "ai":
         rows = ai_labels(model, tokenizer, list(manners.preferences(args.pairs, args.seed)), args, loop)
         return [file_example(row, tokenizer, args) for row in rows], test
@@ -426,9 +426,10 @@ def sampled(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], 
 def revise(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace, loop: Loop) -> dict:
     """Constitutional AI, supervised phase (arXiv 2212.08073, section 3): answer, criticise, revise; write SFT data.
 
-    Critique: the constitution's questions about every sentence; those that it holds against an answer are left out.
-    Revision, in rounds: where the judge misses something, the model goes on writing from each beginning of what is
-    kept, and the sentence that raises the judge's score most is put in there. Only a higher score replaces anything.
+    Critique: the constitution's questions about every sentence; one is kept if it has something that is wanted and
+    nothing that is not. Revision, in rounds: where the judge misses something, the model goes on writing from each
+    beginning of what is kept, and the sentence that raises the judge's score most is put in there. What it sees in an
+    answer is all that the judge knows: not who asked, nor whether a fact is true.
     """
     rules, found = read_constitution(args), []
     seen = {"": [0.0] * len(rules)}  # text: P(yes) to each question
@@ -445,14 +446,15 @@ def revise(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace, l
     said = sampled(model, tokenizer, prompts, args.max_new_tokens, 1, 1.0, args.seed)
     drafts = [manners.sentences_of(chat.completion_text(ids, tokenizer)) for (ids,) in said]
     judge(text for draft in drafts for text in (*draft, " ".join(draft)))
-    bad = {text for text, yes in seen.items() for p, (_, w) in zip(yes, rules, strict=True) if p > 0.5 and w < 0}
-    kept = [[sentence for sentence in draft if sentence not in bad] for draft in drafts]
-    for turn in range(4):
+    has = [(text, w) for text, yes in seen.items() for p, (_, w) in zip(yes, rules, strict=True) if p > 0.5]
+    good = {text for text, w in has if w > 0} - {text for text, w in has if w < 0}
+    kept = [[sentence for sentence in draft if sentence in good] for draft in drafts]
+    for turn in range(6):
         judge(" ".join(sentences) for sentences in kept)
         short = {text for text, yes in seen.items() for p, (_, w) in zip(yes, rules, strict=True) if p < 0.5 and w > 0}
         places = [(i, at) for i, s in enumerate(kept) if " ".join(s) in short for at in range(len(s) + 1)]
         starts = [prompts[i] + tokenizer.encode(" ".join(kept[i][:at])) for i, at in places]
-        said = sampled(model, tokenizer, starts, 24, 2, 1.0, args.seed + turn + 1)
+        said = sampled(model, tokenizer, starts, 24, 2, 0.7, args.seed + turn + 1)
         ideas = [(i, kept[i][:at] + manners.sentences_of(chat.completion_text(ids, tokenizer))[:1] + kept[i][at:])
                  for (i, at), both in zip(places, said, strict=True) for ids in both]
         judge(" ".join(sentences) for _, sentences in ideas)
@@ -468,10 +470,10 @@ def revise(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace, l
     for i in improved[:1]:
         loop.say(f"\n  user       {requests[i]['prompt']}\n  draft      {' '.join(drafts[i])}\n"
                  f"  revised    {' '.join(final[i])}\n")
-    good = {name: weight > 0 for name, asked in manners.QUESTIONS.items() for text, weight in rules if text == asked}
+    wanted = {name: weight > 0 for name, asked in manners.QUESTIONS.items() for text, weight in rules if text == asked}
     for answers in (drafts, final):  # what the world knows of them
         told = [(" ".join(said), r["asker"], r["name"]) for said, r in zip(answers, requests, strict=True)]
-        keeps = [float(all(manners.has(text, name, *who) == good[name] for name in good)) for text, *who in told]
+        keeps = [float(all(manners.has(text, name, *who) == wanted[name] for name in wanted)) for text, *who in told]
         found.append({"answers that keep the constitution": keeps, "utility": [manners.utility(*row) for row in told]})
     return conclude(*found, {}, args, loop)
 
@@ -490,7 +492,7 @@ def worked_sums(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespa
     prompts = [question(f"What is {' + '.join(map(str, numbers))}? Show your steps.", tokenizer, args.chat_format)
                for numbers in sums]  # fmt: skip
     truths = [f"<think>{world.working(numbers)}</think>{sum(numbers)}" for numbers in sums]
-    said = sampled(model, tokenizer, prompts, args.max_new_tokens, samples, HOT, args.seed)
+    said = sampled(model, tokenizer, prompts, args.max_new_tokens, samples, 1.0, args.seed)
     parts = []  # of each answer, as far as each step: (problem, ids)
     for p, ids in ((p, ids) for p, some in enumerate(said) for ids in some):
         ends = [t for t, i in enumerate(ids, start=1) if t == len(ids) or tokenizer.decode([i]).endswith(".")]
@@ -579,7 +581,7 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, test: dict[str, list], ar
                     for row in test["pairs"]]
             found[f"pairs that differ in: {name}"] = [hit for hit, (a, b) in zip(hits, both, strict=True) if a != b]
         told = [(answer, r["asker"], r["name"], r["prompt"]) for r in test["requests"] for answer in r["answers"]]
-        rows = [Example(encode(prompt, [answer], tokenizer)) for answer, _, _, prompt in told]
+        rows = [Example(encode(prompt, [answer], tokenizer, args.chat_format)) for answer, _, _, prompt in told]
         reward = torch.tensor(scores(model, rows, args, loop)).view(-1, 8)  # (64 prompts, 8 answers)
         utility = torch.tensor([manners.utility(*row[:3]) for row in told]).view(-1, 8)
         length = torch.tensor([float(len(row[0])) for row in told]).view(-1, 8)
@@ -637,7 +639,6 @@ def baselines(test: dict[str, list], tokenizer: Tokenizer, args: argparse.Namesp
 
 # 3. Config
 
-HOT = 1.3  # the temperature at which worked sums are sampled
 DEFAULTS = {  # flag: (the tiny model), (a --model of your own)
     "batch_size": (16, 32),
     "micro_batch_size": (16, 2),
@@ -718,9 +719,11 @@ def main(args: argparse.Namespace) -> dict:
         raise UserError(f"--max-length {args.max_length}: the model reads at most {start.config.max_length} tokens")
     start.to(loop.device).eval()
     if args.revise:
-        return revise(start, tokenizer, args, loop)
+        with loop.autocast():
+            return revise(start, tokenizer, args, loop)
     counts: Counter = Counter()
-    rows, test = examples(args, start, tokenizer, loop)
+    with loop.autocast():  # it may sample, or judge
+        rows, test = examples(args, start, tokenizer, loop)
     rows = list(fit(tqdm(rows, "encoding", disable=None, leave=False), args.max_length, args.too_long, counts))
     for kind, n in counts.items():
         loop.say(f"--max-length {args.max_length}: {n} rows {kind}")
@@ -729,6 +732,7 @@ def main(args: argparse.Namespace) -> dict:
     total = args.steps or math.ceil(args.epochs * len(rows) / args.batch_size)
     loop.seed(0)  # the head is the same whatever was drawn before it
     model = loop.shard(with_scalar_head(start))
+    del start  # its memory
     optimizer = adamw(model, args.lr, args.weight_decay)
     loop.compile(model)
     extra = loop.restore(model, optimizer)

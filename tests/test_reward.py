@@ -262,12 +262,17 @@ def some_examples(feedback: str) -> list[Example]:
     """Examples of unequal lengths."""
     rows = ragged((3, 40, 2, 17, 9, 29, 5, 12, 8, 33, 21, 4, 6, 31))
     if feedback == "comparison":
-        return [Example(rows[i : i + 2], label) for i, label in zip(range(0, 14, 2), (1, 1, 0.7, 1, 0.5, 1, 1), strict=True)]
+        return [
+            Example(rows[i : i + 2], label) for i, label in zip(range(0, 14, 2), (1, 1, 0.7, 1, 0.5, 1, 1), strict=True)
+        ]
     if feedback == "binary":
         return [Example([row], float(i % 3 == 0)) for i, row in enumerate(rows)]
     if feedback == "rank":
         return [Example(rows[:4]), Example(rows[4:6]), Example(rows[6:9]), Example(rows[9:14])]
-    return [Example([row], steps=[(t, t % 2 == 0) for t in range(i % 2, len(row.input_ids), 3)]) for i, row in enumerate(rows)]
+    return [
+        Example([row], steps=[(t, t % 2 == 0) for t in range(i % 2, len(row.input_ids), 3)])
+        for i, row in enumerate(rows)
+    ]
 
 
 def brute_losses(model: Transformer, examples: list[Example], args: Namespace) -> list[float]:
@@ -390,8 +395,16 @@ def test_models_of_the_other_kind_are_refused(tmp_path):
 def test_answers_share_their_prompt_and_the_mask_is_on_them_alone():
     """R6, in several turns: what the assistant said before is prompt; a reply of messages is reply from its first."""
     tokenizer = tiny()
-    prompt = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}, {"role": "user", "content": "Go on"}]
-    longer = [{"role": "assistant", "content": "No"}, {"role": "user", "content": "Why"}, {"role": "assistant", "content": "So"}]
+    prompt = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hi"},
+        {"role": "user", "content": "Go on"},
+    ]
+    longer = [
+        {"role": "assistant", "content": "No"},
+        {"role": "user", "content": "Why"},
+        {"role": "assistant", "content": "So"},
+    ]
     rows = encode(prompt, ["Yes.", longer], tokenizer)
     start = chat.render(prompt, tokenizer, add_generation_prompt=True).input_ids
     for row, said in zip(rows, (["Yes."], ["No", "So"]), strict=True):
@@ -427,6 +440,8 @@ def test_what_is_too_long_is_refused_dropped_or_cut_at_the_end_of_the_answers():
     examples = [pair(3, 5), pair(3, 9), pair(7, 9)]
     with pytest.raises(UserError, match=r"row 2 has 13 tokens, --max-length is 9"):
         list(fit(examples, 9, "refuse", Counter()))
+    with pytest.raises(UserError, match=r"row 3 has 10 tokens"):
+        list(fit([pair(3, 5), pair(4, 5), pair(3, 6)], 9, "refuse", Counter()))
     assert list(fit(examples, 13, "refuse", Counter())) == examples
     counts = Counter()
     assert list(fit(examples, 9, "drop", counts)) == examples[:1] and counts == {"too long, dropped": 2}
@@ -519,7 +534,10 @@ def test_odds_are_of_the_first_token_after_each_prompt(tmp_path):
     wanted = [model(torch.tensor([ids]))[0, -1].log_softmax(-1) for ids in prompts]
     found = reward.odds(model, tokenizer, prompts, ("yes", "no"), loop)
     torch.testing.assert_close(found, torch.stack([p[yes] - p[no] for p in wanted]).detach(), atol=1e-5, rtol=1e-5)
-    assert prompts[1] == chat.render([{"role": "user", "content": "Hello"}], tokenizer, add_generation_prompt=True).input_ids
+    assert (
+        prompts[1]
+        == chat.render([{"role": "user", "content": "Hello"}], tokenizer, add_generation_prompt=True).input_ids
+    )
 
 
 def knows_the_truth(requests: dict[str, tuple[str, str]], noise: float = 0.0):
@@ -542,7 +560,7 @@ def test_the_ai_label_is_the_weighted_difference_of_its_opinions(tmp_path, monke
     rows = list(manners.preferences(60, 5))
     told = {row[side]: (row["asker"], row["name"]) for row in rows for side in ("chosen", "rejected")}
     monkeypatch.setattr(reward, "odds", knows_the_truth(told))
-    rules = [["Does it greet?", 1.0], ["Is it rude?", -2.5]]
+    rules = [["Does it greet?", 1.0], ["Is it rude?", -2.5], ["Does it thank?", 0.1]]
     (tmp_path / "rules.json").write_text(json.dumps(rules))
     args, loop = a_loop(tmp_path, "--labels", "ai", "--constitution", str(tmp_path / "rules.json"))
     labelled = reward.ai_labels(None, tiny(), rows, args, loop)
@@ -550,8 +568,11 @@ def test_the_ai_label_is_the_weighted_difference_of_its_opinions(tmp_path, monke
     for row, made in zip(rows, labelled, strict=True):
         score = []
         for side in ("chosen", "rejected"):
-            yes = [sigmoid(3.0 if manners.has(row[side], q, row["asker"], row["name"]) else -3.0) for q in ("greets", "rude")]
-            score.append(yes[0] - 2.5 * yes[1])
+            yes = [
+                sigmoid(3.0 if manners.has(row[side], q, row["asker"], row["name"]) else -3.0)
+                for q in ("greets", "rude", "thanks")
+            ]
+            score.append(yes[0] - 2.5 * yes[1] + 0.1 * yes[2])
         p = sigmoid(score[0] - score[1])
         assert made["confidence"] == pytest.approx(max(p, 1 - p), abs=1e-6)
         assert (made["chosen"], made["rejected"]) == ((row["chosen"], row["rejected"]) if p >= 0.5 else
@@ -563,7 +584,10 @@ def test_the_ai_label_is_the_weighted_difference_of_its_opinions(tmp_path, monke
             agree += (p > 0.5) == (row["utility_chosen"] > row["utility_rejected"])
     assert 0 < ties < 60 and 0.5 < agree / judged < 1
     text = capsys.readouterr().err
-    assert f"60 pairs, {ties / 60:.1%} tied" in text and f"{agree / judged:.1%} are in the order of the true utility" in text
+    assert (
+        f"60 pairs, {ties / 60:.1%} tied" in text
+        and f"{agree / judged:.1%} are in the order of the true utility" in text
+    )
     again = formats.read_jsonl(tmp_path / "out" / "preferences.jsonl", "preference")
     assert again == [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in labelled]
     example = reward.file_example(labelled[0], tiny(), args)
@@ -589,7 +613,10 @@ def test_a_judge_that_prefers_a_place_says_nothing(bias, tmp_path, monkeypatch, 
     monkeypatch.setattr(reward, "load", lambda path, device, dtype: (None, tiny()))
     args, loop = a_loop(tmp_path, "--labels", "ai", "--judge", "somewhere")
     prompt = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Say something."}]
-    rows = [{"prompt": prompt, "chosen": a, "rejected": b} for a, b in (("short", "longer"), ("longer", "short"), ("same", "size"))]
+    rows = [
+        {"prompt": prompt, "chosen": a, "rejected": b}
+        for a, b in (("short", "longer"), ("longer", "short"), ("same", "size"))
+    ]
     made = reward.ai_labels(None, None, rows, args, loop)
     p = (sigmoid(bias + 1) + 1 - sigmoid(bias - 1)) / 2
     assert [row["confidence"] for row in made] == pytest.approx([p, p, 0.5], abs=1e-6)
@@ -603,7 +630,7 @@ def test_a_constitution_is_a_list_of_questions_and_weights(tmp_path):
     assert {text for text, _ in reward.CONSTITUTION} == set(manners.QUESTIONS.values())
     assert {text for text, weight in reward.CONSTITUTION if weight < 0} == {"Is it rude?"}
     path = tmp_path / "rules.json"
-    for text in ("{", "[]", '["x"]', '[["x", "y"]]', '[[1, 2]]', '[["", 2]]', '[["x", 1e999]]', '{"a": 1}', "7"):
+    for text in ("{", "[]", '["x"]', '[["x", "y"]]', "[[1, 2]]", '[["", 2]]', '[["x", 1e999]]', '{"a": 1}', "7"):
         path.write_text(text)
         with pytest.raises(UserError, match=r"rules.json: expected"):
             reward.read_constitution(Namespace(constitution=str(path)))
@@ -625,19 +652,27 @@ def test_revision_drops_what_is_held_against_an_answer_and_adds_what_it_lacks(tm
         for ids in prompts:
             text = tokenizer.decode(ids)
             asker, name = next(pair for prompt, pair in who.items() if prompt in text)
-            fact, others = world.fact_sentence(rng, name, "job"), (manners.THANKS[0], manners.FAREWELLS[0], manners.RUDE[0])
+            fact, others = (
+                world.fact_sentence(rng, name, "job"),
+                (manners.THANKS[0], manners.FAREWELLS[0], manners.RUDE[0]),
+            )
             for _ in range(samples):
                 if len(turns) == 1:
-                    more = f"{manners.RUDE[1]} {fact}"
+                    more = f"{manners.RUDE[1]} Blue is it."
                 else:
-                    more = manners.GREETINGS[0].format(asker=asker) if text.endswith("assistant\n") else rng.choice(others)
+                    more = (
+                        manners.GREETINGS[0].format(asker=asker) if text.endswith("assistant\n") else rng.choice(others)
+                    )
                 found.append(tokenizer.encode(f"{more} {fact}"))
             found[-samples:] = [found[-samples:]]
         return found
 
     def opinions(model, tokenizer, answers, rules, args, loop):
         """Of sentences, too: each names nobody but its own people, so that any request will do that makes it true."""
-        return {a: [float(any(manners.has(a, q, *pair) for pair in who.values())) for q in manners.QUESTIONS] for a in answers}
+        return {
+            a: [float(any(manners.has(a, q, *pair) for pair in who.values())) for q in manners.QUESTIONS]
+            for a in answers
+        }
 
     monkeypatch.setattr(reward, "sampled", sampled)
     monkeypatch.setattr(reward, "opinions", opinions)
@@ -648,9 +683,9 @@ def test_revision_drops_what_is_held_against_an_answer_and_adds_what_it_lacks(tm
     keeps = 0
     for row in rows:
         text, pair = row["messages"][1]["content"], who[row["messages"][0]["content"]]
-        assert not manners.has(text, "rude", *pair) and manners.utility(text, *pair) > 0
+        assert not manners.has(text, "rude", *pair) and "Blue" not in text and manners.utility(text, *pair) > 0
         keeps += all(manners.has(text, q, *pair) == (q != "rude") for q in manners.QUESTIONS)
-    assert result["after"] == keeps / 6 and result["after"] > 0.6 and len(turns) == 5
+    assert result["after"] == keeps / 6 and result["after"] > 0.6 and len(turns) == 7
     assert result["metrics"]["utility"]["after"] > result["metrics"]["utility"]["before"] + 2
 
 
@@ -680,7 +715,9 @@ def test_steps_are_labelled_by_where_their_endings_arrive(tmp_path, monkeypatch,
                 a, b, *rest = world.draw_sum(world.rng_for("process", 0, "train", i), "train", 5)
                 right = f"<think>{world.working([a, b, *rest])}</think>{sum([a, b, *rest])}"
                 wrong = right.replace(f" {a + b} + ", f" {a + b + 1} + ")
-                found.append([[*tokenizer.encode_with(x, chat.OF_ASSISTANT), tokenizer.eos_ids[0]] for x in (right, wrong)])
+                found.append(
+                    [[*tokenizer.encode_with(x, chat.OF_ASSISTANT), tokenizer.eos_ids[0]] for x in (right, wrong)]
+                )
             return found
         endings = []
         for ids in prompts:
@@ -693,7 +730,7 @@ def test_steps_are_labelled_by_where_their_endings_arrive(tmp_path, monkeypatch,
 
     monkeypatch.setattr(reward, "sampled", sampled)
     examples = reward.worked_sums(None, tokenizer, args, loop, "train", 3, 2)
-    assert len(examples) == 6 and calls[0][2] == reward.HOT and calls[1][1:] == (4, 1.0)
+    assert len(examples) == 6 and calls[0][2] == 1.0 and calls[1][1:] == (4, 1.0)
     assert len(calls[1][0]) == 3 * 7  # four steps each, of which the first is the same in both
     for e in examples:
         ids = e.rows[0].input_ids
@@ -725,19 +762,24 @@ def test_best_of_eight(tmp_path, monkeypatch):
     args, loop = a_loop(tmp_path, "--feedback", "steps")
     tokenizer = tiny()
     row = [Row([5, *tokenizer.encode(text)], [0] + [1] * len(tokenizer.encode(text))) for text in ("7", "8")]
-    marks = [[True, True], [False, True], [True, False], [False, False], [False, False], [False, False], [False, False],
-             [False, False]]  # fmt: skip
-    rewards = [[0.5, 0.5], [-1.0, 3.0], [2.0, 0.3]] + [[-2.0, -2.0]] * 5
-    examples = [Example([row[0] if steps[1] else row[1]], steps=[(1, steps[0]), (2, steps[1])]) for steps in marks]
+    t, f = True, False
+    marks = [[t, t], [f, t], [t, f], [t, f, t], [f, t], [f, f], [f, f], [f, f]]
+    rewards = [[0.5, 0.5], [-1.0, 3.0], [3.5, 0.1], [0.4, 0.4, 0.4]] + [[-2.0, -2.0]] * 4
+    examples = [Example([row[not steps[-1]]], steps=list(enumerate(steps))) for steps in marks]
     test = {"examples": examples}
     monkeypatch.setattr(reward, "scores", lambda model, examples, args, loop: rewards)
     found = reward.evaluate(small(), tokenizer, test, args, loop)
     assert found["best of 8 by min"] == [1.0] and found["best of 8 by product"] == [0.0]
     assert found["best of 8 by last"] == [1.0]
-    hits = [float((r > 0) == ok) for steps, some in zip(marks, rewards, strict=True) for r, ok in zip(some, steps, strict=True)]
+    hits = [
+        float((r > 0) == ok)
+        for steps, some in zip(marks, rewards, strict=True)
+        for r, ok in zip(some, steps, strict=True)
+    ]
     assert found["step accuracy"] == hits
     assert reward.baselines(test, tokenizer, args) == {
-        "every step is right": 4 / 16, "one sample": 2 / 8, "majority vote of 8": 0.0, "ceiling: any of 8": 1.0}  # fmt: skip
+        "every step is right": 7 / 17, "one sample": 4 / 8, "majority vote of 8": 1.0,
+        "ceiling: any of 8": 1.0}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -751,7 +793,9 @@ def test_scores_come_in_the_order_of_the_examples(feedback, tmp_path):
     found = reward.scores(model, examples, args, loop)
     for example, values in zip(examples, found, strict=True):
         if feedback == "steps":
-            wanted = [model(torch.tensor([example.rows[0].input_ids[: t + 1]]))[0, -1, 0].item() for t, _ in example.steps]
+            wanted = [
+                model(torch.tensor([example.rows[0].input_ids[: t + 1]]))[0, -1, 0].item() for t, _ in example.steps
+            ]
         else:
             wanted = [brute_force(model, row).item() for row in example.rows]
         assert values == pytest.approx(wanted, abs=1e-4)
@@ -760,7 +804,9 @@ def test_scores_come_in_the_order_of_the_examples(feedback, tmp_path):
 def test_margins_of_every_kind():
     row = Row([1], [1])
     assert reward.margins_of(Example([row] * 3), [3.0, 1.0, 2.0]) == [2.0, 1.0, -1.0]  # all pairs of a list
-    assert reward.margins_of(Example([row], 0.0), [0.5]) == [-0.5] and reward.margins_of(Example([row], 1.0), [0.5]) == [0.5]
+    assert reward.margins_of(Example([row], 0.0), [0.5]) == [-0.5] and reward.margins_of(
+        Example([row], 1.0), [0.5]
+    ) == [0.5]
     assert reward.margins_of(Example([row], steps=[(0, True), (1, False)]), [0.5, 0.25]) == [0.5, -0.25]
 
 
@@ -770,8 +816,11 @@ def test_calibration_by_hand():
 
     rows = calibration([logit(0.55), -logit(0.59), logit(0.72), logit(0.97), logit(0.999), -logit(0.95)])
     said, true, n = zip(*rows, strict=True)
-    assert said == pytest.approx((0.57, 0.72, (0.97 + 0.999 + 0.95) / 3)) and true == (0.5, 1.0, 2 / 3) and n == (2, 1, 3)
+    assert (
+        said == pytest.approx((0.57, 0.72, (0.97 + 0.999 + 0.95) / 3)) and true == (0.5, 1.0, 2 / 3) and n == (2, 1, 3)
+    )
     assert sum(n for _, _, n in calibration([0.1 * i for i in range(-99, 99)])) == 198
+    assert calibration([100.0, 1.5]) == [(sigmoid(1.5), 1.0, 1), (1.0, 1.0, 1)]
 
 
 def test_a_reward_that_is_the_utility_reaches_the_ceiling(tmp_path, monkeypatch):
@@ -796,7 +845,9 @@ def test_a_reward_that_is_the_utility_reaches_the_ceiling(tmp_path, monkeypatch)
     monkeypatch.setattr(reward, "scores", utilities(1.0))
     found = reward.evaluate(small(), tiny(), test, args, loop)
     ceiling = manners.best_accuracy(test["pairs"])
-    assert len(found["pair accuracy"]) == 1000 and reward.mean(found["pair accuracy"]) == pytest.approx(ceiling, abs=0.03)
+    assert len(found["pair accuracy"]) == 1000 and reward.mean(found["pair accuracy"]) == pytest.approx(
+        ceiling, abs=0.03
+    )
     base = reward.baselines(test, tiny(), args)
     assert base["ceiling: the annotator's own utility"] == ceiling and 0.4 < base["the longer answer"] < 0.7
     assert found["correlation with utility"] == pytest.approx([1.0])
@@ -805,13 +856,15 @@ def test_a_reward_that_is_the_utility_reaches_the_ceiling(tmp_path, monkeypatch)
     told = [(a, r["asker"], r["name"]) for r in test["requests"] for a in r["answers"]]
     assert found["mean reward"] == pytest.approx([0.5 + reward.mean([manners.utility(*x) for x in told])], abs=1e-5)
     lengths, worth = [float(len(a)) for a, *_ in told], [manners.utility(*x) for x in told]
-    assert found["correlation with length"][0] == pytest.approx(pearson(torch.tensor(lengths), torch.tensor(worth)), abs=1e-6)
+    assert found["correlation with length"][0] == pytest.approx(
+        pearson(torch.tensor(lengths), torch.tensor(worth)), abs=1e-6
+    )
     for name in manners.QUESTIONS:
         hits = found[f"pairs that differ in: {name}"]
         rows = [r for r in test["pairs"] if manners.has(r["chosen"], name, r["asker"], r["name"]) !=
                 manners.has(r["rejected"], name, r["asker"], r["name"])]  # fmt: skip
-        wanted = [1.0 if r["utility_chosen"] > r["utility_rejected"] else 0.5 * (r["utility_chosen"] == r["utility_rejected"])
-                  for r in rows]  # fmt: skip
+        both = [(r["utility_chosen"], r["utility_rejected"]) for r in rows]
+        wanted = [1.0 if good > bad else 0.5 * (good == bad) for good, bad in both]  # fmt: skip
         assert hits == wanted and 100 < len(hits) < 900
     monkeypatch.setattr(reward, "scores", utilities(-1.0))
     worst = reward.evaluate(small(), tiny(), test, args, loop)
@@ -865,8 +918,8 @@ def preferences(tmp_path) -> Path:
 
 
 def args_for(checkpoint: Path, data: Path, out: Path, *flags: object) -> Namespace:
-    argv = ["--model", checkpoint, "--data", data, "--out", out, "--device", "cpu", "--max-length", 160, "--batch-size", 4,
-            "--lr", 1e-2, "--warmup", 2, "--log-every", 1, *flags]  # fmt: skip
+    argv = ["--model", checkpoint, "--data", data, "--out", out, "--device", "cpu", "--max-length", 160,
+            "--batch-size", 4, "--lr", 1e-2, "--warmup", 2, "--log-every", 1, *flags]  # fmt: skip
     return get_args(list(map(str, argv)))
 
 
@@ -893,7 +946,11 @@ def test_feedback_of_every_kind_is_learned_by_heart_however_batches_are_split(ch
     common = ("--feedback", feedback, "--steps", 30, "--centre", 0)
     result = run(checkpoint, data, tmp_path / "whole", *common, "--micro-batch-size", 4)
     kind = {"comparison": "pair", "rank": "pair", "binary": "label", "steps": "step"}[feedback]
-    assert result["metric"] == f"{kind} accuracy" and result["after"] > 0.9 and logged(tmp_path / "whole")[-1]["accuracy"] > 0.8
+    assert (
+        result["metric"] == f"{kind} accuracy"
+        and result["after"] > 0.9
+        and logged(tmp_path / "whole")[-1]["accuracy"] > 0.8
+    )
     common = ("--feedback", feedback, "--steps", 3, "--lr", 1e-3, "--margin", 0.1 * (feedback == "comparison"))
     for size in (4, 3, 1):
         run(checkpoint, data, tmp_path / str(size), *common, "--micro-batch-size", size)
@@ -906,8 +963,8 @@ def test_feedback_of_every_kind_is_learned_by_heart_however_batches_are_split(ch
 
 def test_a_run_is_a_plain_loop(checkpoint, preferences, tmp_path):
     """Head, schedule, loss, clipping, AdamW: as somebody would write it who has one pair at a time."""
-    flags = ("--steps", 4, "--batch-size", 8, "--micro-batch-size", 8, "--lr", 1e-3, "--grad-clip", 0.5, "--margin", 0.3,
-             "--centre", 0.1, "--label-smoothing", 0.1)  # fmt: skip
+    flags = ("--steps", 4, "--batch-size", 8, "--micro-batch-size", 8, "--lr", 1e-3, "--grad-clip", 0.5,
+             "--margin", 0.3, "--centre", 0.1, "--label-smoothing", 0.1)  # fmt: skip
     args = args_for(checkpoint, preferences, tmp_path / "out", *flags)
     main(args)
     Loop(args, "reward").seed(0)
@@ -970,7 +1027,8 @@ def test_resuming_is_exact(checkpoint, preferences, tmp_path, monkeypatch):
     monkeypatch.undo()
     parts = run(checkpoint, preferences, tmp_path / "parts", *flags, "--resume")
     assert difference(weights(tmp_path / "whole"), weights(tmp_path / "parts")) == 0
-    assert [parts[name] for name in ("before", "after")] == [whole[name] for name in ("before", "after")]
+    assert [parts[name] for name in ("before", "after", "metrics")] == [
+        whole[name] for name in ("before", "after", "metrics")]  # fmt: skip
     assert [line["step"] for line in logged(tmp_path / "parts")] == list(range(1, 8))
 
 
@@ -1112,7 +1170,11 @@ def test_bad_flags_are_one_line_and_exit_2(flags, said, tmp_path, monkeypatch, c
         ((), {"prompt": "a", "chosen": "b", "rejected": [{"role": "user", "content": "x"}]}, "rows.jsonl:1: rejected"),
         (("--max-length", 12), {"prompt": "a", "chosen": "b " * 20, "rejected": "c"}, "row 1 has"),
         (("--max-length", 200), {"prompt": "a", "chosen": "b", "rejected": "c"}, "reads at most 160 tokens"),
-        (("--feedback", "binary"), {"prompt": "a", "completion": "b", "label": 1}, "label: found 1, expected true or false"),
+        (
+            ("--feedback", "binary"),
+            {"prompt": "a", "completion": "b", "label": 1},
+            "label: found 1, expected true or false",
+        ),
         (("--feedback", "rank"), {"prompt": "a", "completions": ["b"], "scores": [1]}, "nothing to rank"),
         (("--feedback", "steps"), {"prompt": "a", "completions": ["b"], "labels": [True, False]}, "different lengths"),
         (("--labels", "ai", "--constitution", "nowhere"), PAIRS[0], "nowhere: expected a JSON list"),
@@ -1120,22 +1182,31 @@ def test_bad_flags_are_one_line_and_exit_2(flags, said, tmp_path, monkeypatch, c
 )
 def test_bad_rows_are_one_line_and_exit_2(flags, row, said, checkpoint, tmp_path, monkeypatch, capsys):
     data = write_jsonl(tmp_path / "rows.jsonl", [row])
-    code, line = exits(monkeypatch, capsys, "--model", checkpoint, "--data", data, "--out", tmp_path / "out", "--device", "cpu",
-                       "--max-length", 100, *flags)  # fmt: skip
+    code, line = exits(monkeypatch, capsys, "--model", checkpoint, "--data", data, "--out", tmp_path / "out",
+                       "--device", "cpu", "--max-length", 100, *flags)  # fmt: skip
     assert code == 2 and said in line
 
 
 def test_what_was_dropped_is_counted_out_loud(checkpoint, tmp_path, capsys):
-    rows = [*PAIRS, {"prompt": "Same.", "chosen": "x", "rejected": "x"}, {"prompt": "Long.", "chosen": "x" * 300, "rejected": "y"}]
+    rows = [
+        *PAIRS,
+        {"prompt": "Same.", "chosen": "x", "rejected": "x"},
+        {"prompt": "Long.", "chosen": "x" * 300, "rejected": "y"},
+    ]
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     run(checkpoint, data, tmp_path / "out", "--steps", 1, "--too-long", "drop")
     err = capsys.readouterr().err
     assert "1 rows dropped: its answers are the same" in err and "1 rows too long, dropped" in err
+    same = write_jsonl(tmp_path / "same.jsonl", rows[-2:-1])
+    with pytest.raises(UserError, match="no row is left to train on"):
+        run(checkpoint, same, tmp_path / "out", "--eval-data", data, "--too-long", "drop")
 
 
 def test_a_reward_model_is_not_a_start(tmp_path, preferences, monkeypatch, capsys):
     save(with_scalar_head(small(tiny().vocab_size)), tiny(), tmp_path / "rm")
-    code, line = exits(monkeypatch, capsys, "--model", tmp_path / "rm", "--data", preferences, "--out", tmp_path / "out")
+    code, line = exits(
+        monkeypatch, capsys, "--model", tmp_path / "rm", "--data", preferences, "--out", tmp_path / "out"
+    )
     assert code == 2 and "found a model with 1 labels, expected a language model" in line
 
 
