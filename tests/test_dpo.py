@@ -1,5 +1,6 @@
 """Facts about dpo.py: every loss by hand, closed forms, parity with trl, log-probs and masks, data, whole runs."""
 
+import itertools
 import json
 import math
 import random
@@ -39,13 +40,14 @@ def small(vocab_size: int = 32, *, seed: int = 0, depth: int = 1, max_length: in
 
 
 def random_scored(K: int = 2, B: int = 6, seed: int = 0) -> Scored:
-    """Log-probs of ragged answers in float64, two of them equal to the reference's, which is where losses begin."""
+    """Log-probs of ragged answers in float64; those of the first row are the reference's, where losses begin."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(2, 40, (B, K), generator=generator)
-    ref_logps = -lengths * (0.3 + torch.rand(B, K, generator=generator, dtype=torch.float64))
+    ref_logps = -5 - lengths * (0.3 + torch.rand(B, K, generator=generator, dtype=torch.float64))
     logps = ref_logps + torch.randn(B, K, generator=generator, dtype=torch.float64) * 3
     logps = logps.clamp(max=-0.1)
     logps[0] = ref_logps[0]
+    logps[1:2] = ref_logps[1:2] + torch.linspace(4, -6, K)  # a margin beyond that of the hinge
     scores = torch.rand(B, K, generator=generator, dtype=torch.float64).sort(-1, descending=True).values
     if K <= 2:
         scores = torch.tensor([[1.0, 0.0]] * B) if K == 2 else (torch.arange(B)[:, None] % 3 == 0).double()
@@ -251,7 +253,7 @@ def test_log1mexp_near_and_far():
         x = torch.tensor([-1e-6, -1e-3, -0.5, -LN2, -0.7, -5.0, -50.0], dtype=dtype, requires_grad=True)
         wanted = [math.log(-math.expm1(v)) if v > -1 else math.log1p(-math.exp(v)) for v in x.tolist()]
         found = dpo.log1mexp(x)
-        assert found.tolist() == pytest.approx(wanted, rel=rel)
+        assert found.tolist() == pytest.approx(wanted, rel=rel, abs=0)
         found.sum().backward()
         assert x.grad.tolist() == pytest.approx([-1 / math.expm1(-v) for v in x.tolist()], rel=10 * rel)
 
@@ -603,8 +605,11 @@ def test_metrics_of_lone_answers_are_means_over_their_kind():
     assert found["chosen_reward"] == pytest.approx(r[good].mean().item())
     assert found["rejected_reward"] == pytest.approx(r[~good].mean().item())
     assert found["rejected_logps"] == pytest.approx(s.logps[~good].mean().item())
-    right = [(x > 0) == bool(g) if x != 0 else 0.5 for x, g in zip(r.tolist(), good.tolist(), strict=True)]
-    assert found["accuracy"] == pytest.approx(statistics.fmean(right)) and 0.5 in right
+    for one in (s, random_scored(1, seed=1), random_scored(1, seed=2)):
+        signs = zip((one.logps - one.ref_logps)[:, 0].tolist(), one.scores[:, 0].tolist(), strict=True)
+        right = [(x > 0) == (label > 0) if x != 0 else 0.5 for x, label in signs]
+        accuracy = dpo.metrics_of(dpo.sums_of(losses, one, args))["accuracy"]
+        assert accuracy == pytest.approx(statistics.fmean(right)) and 0.5 in right
     only_bad = dpo.metrics_of(dpo.sums_of(losses, s._replace(scores=s.scores * 0), args))
     assert only_bad["chosen_reward"] == 0.0
 
@@ -1042,11 +1047,11 @@ def test_a_loss_without_a_reference_makes_none(checkpoint, data, tmp_path, monke
         assert result["metric"] == "pair accuracy" and result["variant"] == name
 
 
-def test_held_out_pairs(checkpoint, tmp_path):
+def test_held_out_pairs(checkpoint, tmp_path, monkeypatch):
     """Accuracy and loss of the implicit reward on rows that are not trained on, by hand."""
     rows, out = pairs(40), tmp_path / "out"
     file = write_jsonl(tmp_path / "many.jsonl", rows)
-    args = args_for(checkpoint, file, out, "--steps", 6)
+    args, used = args_for(checkpoint, file, out, "--steps", 6), trained_on(monkeypatch)
     result = main(args)
     train, held_out = dpo.formats.hold_out([{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in rows])
     model, ref_model = load(out / "checkpoint")[0], load(checkpoint)[0]
@@ -1055,6 +1060,7 @@ def test_held_out_pairs(checkpoint, tmp_path):
         logps, ref_logps, *_ = answer_by_answer(model, ref_model, dpo.from_file(row, tiny(), args))
         margins.append(((logps - ref_logps)[0] - (logps - ref_logps)[1]).item())
     assert result["n"] == len(held_out) == 16 and result["before"] == 0.5
+    assert used == [dpo.from_file(row, tiny(), args) for row in train]
     assert result["after"] == pytest.approx(statistics.fmean(m > 0 for m in margins))
     wanted = statistics.fmean(-math.log(sigmoid(args.beta * m)) for m in margins)
     assert result["metrics"]["loss"]["after"] == pytest.approx(wanted, rel=1e-4)
@@ -1114,6 +1120,7 @@ def test_rounds_have_rows_and_references_of_their_own(checkpoint, data, tmp_path
     rows = [tuple(map(tuple, ids)) for _, ids, *_ in seen]
     prompts = [{tuple(row)[:9] for row in ids} for ids in rows]
     assert not (prompts[0] | prompts[1]) & (prompts[2] | prompts[3])  # parts of the rows, not the same again
+    assert not prompts[0] & prompts[1] and not prompts[2] & prompts[3]
     assert [step for step, *_ in seen] == [1, 2, 3, 4]
     first, _, third, fourth = (state for _, _, state, _ in seen)
     start = list(load(checkpoint)[0].parameters())
@@ -1154,6 +1161,8 @@ def test_online_rounds_sample_the_policy_anew(checkpoint, tmp_path, monkeypatch,
 
 def test_the_world_is_measured_by_true_utility(checkpoint, tmp_path, monkeypatch, short_world, capsys):
     """One answer to each request before, another after, by independent draws; wins, ties half; KL by hand; skills."""
+    texts = ["Go away now.", "I hope this helps.", "Nobody knows.", "Have a nice day! Thank you for asking.", "No. No."]
+    says(monkeypatch, itertools.cycle([*texts, "Go away now.", "Thank you for asking."]))
     answers = {}
     watch(
         monkeypatch,
@@ -1170,6 +1179,7 @@ def test_the_world_is_measured_by_true_utility(checkpoint, tmp_path, monkeypatch
     wins = [1.0 if b > a else 0.5 if a == b else 0.0 for a, b in zip(*worth, strict=True)]
     assert result["metric"] == "win rate" and result["before"] == 0.5 and result["n"] == 8
     assert result["after"] == pytest.approx(statistics.fmean(wins))
+    assert {0.0, 1.0} < set(wins) or set(wins) == {0.0, 1.0}
     spread = 1.96 * statistics.stdev(w - 0.5 for w in wins) / math.sqrt(8)
     assert result["ci95"] == pytest.approx(spread)
     metrics = result["metrics"]
@@ -1357,6 +1367,7 @@ def test_a_table_of_all_losses(checkpoint, tmp_path, monkeypatch, short_world, c
         ("nn", 1),
     ]
     results = [json.loads((tmp_path / "all" / f"dpo-{seed}" / "result.json").read_text()) for seed in (0, 1)]
+    assert [result["seed"] for result in results] == [0, 1]
     for column in ("utility", "KL", "length", "skills"):
         values = [result["metrics"][column]["after"] for result in results]
         assert table["rows"][1][column]["mean"] == pytest.approx(statistics.fmean(values))

