@@ -16,6 +16,7 @@ The two losses over the vocabulary never hold the (tokens, vocab) logits. Both w
 Importing this file flushes denormal numbers to zero, which slow a small fp32 model down 5 to 70 times on a CPU.
 """
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator
@@ -50,6 +51,21 @@ def use_compile(on: bool) -> bool:
         print("kernels: torch.compile finds no working compiler here; running eagerly, slower, to the same end",
               file=sys.stderr)  # fmt: skip
     return _compiling
+
+
+@contextlib.contextmanager
+def eager() -> Iterator[None]:
+    """Within it nothing is compiled, whatever use_compile said, and the kernels run as fast as they do eagerly.
+
+    For shapes that change all the time, each of which would be compiled. Also a decorator.
+    """
+    global _compiling
+    before, _compiling = _compiling, False
+    try:
+        with torch.compiler.set_stance("force_eager"):  # blocks of the model that are compiled themselves
+            yield
+    finally:
+        _compiling = before
 
 
 @functools.cache
@@ -158,6 +174,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     if _compiling:
         return _fused(rotary_reference)(x, cos, sin)
+    if not torch.is_grad_enabled():
+        return _rotate(x, cos, *sin.chunk(2, dim=-1))
     return _Rotary.apply(x, cos, sin)
 
 
@@ -250,7 +268,8 @@ def attention_reference(
     if mask is None:
         mask = _causal(q, k) if documents is None else _causal(q, k) & _same(documents)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
-    weights = scores.masked_fill(~mask, -torch.inf).to(_wide(q.dtype)).softmax(-1).to(q.dtype)
+    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    weights = scores.to(_wide(q.dtype)).softmax(-1).to(q.dtype)
     return torch.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
@@ -261,15 +280,16 @@ def attention(
 
     q (B, Tq, H, d), k and v (B, Tk, Hkv, d). With neither option it is causal, the queries being the last Tq of the Tk
     positions. `documents` (B, T) of integers: rows are packed, a token sees earlier tokens of its own document only.
-    `mask`: what `document_mask` returns, or a bool broadcastable to (B, 1, Tq, Tk), True = attend, which replaces
-    causality (for cached decoding); every query must have something to attend to.
+    `mask`: what `document_mask` returns, or what replaces causality (for cached decoding), broadcastable to
+    (B, 1, Tq, Tk): a bool, True = attend, or, in the dtype of q, what is added to the scores, for a single query also
+    (B, Hkv, 1, Tk); every query must have something to attend to.
     """
     group = q.shape[2] // k.shape[2]
     if documents is not None:
         mask = document_mask(documents)
     elif mask is None and q.shape[1] != k.shape[1]:
         mask = _causal(q, k)  # is_causal would line up the first query with the first key
-    if q.shape[1] == 1 and isinstance(mask, Tensor):
+    if q.shape[1] == 1 and isinstance(mask, Tensor) and mask.is_floating_point():
         return _attention_of_one(q, k, v, mask)
     heads = [x.transpose(1, 2) for x in (q, k, v)]  # (B, heads, T, d)
     if mask is None or isinstance(mask, Tensor):
@@ -280,18 +300,21 @@ def attention(
     return out.transpose(1, 2)
 
 
-def _attention_of_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def _attention_of_one(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """One query a row: the heads of a group become its queries, and no key or value is copied.
 
     On a CPU two products are twice as fast as the fused operation, if the keys lie as model.KVCache lays them.
     """
-    q_of_group = q.view(q.shape[0], k.shape[2], -1, q.shape[3])  # (B, Hkv, group, d)
+    Hkv, d = k.shape[2:]
     if q.is_cuda:
-        out = F.scaled_dot_product_attention(q_of_group, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+        q_of_group = q.view(len(q), Hkv, -1, d)  # (B, Hkv, group, d)
+        out = F.scaled_dot_product_attention(q_of_group, k.transpose(1, 2), v.transpose(1, 2),
+                                             attn_mask=bias.contiguous())  # fmt: skip
         return out.reshape(q.shape)
-    scores = torch.matmul(q_of_group * q.shape[-1] ** -0.5, k.permute(0, 2, 3, 1))
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=_wide(q.dtype)).to(q.dtype)
-    return torch.matmul(weights, v.transpose(1, 2)).view(q.shape)
+    q_of_group = q.reshape(len(q) * Hkv, -1, d)  # (B Hkv, group, d)
+    bias = bias.expand(-1, Hkv, -1, -1).flatten(0, 1)  # (B Hkv, 1, T)
+    scores = torch.baddbmm(bias, q_of_group, k.permute(0, 2, 3, 1).flatten(0, 1), alpha=d**-0.5)
+    return torch.bmm(scores.softmax(-1), v.transpose(1, 2).flatten(0, 1)).view(q.shape)
 
 
 def document_mask(documents: Tensor) -> Tensor | BlockMask:

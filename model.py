@@ -23,7 +23,7 @@ import math
 import os
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -106,16 +106,17 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_dim)  # (B, T, H + 2 Hkv, d)
         if self.q_norm is not None:
-            q, k, v = qkv.split(self.sizes, dim=2)
+            q, k, v = qkv.split_with_sizes(self.sizes, dim=2)
             q = kernels.qk_norm_rotary(q, self.q_norm.weight, self.q_norm.eps, cos, sin)
             k = kernels.qk_norm_rotary(k, self.k_norm.weight, self.k_norm.eps, cos, sin)
         else:
-            qk, v = qkv.split((self.sizes[0] + self.sizes[1], self.sizes[2]), dim=2)
-            q, k = kernels.rotary(qk, cos, sin).split(self.sizes[:2], dim=2)
+            qk, v = qkv.split_with_sizes((self.sizes[0] + self.sizes[1], self.sizes[2]), dim=2)
+            q, k = kernels.rotary(qk, cos, sin).split_with_sizes(self.sizes[:2], dim=2)
         if past is not None:
             keys, values, used = past
             keys[:, used : used + T], values[:, used : used + T] = k, v
-            k, v = keys[:, : used + T], values[:, : used + T]
+            if used:  # else k and v are all there is, and lie better in memory
+                k, v = keys[:, : used + T], values[:, : used + T]
         return self.out(kernels.attention(q, k, v, mask=mask).reshape(B, T, -1))
 
 
@@ -192,6 +193,8 @@ class Transformer(nn.Module):
         """
         x = self.embed(input_ids) if embeddings is None else embeddings
         T, used = x.shape[1], cache.used if cache else 0
+        if cache:
+            cache.reserve(T)
         cos, sin = self._rotary_table(used + T, x.device)
         if cache is None or used == 0:
             cos, sin = cos[None, :T], sin[None, :T]  # (1, T, d)
@@ -252,8 +255,12 @@ def frozen(model: Transformer) -> Transformer:
 # Generation
 
 
+GROWTH = 64  # columns that a cache grows by
+PATIENCE = {"cpu": 1, "cuda": 16}  # steps between looks at which rows ended: each makes the CPU wait for the GPU
+
+
 class KVCache:
-    """Keys and values of every block for rows of different lengths.
+    """Keys and values of every block for rows of different lengths, with room for `capacity` tokens that grows.
 
     All rows write at one column, `used`: a short prompt is followed by columns that stay hidden from its row, which
     costs nothing beyond what the longest row needs and makes every write a slice. Positions are each row's own.
@@ -266,7 +273,7 @@ class KVCache:
         size = (c.head_dim, capacity) if self.transposed else (capacity, c.head_dim)
         self.keys = torch.zeros(*of_row, *size, dtype=dtype, device=device)
         self.values = torch.zeros(*of_row, capacity, c.head_dim, dtype=dtype, device=device)
-        self.visible = torch.ones(rows, 1, 1, capacity, dtype=torch.bool, device=device)
+        self.bias = torch.zeros(rows, c.kv_heads, 1, capacity, dtype=dtype, device=device)  # -inf: never seen
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # tokens that each row holds
         self.used = 0  # columns written
 
@@ -276,13 +283,21 @@ class KVCache:
         return keys, self.values[i].transpose(1, 2), self.used
 
     def mask(self, T: int) -> Tensor | None:
-        """(B, 1, 1|T, used + T) bool for the next T tokens; None: causal."""
+        """What is added to the scores of the next T tokens (B, 1|Hkv, 1|T, used + T); None: causal."""
         if self.used == 0:
             return None
-        keys = self.visible[..., : self.used + T]
+        bias = self.bias[..., : self.used + T]
         if T == 1:
-            return keys
-        return keys & torch.ones(T, self.used + T, dtype=torch.bool, device=keys.device).tril(self.used)
+            return bias
+        return bias[:, :1] + torch.full((T, self.used + T), -torch.inf).triu(self.used + 1).to(bias)
+
+    def reserve(self, T: int) -> None:
+        """Make room for T more tokens."""
+        missing = self.used + T - self.bias.shape[-1]
+        if missing > 0:
+            more = -(-missing // GROWTH) * GROWTH
+            self.keys = F.pad(self.keys, (0, more) if self.transposed else (0, 0, 0, more))
+            self.values, self.bias = F.pad(self.values, (0, 0, 0, more)), F.pad(self.bias, (0, more))
 
     def advance(self, T: int) -> None:
         self.lengths += T
@@ -291,12 +306,27 @@ class KVCache:
     def cut(self, lengths: Tensor) -> None:
         """After right-padded prompts: row b holds `lengths[b]` tokens, and its padding is never seen."""
         self.lengths = lengths.clone()
-        self.visible[..., : self.used] = torch.arange(self.used, device=lengths.device) < lengths[:, None, None, None]
+        padding = torch.arange(self.used, device=lengths.device) >= lengths[:, None, None, None]
+        self.bias[..., : self.used].masked_fill_(padding, -torch.inf)
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, in this order, each as often as it is named."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
-        self.visible, self.lengths = self.visible[rows], self.lengths[rows]
+        self.bias, self.lengths = self.bias[rows], self.lengths[rows]
+
+    def drop(self, ended: Tensor) -> Tensor:
+        """Without the rows that `ended` (B,): the last ones move into their places, and no other is copied.
+
+        Returns which of the old rows each of those that are left was.
+        """
+        n = int((~ended).sum())
+        kept, places = torch.arange(n, device=ended.device), ended[:n].nonzero().squeeze(-1)
+        kept[places] = n + (~ended[n:]).nonzero().squeeze(-1)
+        for x in (self.keys.transpose(0, 1), self.values.transpose(0, 1), self.bias, self.lengths):
+            x[places] = x[kept[places]]
+        self.keys, self.values = self.keys[:, :n], self.values[:, :n]
+        self.bias, self.lengths = self.bias[:n], self.lengths[:n]
+        return kept
 
 
 class Generation(NamedTuple):
@@ -310,7 +340,7 @@ class Generation(NamedTuple):
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # every step has a new length, each of which would be compiled
+@kernels.eager()  # every step has a new length
 def generate(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
@@ -323,12 +353,15 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     vocab_size: int | None = None,
+    rollout_batch: int | None = None,
 ) -> Generation:
     """Sample `samples` completions of each prompt, of at most max_new_tokens tokens, that end with one of eos_ids.
 
     temperature 0 takes the most probable token; top_k 0 and top_p 1 keep all. Ids from `vocab_size` on (padding of the
     checkpoint's vocabulary) are never sampled. A row depends on its own prompt and on its own row of uniforms, drawn
-    from `seed`: not on the rows beside it. Raises ValueError for an empty prompt or one that leaves no room.
+    from `seed`: not on the rows beside it, nor on how many are decoded at once, `rollout_batch` (None: all). A prompt
+    is prefilled once for all its rows among those. Nothing is compiled, on a GPU neither. Raises ValueError for an
+    empty prompt or one that leaves no room.
     """
     longest = max(map(len, prompts))
     if min(map(len, prompts)) == 0:
@@ -336,64 +369,75 @@ def generate(
     if longest + max_new_tokens > model.config.max_length:
         raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of "
                          f"{model.config.max_length}")  # fmt: skip
-    device, rows = model.embed.weight.device, len(prompts) * samples
+    device, starts = model.embed.weight.device, [tuple(prompt) for prompt in prompts for _ in range(samples)]
+    rows = len(starts)
     uniforms = torch.rand(rows, max_new_tokens, generator=torch.Generator().manual_seed(seed)).to(device)
     eos = torch.tensor(list(eos_ids), device=device, dtype=torch.long)
 
-    # Prefill every distinct prompt once.
-    distinct = {tuple(prompt): None for prompt in prompts}
-    place = {prompt: i for i, prompt in enumerate(distinct)}
-    ids = torch.zeros(len(distinct), longest, dtype=torch.long)
-    for prompt, i in place.items():
-        ids[i, : len(prompt)] = torch.tensor(prompt)
-    lengths = torch.tensor([len(prompt) for prompt in distinct], device=device)
-    narrow = torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if narrow else model.embed.weight.dtype
-    cache = KVCache(model, len(distinct), longest + max_new_tokens, dtype)
-    state = model.hidden(ids.to(device), cache=cache)[torch.arange(len(distinct), device=device), lengths - 1]
-    cache.cut(lengths)
-    source = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=device).repeat_interleave(samples)
-    state = state[source]
-    cache.select(source)
-
-    # Go on one token at a time. Rows that ended are computed until enough of them are dropped together; what they say
-    # after their ending token is cut off below.
-    tokens = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
-    logps = torch.zeros(rows, max_new_tokens, device=device)
-    alive = torch.arange(rows, device=device)
-    ended = torch.zeros(rows, dtype=torch.bool, device=device)
-    patience = 1 if device.type == "cpu" else 16  # a look at `ended` makes the CPU wait for the GPU
-    for t in range(max_new_tokens):
+    def draw(state: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         logits = model.head(state)[:, :vocab_size].float()
-        token, logp = sample(logits, uniforms[alive, t], temperature=temperature, top_k=top_k, top_p=top_p)
-        tokens[alive, t], logps[alive, t] = token, logp
-        ended |= torch.isin(token, eos)
-        if t + 1 == max_new_tokens:
-            break
-        if (t + 1) % patience == 0:
-            n_ended = int(ended.sum())
-            if n_ended == len(alive):
-                break
-            if n_ended * 8 >= len(alive):
-                kept = (~ended).nonzero().squeeze(-1)
-                token, alive, ended = token[kept], alive[kept], ended[kept]
-                cache.select(kept)
-        state = model.hidden(token[:, None], cache=cache)[:, 0]
+        return sample(logits, uniforms, temperature=temperature, top_k=top_k, top_p=top_p)
+
+    size = rollout_batch or rows
+    parts = [_decode(model, starts[i : i + size], uniforms[i : i + size], eos, draw) for i in range(0, rows, size)]
+    tokens, logps = (torch.cat(part) for part in zip(*parts, strict=True))
 
     is_end = torch.isin(tokens, eos)
     finished = is_end.any(-1)
     n_new = torch.where(finished, is_end.int().argmax(-1) + 1, max_new_tokens).tolist()
     tokens, logps, completions = tokens.cpu(), logps.cpu(), []
-    starts = [len(prompt) for prompt in prompts for _ in range(samples)]
-    width = max(start + n for start, n in zip(starts, n_new, strict=True))
+    width = max(len(start) + n for start, n in zip(starts, n_new, strict=True))
     input_ids, completion_mask = torch.zeros(2, rows, width, dtype=torch.long)
     aligned_logps = torch.zeros(rows, width)
-    for r, (start, n) in enumerate(zip(starts, n_new, strict=True)):
+    for r, (prompt, n) in enumerate(zip(starts, n_new, strict=True)):
+        start, end = len(prompt), len(prompt) + n
         completions.append(tokens[r, :n].tolist())
-        input_ids[r, : start + n] = torch.tensor([*prompts[r // samples], *completions[-1]])
-        completion_mask[r, start : start + n] = 1
-        aligned_logps[r, start : start + n] = logps[r, :n]
+        input_ids[r, :end] = torch.tensor([*prompt, *completions[-1]])
+        completion_mask[r, start:end] = 1
+        aligned_logps[r, start:end] = logps[r, :n]
     return Generation(input_ids.to(device), completion_mask.to(device), aligned_logps.to(device), completions, finished)
+
+
+def _decode(model: Transformer, prompts: list[tuple[int, ...]], uniforms: Tensor, eos: Tensor, draw: Callable
+            ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A token and its log-prob (rows, max_new_tokens) for each of `uniforms`; arbitrary after a row's ending token."""
+    device, (rows, max_new_tokens) = uniforms.device, uniforms.shape
+
+    # Prefill every distinct prompt once.
+    place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    lengths = torch.tensor([len(prompt) for prompt in place])
+    longest = int(lengths.max())
+    ids = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in place])
+    lengths = lengths.to(device)
+    narrow = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if narrow else model.embed.weight.dtype
+    cache = KVCache(model, len(place), longest + min(max_new_tokens, GROWTH), dtype)
+    state = model.hidden(ids.to(device), cache=cache)[torch.arange(len(place), device=device), lengths - 1]
+    cache.cut(lengths)
+    if len(place) < rows:
+        source = torch.tensor([place[prompt] for prompt in prompts], device=device)
+        state = state[source]
+        cache.select(source)
+
+    # Go on one token at a time. Rows that ended are computed until the next look at them; what they say after their
+    # ending token is to be cut off.
+    tokens = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
+    logps = torch.zeros(rows, max_new_tokens, device=device)
+    alive = torch.arange(rows, device=device)
+    ended = torch.zeros(rows, dtype=torch.bool, device=device)
+    for t in range(max_new_tokens):
+        token, logp = draw(state, uniforms[alive, t])
+        tokens[alive, t], logps[alive, t] = token, logp
+        ended |= torch.isin(token, eos)
+        if t + 1 == max_new_tokens:
+            break
+        if (t + 1) % PATIENCE.get(device.type, 1) == 0 and ended.any():
+            kept = cache.drop(ended)
+            token, alive, ended = token[kept], alive[kept], ended[kept]
+            if len(alive) == 0:
+                break
+        state = model.hidden(token[:, None], cache=cache)[:, 0]
+    return tokens, logps
 
 
 def sample(logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:

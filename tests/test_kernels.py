@@ -1,5 +1,6 @@
 """Each kernel against loops in float64, its reference in value and gradient, and what must not matter."""
 
+import contextlib
 import math
 
 import pytest
@@ -138,7 +139,9 @@ def test_rotary_is_a_complex_rotation():
     angles = torch.arange(20)[:, None] * 10000.0 ** (-torch.arange(4, dtype=torch.float64) / 4)
     both = torch.cat((angles, angles), -1)[None]
     pairs = torch.complex(x[..., :4], x[..., 4:]) * torch.exp(1j * angles)[None, :, None]
-    close(rotary(x, both.cos(), both.sin()), torch.cat((pairs.real, pairs.imag), -1), 1e-14)
+    for with_gradient in (True, False):
+        with torch.set_grad_enabled(with_gradient):
+            close(rotary(x, both.cos(), both.sin()), torch.cat((pairs.real, pairs.imag), -1), 1e-14)
 
 
 def test_rotary_takes_angles_by_row():
@@ -220,12 +223,18 @@ def test_attention_is_deaf_to_other_documents_and_the_future():
 
 
 @pytest.mark.parametrize("queries", [1, 3])
-def test_attention_with_the_mask_of_a_cache(queries):
-    """A mask replaces causality; rows differ in what they may see."""
+@pytest.mark.parametrize("kernel", [attention, kernels.attention_reference])
+def test_attention_with_the_mask_of_a_cache(queries, kernel):
+    """A mask replaces causality, as a bool or added to the scores; rows differ in what they may see."""
     q, k, v = qkv(queries)
     mask = torch.rand(2, 1, queries, 6, generator=torch.Generator().manual_seed(0)) < 0.5
     mask[..., 2] = True
-    close(attention(q, k, v, mask=mask), brute_force(q, k, v, lambda b, i, j: bool(mask[b, 0, i, j])), 1e-13)
+    wanted = brute_force(q, k, v, lambda b, i, j: bool(mask[b, 0, i, j]))
+    bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, -torch.inf)
+    for either in (mask, bias):
+        close(kernel(q, k, v, mask=either), wanted, 1e-13)
+    if queries == 1 and kernel is attention:
+        close(kernel(q, k, v, mask=bias.repeat(1, k.shape[2], 1, 1)), wanted, 1e-13)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -509,6 +518,18 @@ def test_one_graph_serves_every_number_of_tokens(compiling):
         linear_cross_entropy(hidden[:n], weight, labels[:n], chunk_size=3).backward()
     assert graphs["unique_graphs"] == before + 1
     assert getattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+
+
+def test_nothing_is_compiled_where_it_runs_eagerly(monkeypatch):
+    """Neither kernels nor modules; the kernels are not their references; the switch is what it was, come what may."""
+    monkeypatch.setattr(kernels, "_compiling", True)
+    monkeypatch.setattr(kernels, "rms_norm_reference", None)
+    doubled = torch.compile(lambda x: 2 * x, backend=lambda graph, inputs: pytest.fail("compiled"))
+    with contextlib.suppress(KeyError), kernels.eager():
+        close(rms_norm(torch.ones(3), torch.ones(3), 0.0), torch.ones(3), 1e-6)
+        close(doubled(torch.ones(3)), torch.full((3,), 2.0), 0.0)
+        raise KeyError
+    assert kernels._compiling
 
 
 @pytest.mark.gpu

@@ -221,11 +221,12 @@ def test_a_row_does_not_depend_on_the_rows_beside_it():
 
 def test_rows_that_ended_change_nothing_for_the_others(monkeypatch):
     """Where no token ends a row none is retired: with ending tokens its beginning is what remains."""
-    selections, select = [], model.KVCache.select
-    monkeypatch.setattr(model.KVCache, "select", lambda self, rows: (selections.append(len(rows)), select(self, rows)))
+    left, drop = [], model.KVCache.drop
+    monkeypatch.setattr(model.KVCache, "drop", lambda self, ended: (left.append(drop(self, ended)), left[-1])[1])
     net, eos_ids = random_net(), [2, 11, 17]
     endless, ending = (generate(net, PROMPTS, max_new_tokens=24, eos_ids=ids, samples=20) for ids in ([], eos_ids))
-    assert selections[:2] == [80, 80] and selections[2:] == sorted(selections[2:], reverse=True) and selections[-1] < 20
+    sizes = [80, *map(len, left)]
+    assert sizes == sorted(set(sizes), reverse=True) and sizes[-1] < 20
     for r, completion in enumerate(endless.completions):
         end = next((i + 1 for i, token in enumerate(completion) if token in eos_ids), 24)
         assert ending.completions[r] == completion[:end]
@@ -233,8 +234,9 @@ def test_rows_that_ended_change_nothing_for_the_others(monkeypatch):
         close(ending.logps[r, start : start + end], endless.logps[r, start : start + end], 1e-6)
 
 
-def test_a_completion_ends_at_its_first_ending_token():
-    """When few rows have ended they are computed on, and some of them say the ending token again."""
+def test_a_completion_ends_at_its_first_ending_token(monkeypatch):
+    """Rows that ended are computed until the next look at them, and some of them say the ending token again."""
+    monkeypatch.setitem(model.PATIENCE, "cpu", 3)
     net, options = random_net(), {"max_new_tokens": 4, "samples": 20}
     endless = generate(net, PROMPTS, eos_ids=[], **options).completions
     for token in range(31):
@@ -254,6 +256,49 @@ def test_a_bf16_model_samples_from_fp32_logits(monkeypatch):
     monkeypatch.setattr(model, "sample", lambda logits, *x, **y: (dtypes.add(logits.dtype), sample(logits, *x, **y))[1])
     generate(random_net(dtype=torch.bfloat16), PROMPTS, max_new_tokens=3, eos_ids=[])
     assert dtypes == {torch.float32}
+
+
+def test_rows_do_not_depend_on_how_many_are_decoded_at_once(monkeypatch):
+    """No more than rollout_batch are; a prompt is prefilled once for those of its rows that are; none is computed on
+    after its end."""
+    caches, sizes, cache, hidden = [], [], model.KVCache, Transformer.hidden
+    monkeypatch.setattr(model, "KVCache", lambda net, n, *x: (caches.append(n), cache(net, n, *x))[1])
+    monkeypatch.setattr(Transformer, "hidden", lambda *x, **y: (sizes.append(len(x[1])), hidden(*x, **y))[1])
+    net, options = random_net(), {"max_new_tokens": 15, "eos_ids": [2, 11], "samples": 4}
+    whole = generate(net, [*PROMPTS, PROMPTS[1]], **options)
+    assert caches == [4] and 16 < max(sizes) <= 20
+    for n, prefilled in ((20, [4]), (8, [2, 2, 1]), (7, [2, 3, 2]), (1, [1] * 20)):
+        caches.clear(), sizes.clear()
+        found = generate(net, [*PROMPTS, PROMPTS[1]], **options, rollout_batch=n)
+        assert caches == prefilled and max(sizes) <= n
+        assert sum(sizes) == sum(prefilled) + sum(len(completion) - 1 for completion in found.completions)
+        assert found.completions == whole.completions and torch.equal(found.input_ids, whole.input_ids)
+        assert torch.equal(found.finished, whole.finished)
+        close(found.logps, whole.logps, 1e-6)
+
+
+def test_the_cache_holds_no_more_than_what_was_said_and_a_block(monkeypatch):
+    """However many tokens there may be; what it holds stays when it grows."""
+    held, mask = [], model.KVCache.mask
+    monkeypatch.setattr(model.KVCache, "mask", lambda self, T: (held.append(self.values.shape[-2]), mask(self, T))[1])
+    net, options = random_net(), {"max_new_tokens": 40, "eos_ids": [], "samples": 2}
+    wanted = generate(net, PROMPTS, **options)
+    assert set(held) == {7 + 40}
+    held.clear()
+    monkeypatch.setattr(model, "GROWTH", 16)
+    found = generate(net, PROMPTS, **options)
+    assert held == sorted(held) and set(held) == {7 + 16, 7 + 32, 7 + 48} and held[16:18] == [7 + 16, 7 + 32]
+    assert found.completions == wanted.completions
+    close(found.logps, wanted.logps, 1e-6)
+
+
+def test_generation_is_eager_where_training_is_compiled(monkeypatch):
+    net = random_net()
+    wanted = generate(net, PROMPTS, max_new_tokens=5, eos_ids=[])
+    for block in net.blocks:
+        block.compile(backend=lambda graph, inputs: pytest.fail("compiled"))
+    monkeypatch.setattr(kernels, "_compiling", True)
+    assert generate(net, PROMPTS, max_new_tokens=5, eos_ids=[]).completions == wanted.completions
 
 
 def test_it_stops_when_all_rows_have_ended(monkeypatch):
@@ -285,26 +330,31 @@ def test_under_autocast_the_cache_is_as_narrow_as_the_keys(monkeypatch):
 
 
 @pytest.mark.parametrize("on_gpu", [False, True], ids=["keys transposed", "keys as on a GPU"])
-def test_cached_states_equal_one_forward_pass(on_gpu):
-    """Prompts of 1, 2 and 7 tokens, then 1, 3, 2 and 1 at once; rows are then dropped and doubled."""
-    net, lengths, capacity = random_net(), torch.tensor([1, 2, 7]), 20
-    rows = random_ids(3, capacity)
-    cache = model.KVCache(net, 3, capacity, torch.float64)
+def test_cached_states_equal_one_forward_pass(on_gpu, monkeypatch):
+    """Prompts of 1, 2 and 7 tokens, then 1, 3, 2, 2 and 1 at once; rows are selected, doubled and dropped, the cache
+    grows by twos."""
+    monkeypatch.setattr(model, "GROWTH", 2)
+    net, lengths = random_net(), torch.tensor([1, 2, 7])
+    rows = random_ids(3, 20)
+    cache = model.KVCache(net, 3, 7, torch.float64)
     if on_gpu:
         cache.keys, cache.transposed = torch.zeros_like(cache.values), False
     whole = [net.hidden(row[None])[0] for row in rows]
     net.hidden(torch.where(torch.arange(7) < lengths[:, None], rows[:, :7], 30), cache=cache)
     cache.cut(lengths)
     held, alive = lengths.clone(), [0, 1, 2]
-    for n, kept in ((1, None), (3, [2, 0, 0]), (2, [1, 0]), (1, None)):
+    for n, kept in ((1, None), (3, [2, 0, 0, 1, 2]), (2, {0, 2}), (2, [1, 0]), (1, None)):
         new = torch.stack([rows[r, held[r] : held[r] + n] for r in alive])
         found = net.hidden(new, cache=cache)
         for state, r in zip(found, alive, strict=True):
             close(state, whole[r][held[r] : held[r] + n], 1e-5)
         held += n
-        if kept:
+        if isinstance(kept, set):  # rows 2 0 0 1 2 without the first and the third: the last two move there
+            kept = cache.drop(torch.tensor([i in kept for i in range(len(alive))])).tolist()
+            assert kept == [3, 1, 4]
+        elif kept:
             cache.select(torch.tensor(kept))
-            alive = [alive[i] for i in kept]
+        alive = [alive[i] for i in kept] if kept else alive
 
 
 def test_padding_of_the_vocabulary_is_never_sampled():

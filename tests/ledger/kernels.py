@@ -78,6 +78,12 @@ MUTANTS = [
             "torch.mul(grad, gate",
             "test_gradcheck[swiglu]",
         ),
+        (
+            "without gradient, half of the pair turned the wrong way",
+            "return _rotate(x, cos, *sin.chunk(2, dim=-1))\n    return _Rotary",
+            "return _rotate(x, cos, *(-sin).chunk(2, dim=-1))\n    return _Rotary",
+            "test_rotary_is_a_complex_rotation",
+        ),
         # attention
         ("attention is not causal", "is_causal=mask is None", "is_causal=False", "test_attention_causal"),
         (
@@ -94,8 +100,8 @@ MUTANTS = [
         ),
         (
             "M5: groups of heads interleaved",
-            "q_of_group = q.view(q.shape[0], k.shape[2], -1, q.shape[3])",
-            "q_of_group = q.view(q.shape[0], -1, k.shape[2], q.shape[3]).transpose(1, 2)",
+            "q_of_group = q.reshape(len(q) * Hkv, -1, d)",
+            "q_of_group = q.view(len(q), -1, Hkv, d).transpose(1, 2).flatten(0, 1)",
             "test_attention_with_the_mask_of_a_cache",
         ),
         (
@@ -106,14 +112,26 @@ MUTANTS = [
         ),
         (
             "a single query ignores the mask",
-            "weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype",
-            "weights = scores.softmax(-1, dtype",
+            "torch.baddbmm(bias, q_of_group",
+            "torch.baddbmm(0 * bias.isnan(), q_of_group",
             "test_attention_with_the_mask_of_a_cache",
         ),
         (
             "scores of a single query not scaled",
-            "torch.matmul(q_of_group * q.shape[-1] ** -0.5,",
-            "torch.matmul(q_of_group,",
+            ", alpha=d**-0.5)",
+            ")",
+            "test_attention_with_the_mask_of_a_cache",
+        ),
+        (
+            "the mask of the first key head serves all",
+            "bias.expand(-1, Hkv, -1, -1)",
+            "bias[:1].expand(len(q), Hkv, -1, -1)",
+            "test_attention_with_the_mask_of_a_cache",
+        ),
+        (
+            "what is added to the scores is a mask",
+            "if mask.dtype == torch.bool else scores + mask",
+            "if mask.dtype == torch.bool else scores",
             "test_attention_with_the_mask_of_a_cache",
         ),
         (
@@ -272,6 +290,30 @@ MUTANTS = [
             "test_linear_logps_and_entropy_value",
         ),
         # compiling
+        (
+            "what runs eagerly runs the references",
+            "before, _compiling = _compiling, False",
+            "before = _compiling",
+            "test_nothing_is_compiled_where_it_runs_eagerly",
+        ),
+        (
+            "what runs eagerly is compiled",
+            'set_stance("force_eager")',
+            'set_stance("default")',
+            "test_nothing_is_compiled_where_it_runs_eagerly",
+        ),
+        (
+            "after that nothing is compiled",
+            "        _compiling = before\n",
+            "        _compiling = False\n",
+            "test_nothing_is_compiled_where_it_runs_eagerly",
+        ),
+        (
+            "an error leaves the switch off",
+            "    finally:\n        _compiling = before",
+            "    except ValueError:\n        pass\n    else:\n        _compiling = before",
+            "test_nothing_is_compiled_where_it_runs_eagerly",
+        ),
         (
             "the last chunk has a shape of its own",
             "_padded(labels[rows], size if _compiling else n)",

@@ -16,6 +16,9 @@ LOGPS = "test_logps_are_those_of_the_tempered_policy"
 ENDED = "test_rows_that_ended_change_nothing_for_the_others"
 SAMPLES = "test_samples_of_a_prompt_differ_and_depend_on_the_seed"
 ROWS = "test_rows_are_prompt_completion_padding"
+SPLIT = "test_rows_do_not_depend_on_how_many_are_decoded_at_once"
+BLOCKS = "test_the_cache_holds_no_more_than_what_was_said_and_a_block"
+EAGER = "test_generation_is_eager_where_training_is_compiled"
 CANNOT = "test_prompts_that_cannot_be_continued_are_refused"
 SHARE = "test_each_token_gets_its_share_of_the_uniforms"
 GO = "test_safetensors_go_round_and_agree_with_the_library"
@@ -77,7 +80,7 @@ MUTANTS = [
         ("P13: no final norm", "return self.norm(x)", "return x", PAR + "[llama]"),
         (
             "v takes the place of k",
-            "            qk, v = qkv.split((self.sizes[0] + self.sizes[1], self.sizes[2]), dim=2)",
+            "            qk, v = qkv.split_with_sizes((self.sizes[0] + self.sizes[1], self.sizes[2]), dim=2)",
             "            q, v, k = qkv.split(self.sizes, dim=2)\n            qk = torch.cat([q, k], 2)",
             PAR + "[llama]",
         ),
@@ -226,16 +229,59 @@ MUTANTS = [
         ),
         (
             "the padding of a prompt is seen",
-            "device=lengths.device) < lengths[:, None, None, None]\n",
-            "device=lengths.device) < self.used\n",
+            "masked_fill_(padding, -torch.inf)",
+            "masked_fill_(padding, 0.0)",
             CACHE,
         ),
-        ("one column of padding is seen", "device=lengths.device) <", "device=lengths.device) <=", CACHE),
+        ("one column of padding is seen", "device=lengths.device) >=", "device=lengths.device) >", CACHE),
         ("positions go on after the padding", "        self.lengths = lengths.clone()\n", "", CACHE),
-        ("several tokens see their future", ".tril(self.used)", "", CACHE),
-        ("several tokens see the padding", "return keys &", "return torch.ones_like(keys) &", CACHE),
-        ("what is visible stays where it was", "self.visible[rows],", "self.visible[: len(rows)],", CACHE),
+        ("several tokens see their future", ".triu(self.used + 1)", ".triu(self.used + T)", CACHE),
+        ("several tokens see the padding", "return bias[:, :1] +", "return 0 * bias[:, :1].isinf() +", CACHE),
+        (
+            "what is visible stays where it was",
+            "self.bias, self.lengths = self.bias[rows],",
+            "self.bias, self.lengths = self.bias[: len(rows)],",
+            CACHE,
+        ),
         ("lengths stay where they were", "self.lengths[rows]", "self.lengths[: len(rows)]", CACHE),
+        ("a cache grows by what is lacking", "-(-missing // GROWTH) * GROWTH", "missing", BLOCKS),
+        ("a cache grows too little", "-(-missing // GROWTH) * GROWTH", "missing // GROWTH * GROWTH", CACHE),
+        (
+            "all that there could be is held",
+            "longest + min(max_new_tokens, GROWTH)",
+            "longest + max_new_tokens",
+            BLOCKS,
+        ),
+        (
+            "a cache that grows forgets its keys",
+            "self.keys = F.pad(self.keys,",
+            "self.keys = F.pad(0 * self.keys,",
+            CACHE,
+        ),
+        ("a cache that grows forgets its values", "= F.pad(self.values,", "= F.pad(0 * self.values,", CACHE),
+        ("a cache that grows shows the padding", "F.pad(self.bias,", "F.pad(self.bias.clamp(min=0),", CACHE),
+        ("the last row fills all places", "n + (~ended[n:]).nonzero().squeeze(-1)", "len(ended) - 1", CACHE),
+        ("keys of the row that left", "for x in (self.keys.transpose(0, 1), self", "for x in (self", CACHE),
+        ("values of the row that left", "self.values.transpose(0, 1), self.bias, self", "self.bias, self", CACHE),
+        ("padding of the row that left", "self.bias, self.lengths):", "self.lengths):", CACHE),
+        ("length of the row that left", "self.bias, self.lengths):", "self.bias):", CACHE),
+        (
+            "the row that moved is said to have stayed",
+            "        return kept\n",
+            "        return torch.arange(n)\n",
+            CACHE,
+        ),
+        ("G4: the split draws anew", "uniforms[i : i + size], eos", "uniforms[:size], eos", SPLIT),
+        ("all rows at once", "size = rollout_batch or rows", "size = rows", SPLIT),
+        (
+            "a prompt is prefilled for each of its rows",
+            "enumerate(dict.fromkeys(prompts))",
+            "enumerate(prompts)",
+            SPLIT,
+        ),
+        ("prompts that occur once are taken for all", "if len(place) < rows:", "if len(place) < rows // 2:", SPLIT),
+        ("it looks for ended rows too rarely", "PATIENCE.get(device.type,", 'PATIENCE.get("cuda",', SPLIT),
+        ("generation is compiled", "@kernels.eager()", "@torch.compiler.set_stance('default')", EAGER),
         (
             "only the newest keys are read",
             "keys[:, : used + T], values[:,",
@@ -243,11 +289,16 @@ MUTANTS = [
             CACHE,
         ),
         ("the state of the longest prompt's end", "device=device), lengths", "device=device), longest", GRE),
-        ("G2: repeat for repeat_interleave", ".repeat_interleave(samples)", ".repeat(samples)", LOGPS),
+        (
+            "G2: repeat for repeat_interleave",
+            "for prompt in prompts for _ in range(samples)",
+            "for _ in range(samples) for prompt in prompts",
+            ROWS,
+        ),
         (
             "prompts in the order of their first occurrence",
-            "[place[tuple(prompt)] for prompt in prompts]",
-            "[i % len(distinct) for i in range(len(prompts))]",
+            "[place[prompt] for prompt in prompts]",
+            "[i * len(place) // rows for i in range(rows)]",
             "test_a_row_does_not_depend_on_the_rows_beside_it",
         ),
         ("uniforms of the place, not of the row", "uniforms[alive,", "uniforms[: len(alive),", ENDED),
@@ -260,10 +311,15 @@ MUTANTS = [
             "tokens[: len(alive), t], logps[: len(alive),",
             ENDED,
         ),
-        ("the cache keeps rows that left", "cache.select(kept)", "cache.select(torch.arange(len(kept)))", ENDED),
-        ("rows are never dropped", "if n_ended * 8 >= len(alive):", "if n_ended * 8 > 8 * len(alive):", ENDED),
-        ("N3: it goes on when all have ended", "n_ended ==", "n_ended >", "test_it_stops_when_all_rows_have_ended"),
-        ("N3: it stops when one has ended", "if n_ended == len(alive):", "if n_ended:", ENDED),
+        ("the cache keeps rows that left", "kept = cache.drop(ended)", "kept = (~ended).nonzero().squeeze(-1)", ENDED),
+        ("rows are never dropped", "== 0 and ended.any():", "== 0 and ended.all():", ENDED),
+        (
+            "N3: it goes on when all have ended",
+            "if len(alive) == 0:",
+            "if len(alive) < 0:",
+            "test_it_stops_when_all_rows_have_ended",
+        ),
+        ("N3: it stops when one has ended", "if len(alive) == 0:", "if len(alive) < rows:", ENDED),
         (
             "G13: the ending token is no part of the completion",
             "is_end.int().argmax(-1) + 1,",
@@ -280,22 +336,27 @@ MUTANTS = [
         ("G14: one of several ending tokens", "torch.tensor(list(eos_ids),", "torch.tensor(list(eos_ids)[:1],", GRE),
         (
             "the ending token is masked",
-            "completion_mask[r, start : start + n]",
-            "completion_mask[r, start : start + n - 1]",
+            "completion_mask[r, start:end]",
+            "completion_mask[r, start : end - 1]",
             ROWS,
         ),
-        ("the prompt is in the mask", "completion_mask[r, start : start + n]", "completion_mask[r, : start + n]", ROWS),
+        ("the prompt is in the mask", "completion_mask[r, start:end]", "completion_mask[r, :end]", ROWS),
         (
             "logps a column late",
-            "aligned_logps[r, start : start + n]",
-            "aligned_logps[r, start - 1 : start + n - 1]",
+            "aligned_logps[r, start:end]",
+            "aligned_logps[r, start - 1 : end - 1]",
             LOGPS,
         ),
-        ("the prompt of another row", "[*prompts[r // samples],", "[*prompts[r % len(prompts)],", ROWS),
+        (
+            "the prompt of another row",
+            "[*prompt, *completions[-1]]",
+            "[*starts[-1 - r][:start], *completions[-1]]",
+            ROWS,
+        ),
         (
             "rows are as wide as the longest could be",
-            "max(start + n",
-            "max(start + max_new_tokens",
+            "max(len(start) + n",
+            "max(len(start) + max_new_tokens",
             "test_it_stops_when_all_rows_have_ended",
         ),
         (
