@@ -215,9 +215,10 @@ class Transformer(nn.Module):
     def _rotary_table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin (at least `length`, d), kept from call to call, in fp32."""
         if self._angles is None or len(self._angles[0]) < length or self._angles[0].device != device:
-            positions = torch.arange(1 << (length - 1).bit_length(), device=device, dtype=torch.float32)
-            angles = torch.outer(positions, inverse_frequencies(self.config).to(device)).repeat(1, 2)
-            self._angles = angles.cos(), angles.sin()
+            with torch.inference_mode(False):  # what generate leaves here must serve training too
+                positions = torch.arange(1 << (length - 1).bit_length(), device=device, dtype=torch.float32)
+                angles = torch.outer(positions, inverse_frequencies(self.config).to(device)).repeat(1, 2)
+                self._angles = angles.cos(), angles.sin()
         return self._angles
 
 
@@ -339,7 +340,6 @@ class Generation(NamedTuple):
     finished: Tensor  # (B,): whether the completion ended by itself
 
 
-@torch.no_grad()
 @kernels.eager()  # every step has a new length
 def generate(
     model: Transformer,
@@ -379,7 +379,9 @@ def generate(
         return sample(logits, uniforms, temperature=temperature, top_k=top_k, top_p=top_p)
 
     size = rollout_batch or rows
-    parts = [_decode(model, starts[i : i + size], uniforms[i : i + size], eos, draw) for i in range(0, rows, size)]
+    # inference_mode takes 0.9 of the time of no_grad; but what FSDP gathers in it is closed to training.
+    with torch.no_grad() if hasattr(model, "unshard") else torch.inference_mode():
+        parts = [_decode(model, starts[i : i + size], uniforms[i : i + size], eos, draw) for i in range(0, rows, size)]
     tokens, logps = (torch.cat(part) for part in zip(*parts, strict=True))
 
     is_end = torch.isin(tokens, eos)

@@ -104,16 +104,23 @@ def test_gradcheck(name):
 # Elementwise kernels against loops
 
 
-def test_rms_norm_value():
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_rms_norm_value(with_gradient):
     x, weight = normal(3, 8).detach(), normal(8, seed=1).detach()
-    for row, out in zip(x, rms_norm(x, weight, EPS), strict=True):
+    with torch.set_grad_enabled(with_gradient):
+        found = rms_norm(x, weight, EPS)
+    for row, out in zip(x, found, strict=True):
         rms = math.sqrt(sum(float(v) ** 2 for v in row) / 8 + EPS)
         close(out, torch.stack([v / rms * w for v, w in zip(row, weight, strict=True)]), 1e-14)
 
 
-def test_rms_norm_statistics_are_fp32():
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_rms_norm_statistics_are_fp32(with_gradient):
     x = torch.full((1, 4096), 1e4, dtype=torch.float16)  # the squares overflow in half precision
-    close(rms_norm(x, torch.ones(4096, dtype=torch.float16), 1e-5), torch.ones(1, 4096), 1e-3)
+    with torch.set_grad_enabled(with_gradient):
+        found = rms_norm(x, torch.ones(4096, dtype=torch.float16), 1e-5)
+    assert found.dtype == x.dtype
+    close(found, torch.ones(1, 4096), 1e-3)
 
 
 def test_rms_norm_skips_gradients_nobody_wants():

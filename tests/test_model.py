@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
@@ -299,6 +300,26 @@ def test_generation_is_eager_where_training_is_compiled(monkeypatch):
         block.compile(backend=lambda graph, inputs: pytest.fail("compiled"))
     monkeypatch.setattr(kernels, "_compiling", True)
     assert generate(net, PROMPTS, max_new_tokens=5, eos_ids=[]).completions == wanted.completions
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_model_that_generated_is_trained_on_what_it_said(sharded):
+    """Nothing that generation leaves in the model or returns is closed to autograd: angles, shards, log-probs."""
+    net = random_net(replace(Config.from_depth(1, 31, 96), tied=False), torch.float32)
+    if sharded:
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        if sharded:
+            fully_shard(net)
+            register_fsdp_forward_method(net, "hidden")
+        for _ in range(2):
+            found = generate(net, PROMPTS, max_new_tokens=9, eos_ids=[2], samples=2)
+            (token_logps(net, found.input_ids) * found.logps).sum().backward()
+        assert all(p.grad.any() for p in net.parameters())
+        assert not any(x.is_inference() for x in found if isinstance(x, Tensor))
+    finally:
+        if sharded:
+            distributed.destroy_process_group()
 
 
 def test_it_stops_when_all_rows_have_ended(monkeypatch):

@@ -18,6 +18,7 @@ SAMPLES = "test_samples_of_a_prompt_differ_and_depend_on_the_seed"
 ROWS = "test_rows_are_prompt_completion_padding"
 SPLIT = "test_rows_do_not_depend_on_how_many_are_decoded_at_once"
 BLOCKS = "test_the_cache_holds_no_more_than_what_was_said_and_a_block"
+SAID = "test_a_model_that_generated_is_trained_on_what_it_said"
 EAGER = "test_generation_is_eager_where_training_is_compiled"
 CANNOT = "test_prompts_that_cannot_be_continued_are_refused"
 SHARE = "test_each_token_gets_its_share_of_the_uniforms"
@@ -271,6 +272,14 @@ MUTANTS = [
             "        return torch.arange(n)\n",
             CACHE,
         ),
+        ("gradients are kept while it generates", "torch.no_grad() if hasattr", "torch.enable_grad() if hasattr", SAID),
+        (
+            "shards are gathered in inference mode",
+            "torch.no_grad() if hasattr",
+            "torch.inference_mode() if hasattr",
+            SAID,
+        ),
+        ("angles are closed to autograd", "torch.inference_mode(False)", "torch.inference_mode()", SAID),
         ("G4: the split draws anew", "uniforms[i : i + size], eos", "uniforms[:size], eos", SPLIT),
         ("all rows at once", "size = rollout_batch or rows", "size = rows", SPLIT),
         (
