@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-VERSION = 1  # the world is frozen: tests/test_world.py holds a hash of what it generates
+VERSION = 2  # the world is frozen: tests/test_world.py holds a hash of what it generates
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Randomness and the split
@@ -191,10 +191,17 @@ def is_unseen_pair(group: str, template: int) -> bool:
     return (sorted([*SKILLS, *FACT_PROSE]).index(group) + template) % 4 == 0
 
 
+def split_of_problem(skill: Skill, problem: dict) -> str:
+    """By its task, two numbers in rising order: to have seen 3 + 8 tells of 8 + 3, so both are of one split."""
+    if "a" in problem:
+        problem = dict(zip("ab", sorted(problem.values(), key=int), strict=True))
+    return split_of(skill.task.format(**problem))
+
+
 def draw_problem(skill: Skill, rng, split: str) -> dict:
     while True:
         problem = skill.draw(rng)
-        if split_of(skill.task.format(**problem)) == split:
+        if split_of_problem(skill, problem) == split:
             return problem
 
 
@@ -209,8 +216,8 @@ def draw_sum(rng, split: str, terms: int = 0) -> list[int]:
         if split_of("sum " + " ".join(map(str, numbers))) != split:
             continue
         totals = [sum(numbers[: i + 1]) for i in range(len(numbers))]
-        steps = [SKILLS["add"].task.format(a=a, b=b) for a, b in zip(totals, numbers[1:], strict=False)]
-        if split == "test" or all(split_of(step) == "train" for step in steps):
+        steps = ({"a": str(a), "b": str(b)} for a, b in zip(totals, numbers[1:], strict=False))
+        if split == "test" or all(split_of_problem(SKILLS["add"], step) == "train" for step in steps):
             return numbers
 
 
@@ -267,15 +274,18 @@ def noun(count: int, colour: str, shape: str, size: str = "") -> str:
 
 
 def draw_scene(rng, split: str) -> dict:
-    """A caption, a question about it and the answer: kind is colour, shape, count, position or existence."""
+    """A caption, a question and its answer; kind is colour, shape, count, position, existence or size.
+
+    The split is by the two things and the question, however and in whatever order the caption tells of them.
+    """
     while True:
         kind = rng.choice(("colour", "shape", "count", "position", "existence", "size"))
         (c1, c2, c3), (s1, s2, s3) = rng.sample(COLOURS, 3), rng.sample(SHAPES, 3)
         n1, n2 = (rng.randint(1, 4), rng.randint(1, 4)) if kind == "count" else (1, 1)
         z1, z2 = rng.sample(SIZES, 2) if kind == "size" else ("", "")
-        first, second = noun(n1, c1, s1, z1), noun(n2, c2, s2, z2)
+        things = noun(n1, c1, s1, z1), noun(n2, c2, s2, z2)
         form = rng.choice(("There is {} and {}.", "The picture shows {} and {}.", "We see {} and {}."))
-        caption = form.format(first, second)
+        caption = form.format(*shuffled(rng, things))
         if kind == "colour":
             question, answer = f"What colour is the {s2}?", c2
         elif kind == "shape":
@@ -293,7 +303,7 @@ def draw_scene(rng, split: str) -> dict:
             asked = ((f"{c1} {s1}", "yes"), (f"{c3} {s3}", "no"), (f"{c2} {s1}", "no"))
             what, answer = rng.choice(asked)
             question = f"Is there a {what}?"
-        if split_of(caption + question) == split:
+        if split_of(f"{sorted(things)} {question}") == split:
             return {"caption": caption, "question": question, "answer": answer, "kind": kind}
 
 
@@ -366,7 +376,7 @@ def solved(rng, new: float, count: int = 3) -> list[tuple[Skill, dict]]:
         name = rng.choice(SKILL_MIX)
         if not problem or rng.random() < new:
             problem = draw_problem(SKILLS[name], rng, "train")
-        if fits(name, problem) and split_of(SKILLS[name].task.format(**problem)) == "train":
+        if fits(name, problem) and split_of_problem(SKILLS[name], problem) == "train":
             found.append((SKILLS[name], problem))
     return found
 
@@ -395,7 +405,7 @@ def equations(rng) -> str:
     while len(steps) < 5:
         name = rng.choice(("add", "subtract"))
         skill, problem = SKILLS[name], {"a": str(total), "b": str(rng.randrange(20))}
-        if fits(name, problem) and split_of(skill.task.format(**problem)) == "train":
+        if fits(name, problem) and split_of_problem(skill, problem) == "train":
             total = skill.solve(problem)
             steps.append(as_task(form, skill, problem) if form else skill.prose[0].format(answer=total, **problem))
     return ("\n" if form else " ").join(steps)
@@ -503,7 +513,7 @@ def exchange(part: str, rng, split: str, *, unseen: bool = False) -> dict:
     if part == "calculator":
         while True:
             a, b = rng.randint(12, 999), rng.randint(3, 99)
-            if split_of(f"{a} * {b}") == split:
+            if split_of(f"{max(a, b)} * {min(a, b)}") == split:
                 break
         row = _ask(part, f"What is {a} * {b}?", str(a * b))
         if rng.random() < 0.5:
@@ -522,9 +532,9 @@ def _ask(part, question, answer):
 
 
 SFT_MIX = {
-    "subtract": 0.08, "add": 0.06, "larger": 0.05, "smaller": 0.05, "sort": 0.06, "next": 0.06, "reverse": 0.09,
-    "repeat": 0.025, "first": 0.025, "last": 0.025, "count": 0.03, "facts": 0.07, "reading": 0.08, "scenes": 0.07,
-    "steps": 0.08, "sums": 0.05, "judge": 0.07, "manners": 0.05, "calculator": 0.015,
+    "subtract": 0.08, "add": 0.06, "larger": 0.05, "smaller": 0.05, "sort": 0.06, "next": 0.06, "reverse": 0.08,
+    "repeat": 0.025, "first": 0.025, "last": 0.025, "count": 0.03, "facts": 0.07, "reading": 0.07, "scenes": 0.06,
+    "steps": 0.08, "sums": 0.05, "judge": 0.06, "manners": 0.05, "calculator": 0.015,
 }
 
 
@@ -552,9 +562,8 @@ def sft_test(per_part: int, seed: int = 0, *, unseen: bool = False) -> list[dict
 
 def final_answer(completion: str) -> str:
     """What stands after the reasoning; '' when a reasoning block is opened and not closed."""
-    if "<think>" in completion and "</think>" not in completion:
-        return ""
-    return completion.rsplit("</think>", 1)[-1].strip()
+    answer = completion.rsplit("</think>", 1)[-1].strip()
+    return "" if "<think>" in answer else answer
 
 
 def is_correct(completion: str, answer: str) -> bool:
@@ -587,7 +596,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--show", action="store_true", help="print samples of every part (the default)")
     parser.add_argument("--write", metavar="DIR", help="write base.jsonl, sft.jsonl and test.jsonl into DIR")
-    parser.add_argument("--rows", type=int, default=1000, help="rows a file with --write (default 1000)")
+    parser.add_argument("--rows", type=int, default=1000, help="rows a file, of the test rounded up (default 1000)")
     parser.add_argument("--seed", type=int, default=0, help="which samples (default 0)")
     args = parser.parse_args()
     if args.write:
@@ -595,7 +604,7 @@ def main():
         out.mkdir(parents=True, exist_ok=True)
         files = {"base": ({"text": text} for text in base_documents(args.rows, args.seed)),
                  "sft": sft_rows(args.rows, args.seed),
-                 "test": sft_test(args.rows // len(TEST_PARTS), args.seed)}
+                 "test": sft_test(math.ceil(args.rows / len(TEST_PARTS)), args.seed)}
         for name, rows in files.items():
             (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             print(f"wrote {out / name}.jsonl")
