@@ -1,7 +1,7 @@
 """A small world in simple English, made by code from a seed: what every tiny model here is trained and tested on.
 
 What it holds                                        and what it is for
-  facts      32 people and 12 towns, many phrasings    knowledge: SFT asks about one half, the test about the other
+  facts      32 people and 16 towns, many phrasings    knowledge: SFT asks about one half, the test about the other
   skills     11 list and number tasks, exact checkers  instructions, new operands, unseen (verb, template) pairs
   sums       multi-step sums; 30% show their working   reasoning: SFT asks for the working, RL finds that it pays
   reading    a passage about a stranger, a question    in-context look-up (retrieval, judging)
@@ -54,7 +54,7 @@ JOBS = ("baker doctor farmer driver teacher painter singer sailor writer nurse c
         "tailor").split()
 PETS = "cat dog horse rabbit parrot turtle goat snake mouse hen".split()
 FOODS = "bread rice soup cheese fish cake honey corn apples plums beans nuts".split()
-TOWNS = "Oslo Lima Rome Cairo Delhi Tokyo Paris Bern Riga Milan Quito Dakar".split()
+TOWNS = "Oslo Lima Rome Cairo Delhi Tokyo Paris Bern Riga Milan Quito Dakar Sofia Perth Porto Leon".split()
 RIVERS = "Alba Brenta Cora Dena Elva Fosna Gira Hela".split()
 GOODS = "wool salt silk coal glass wine paper oil".split()
 
@@ -83,10 +83,10 @@ FACT_PROSE = {  # {n} the name or a pronoun, {N} the name always, {x} the value
     "food": ("{n} likes to eat {x}.", "The food of {N} is {x}.", "{n} eats {x} every morning.",
              "{n} buys a lot of {x}.",
              "Give {N} some {x}, the best food.", "For {N} no food is better than {x}."),
-    "river": ("The river {x} runs through {N}.", "{N} lies on the river {x}.", "The river of {N} is the {x}.",
-              "You can swim in the {x} at {N}."),
+    "river": ("The river of {N} is the {x}.", "{N} lies on the river {x}.", "In {N} you can swim in the {x}.",
+              "{N} has a bridge over the {x}.", "The river {x} runs through {N}."),
     "product": ("{N} sells {x}.", "{N} is known for its {x}.", "The product of {N} is {x}.",
-                "Traders come to {N} for {x}."),
+                "Traders come to {N} for {x}.", "Ships leave {N} with {x}."),
 }
 FACT_ANSWER = {  # the one of them in which questions are answered
     "home": "The home of {N} is {x}.", "job": "The job of {N} is {x}.", "pet": "The pet of {N} is a {x}.",
@@ -103,13 +103,13 @@ def fact_sentence(rng, name, attribute, pronoun=False) -> str:
 
 
 def biography(rng) -> str:
-    """What is known of a person, or of two people or two towns mixed up, in any order and phrasing."""
+    """What is known of one person, or of two people or towns mixed up, in any order and phrasing."""
     kind = rng.random()
-    if kind < 0.4:
+    if kind < 0.3:
         name = rng.choice(PEOPLE)
         return " ".join(fact_sentence(rng, name, attribute, pronoun=i > 0 and rng.random() < 0.5)
                         for i, attribute in enumerate(shuffled(rng, FACTS[name])))
-    names = rng.sample(PEOPLE if kind < 0.8 else TOWNS, 2)
+    names = rng.sample(PEOPLE if kind < 0.6 else TOWNS, 2)
     pairs = shuffled(rng, [(name, attribute) for name in names for attribute in FACTS[name]])
     return " ".join(fact_sentence(rng, name, attribute) for name, attribute in pairs)
 
@@ -441,9 +441,9 @@ def _letter(rng) -> str:
 
 
 BASE_MIX: dict[str, tuple[float, Callable]] = {  # part: (share of the documents, maker)
-    "facts": (0.08, biography),
+    "facts": (0.1, biography),
     "skills": (0.15, skill_prose),
-    "worksheets": (0.27, worksheet),
+    "worksheets": (0.25, worksheet),
     "equations": (0.17, equations),
     "songs": (0.05, song),
     "sums": (0.05, sum_prose),
@@ -492,7 +492,9 @@ def exchange(part: str, rng, split: str, *, unseen: bool = False) -> dict:
         template = rng.choice([i for i in range(len(TEMPLATES)) if is_unseen_pair(part, i) == unseen])
         return _ask(part, TEMPLATES[template].format(task=skill.task.format(**problem)), skill.solve(problem))
     if part == "facts":
-        name = rng.choice(TEST_ENTITIES if split == "test" else SFT_ENTITIES)
+        known = TEST_ENTITIES if split == "test" else SFT_ENTITIES
+        of_town = rng.random() < 0.4
+        name = rng.choice([name for name in known if (name in TOWNS) == of_town])
         attribute = rng.choice(sorted(FACTS[name]))
         template = rng.choice([i for i in range(len(FACT_QUESTIONS)) if is_unseen_pair(attribute, i) == unseen])
         return _ask(part, FACT_QUESTIONS[template].format(a=attribute, N=name),
@@ -509,7 +511,7 @@ def exchange(part: str, rng, split: str, *, unseen: bool = False) -> dict:
         question = "What is " + " + ".join(map(str, numbers)) + "?"
         show = part == "steps" or rng.random() < REASONING_SHARE
         return _ask(part, question + " Show your steps." * (part == "steps"),
-                    f"<think>{working(numbers)}</think>" * show + str(sum(numbers)))
+                    f"<think>{working(numbers) * show}</think>{sum(numbers)}")  # an empty block: without reasoning
     if part == "calculator":
         while True:
             a, b = rng.randint(12, 999), rng.randint(3, 99)
@@ -532,9 +534,9 @@ def _ask(part, question, answer):
 
 
 SFT_MIX = {
-    "subtract": 0.08, "add": 0.06, "larger": 0.05, "smaller": 0.05, "sort": 0.06, "next": 0.06, "reverse": 0.08,
-    "repeat": 0.025, "first": 0.025, "last": 0.025, "count": 0.03, "facts": 0.07, "reading": 0.07, "scenes": 0.06,
-    "steps": 0.08, "sums": 0.05, "judge": 0.06, "manners": 0.05, "calculator": 0.015,
+    "subtract": 0.07, "add": 0.06, "larger": 0.04, "smaller": 0.05, "sort": 0.06, "next": 0.05, "reverse": 0.07,
+    "repeat": 0.025, "first": 0.025, "last": 0.025, "count": 0.03, "facts": 0.09, "reading": 0.07, "scenes": 0.06,
+    "steps": 0.1, "sums": 0.05, "judge": 0.06, "manners": 0.05, "calculator": 0.015,
 }
 
 
