@@ -275,7 +275,7 @@ def sft(s: Scored) -> Tensor:
 
 
 LOSSES = {  # name: (function, beta times which is the implicit reward, {hyperparameter: (generated world, --data)})
-    "dpo": (dpo, log_ratio, {"lr": (1e-3, 5e-7), "beta": (0.3, 0.1), "label_smoothing": (0.0, 0.0)}),
+    "dpo": (dpo, log_ratio, {"lr": (2e-4, 5e-7), "beta": (0.2, 0.1), "label_smoothing": (0.0, 0.0)}),
     "robust": (robust, log_ratio, {"lr": (1e-3, 5e-7), "beta": (0.3, 0.1), "label_smoothing": (0.1, 0.1)}),
     "ipo": (ipo, mean_log_ratio, {"lr": (1e-3, 5e-7), "beta": (1.0, 0.1)}),
     "hinge": (hinge, log_ratio, {"lr": (1e-3, 5e-7), "beta": (0.3, 0.1)}),
@@ -815,14 +815,14 @@ def table_row(name: str, runs: list[dict[str, float]]) -> dict:
 # 3. Config
 
 DEFAULTS = {  # flag: (the generated world, --data)
-    "batch_size": (16, 64),
-    "micro_batch_size": (16, 4),
+    "batch_size": (64, 64),
+    "micro_batch_size": (64, 4),
     "max_length": (128, 1024),
     "max_new_tokens": (64, 256),
     "warmup": (10, 20),
 }
 REQUESTS = 500  # of the generated world that are held out
-WORLD_STEPS = 100  # --steps where the rows are made as they are needed
+WORLD_STEPS = 60  # --steps where the rows are made as they are needed
 HYPER = ("lr", "beta", "gamma", "alpha", "label_smoothing", "desirable_weight", "undesirable_weight", "sft_weight")
 
 
