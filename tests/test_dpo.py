@@ -465,7 +465,8 @@ def test_parity_with_trl_without_a_reference(name, monkeypatch):
         it = Namespace(beta=0.4, accelerator=accelerator)
         wanted = -trainer.odds_ratio_loss(it, *(sums / lengths).chunk(2))[0].mean()
     else:
-        args = of("simpo", "--beta", 2.0, "--gamma", 0.5) if name == "simpo" else of("cpo", "--beta", 0.3)
+        flags = ("--beta", 2.0, "--gamma", 0.5) if name == "simpo" else ("--beta", 0.3, "--sft-weight", 1)
+        args = of(name, *flags)
         trainer = oracle("trl.experimental.cpo.cpo_trainer").CPOTrainer
         it = Namespace(beta=args.beta, accelerator=accelerator, alpha=0.0, label_smoothing=0.0, simpo_gamma=0.5,
                        loss_type="simpo" if name == "simpo" else "sigmoid")  # fmt: skip
@@ -818,15 +819,14 @@ def test_other_judges(one, tmp_path, monkeypatch):
         reward.opinions(model, tiny(), ["Hi!", "Go away now."], reward.CONSTITUTION, one.args, one),
     )
     wanted = [reward.worth(opinions[text], rules) for text in ("Hi!", "Go away now.")]
-    assert dpo.judged(model, tiny(), prompts, answers, one.args, one) == [pytest.approx(wanted)]
+    assert dpo.judged(model, tiny(), prompts, answers, one.args, one) == [pytest.approx(wanted, abs=1e-4)]
     judge = reward.with_scalar_head(model)
     save(judge, tiny(), tmp_path / "judge")
     one.args.judge = str(tmp_path / "judge")
     batch = collate([Example(prompts[0][0], answers[0], [0.0, 0.0])], CPU)
     wanted = reward.rewards_of(judge, batch.input_ids, batch.completion_mask).tolist()
-    assert (
-        dpo.judged(model, tiny(), prompts, answers, one.args, one) == [pytest.approx(wanted)] and wanted[0] != wanted[1]
-    )
+    assert wanted[0] != wanted[1]
+    assert dpo.judged(model, tiny(), prompts, answers, one.args, one) == [pytest.approx(wanted, abs=1e-4)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
