@@ -453,7 +453,9 @@ MUTANTS = [
                 "args.label_smoothing > 0.5,",
                 FLAGS,
             ),
-            ("nothing left to train on", "if not rows or not test", "if not test", ROWS),
+            ("steps are looked at once", '3.0 if args.feedback == "steps" else 1.0', "1.0", DEFAULTS),
+            ("--epochs is overruled", "if args.epochs is None:", "if True:", DEFAULTS),
+            ("nothing left to train on", "if not rows or not test", "if not test", DROPPED),
             ("a list of one is ranked", 'any(len(row["scores"]) < 2', 'any(len(row["scores"]) < 1', ROWS),
             (
                 "dropped in silence",
