@@ -7,8 +7,9 @@
 (DeepSeekMath, Shao et al. 2024, arXiv 2402.03300, equations 3, 4 and 21; DeepSeek-R1, Guo et al. 2025, 2501.12948.)
 Each prompt gets a group of sampled answers, a rule says which are right, and what is better than the group's mean
 becomes more likely. --loss picks a variant among the functions below, each with its paper; their defaults are in
-LOSSES. Because it divides by the standard deviation, plain `grpo` does not rest at ref * exp(reward / beta), as dr_grpo
-and rloo do with --kl k2, or with k3 --kl-weighted: GAP
+LOSSES. Because it divides by the standard deviation, plain `grpo` does not rest at ref * exp(reward / beta), where
+dr_grpo and rloo do with --kl k2, or k3 --kl-weighted, but (with k2) at ref * exp(reward / (beta * std)): of three arms
+with reward 1, .5, 0, ref .2, .3, .5 and beta 1 that is .35, .32, .33 and grpo's fixed point .75, .19, .06.
 
     --reward exact format=0.2     rules of data/checkers.py, each with a weight; FILE.py:function is your own
     --reward majority             agreement with most of the group, no answers needed (TTRL, 2504.16084)
@@ -218,10 +219,12 @@ def objective(x: Tokens, weights: Tensor, importance: Tensor, args: argparse.Nam
     weights (B, T): see token_weights. importance (B, T): pi_old as trained / as sampled, truncated; 1 if they agree.
     """
     ratio, term, _, defaults = LOSSES[args.loss]
+    dead = x.completion_mask == 0
+    x, importance = x._replace(advantages=x.advantages.masked_fill(dead, 0.0)), importance.masked_fill(dead, 0.0)
     clips = {name: getattr(args, name) for name in ("clip_low", "clip_high") if name in defaults}
     losses = term(ratio(x), x, **clips) * importance
     kl = torch.zeros_like(losses) if x.ref_logps is None else KLS[args.kl](x, weighted=args.kl_weighted)
-    return ((losses + args.beta * kl) * weights).masked_fill(x.completion_mask == 0, 0.0).sum(), kl.detach()
+    return ((losses + args.beta * kl) * weights).sum(), kl.detach()
 
 
 def truncated_importance(old_logps: Tensor, sampled_logps: Tensor, cap: float) -> Tensor:
