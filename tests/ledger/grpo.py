@@ -59,8 +59,8 @@ MUTANTS = [
         ),
         (
             "G1: grpo: normalised over the batch",
-            "    _, mean, std = moments(reward, counted)\n    return torch.where(counted, (reward - mean) / (std",
-            "    _, mean, std = moments(reward.flatten(), counted.flatten())\n    return torch.where(counted, (reward - mean) / (std",
+            "    _, mean, std = moments(reward, counted)\n",
+            "    _, mean, std = moments(reward.flatten(), counted.flatten())\n",
             ("test_a_group_is_compared_with_itself_only", HAND),
         ),
         (
