@@ -372,8 +372,9 @@ def conclude(model: Transformer, ref_model: Transformer, tokenizer: Tokenizer, t
     metric = next(iter(rows))
     primary = rows.pop(metric)
     for name, value in baselines.items():
-        share = (primary["after"] - primary["before"]) / (value - primary["before"])
-        loop.say(f"the gain is {share:.0%} of that of {name}, at a KL of {rows['KL']['after']:.1f} nats")
+        if (theirs := value - primary["before"]) > 0:
+            share = (primary["after"] - primary["before"]) / theirs
+            loop.say(f"the gain is {share:.0%} of that of {name}, at a KL of {rows['KL']['after']:.1f} nats")
     return loop.finish(
         metric, primary["before"], primary["after"], n=primary["n"], ci95=primary["ci95"], metrics=rows,
         baselines=baselines, variant=f"{args.loss} {args.preset or args.reward}", series=series if loop.main else (),
@@ -383,7 +384,7 @@ def conclude(model: Transformer, ref_model: Transformer, tokenizer: Tokenizer, t
 # 3. Config
 
 DEFAULTS = {  # flag: (the generated world, --data)
-    "steps": (40, 200),
+    "steps": (20, 200),
     "batch_size": (128, 64),
     "micro_batch_size": (128, 4),
     "lr": (3e-4, 3e-6),
