@@ -16,6 +16,7 @@ The two losses over the vocabulary never hold the (tokens, vocab) logits. Both w
 Importing this file flushes denormal numbers to zero, which slow a small fp32 model down 5 to 70 times on a CPU.
 """
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator
@@ -50,6 +51,18 @@ def use_compile(on: bool) -> bool:
         print("kernels: torch.compile finds no working compiler here; running eagerly, slower, to the same end",
               file=sys.stderr)  # fmt: skip
     return _compiling
+
+
+@contextlib.contextmanager
+def eager() -> Iterator[None]:
+    """Nothing is compiled or runs compiled in here: for generation, where every step has a new length."""
+    global _compiling
+    before, _compiling = _compiling, False
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        _compiling = before
 
 
 @functools.cache
@@ -158,6 +171,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     if _compiling:
         return _fused(rotary_reference)(x, cos, sin)
+    if not torch.is_grad_enabled():
+        return _rotate(x, cos, *sin.chunk(2, dim=-1))
     return _Rotary.apply(x, cos, sin)
 
 
@@ -250,7 +265,8 @@ def attention_reference(
     if mask is None:
         mask = _causal(q, k) if documents is None else _causal(q, k) & _same(documents)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
-    weights = scores.masked_fill(~mask, -torch.inf).to(_wide(q.dtype)).softmax(-1).to(q.dtype)
+    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    weights = scores.to(_wide(q.dtype)).softmax(-1).to(q.dtype)
     return torch.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
@@ -261,14 +277,16 @@ def attention(
 
     q (B, Tq, H, d), k and v (B, Tk, Hkv, d). With neither option it is causal, the queries being the last Tq of the Tk
     positions. `documents` (B, T) of integers: rows are packed, a token sees earlier tokens of its own document only.
-    `mask`: what `document_mask` returns, or a bool broadcastable to (B, 1, Tq, Tk), True = attend, which replaces
-    causality (for cached decoding); every query must have something to attend to.
+    `mask`: what `document_mask` returns, or a tensor broadcastable to (B, Hkv, Tq, Tk), which replaces causality (for
+    cached decoding): a bool, True = attend, or what is added to the scores. Every query must attend to something.
     """
     group = q.shape[2] // k.shape[2]
     if documents is not None:
         mask = document_mask(documents)
     elif mask is None and q.shape[1] != k.shape[1]:
         mask = _causal(q, k)  # is_causal would line up the first query with the first key
+    if isinstance(mask, Tensor) and mask.is_floating_point():
+        mask = mask.to(q.dtype)
     if q.shape[1] == 1 and isinstance(mask, Tensor):
         return _attention_of_one(q, k, v, mask)
     heads = [x.transpose(1, 2) for x in (q, k, v)]  # (B, heads, T, d)
@@ -283,15 +301,19 @@ def attention(
 def _attention_of_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """One query a row: the heads of a group become its queries, and no key or value is copied.
 
-    On a CPU two products are twice as fast as the fused operation, if the keys lie as model.KVCache lays them.
+    On a CPU two products are twice as fast as the fused operation, if keys and mask lie as model.KVCache lays them.
     """
     q_of_group = q.view(q.shape[0], k.shape[2], -1, q.shape[3])  # (B, Hkv, group, d)
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
     if q.is_cuda:
         out = F.scaled_dot_product_attention(q_of_group, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
         return out.reshape(q.shape)
-    scores = torch.matmul(q_of_group * q.shape[-1] ** -0.5, k.permute(0, 2, 3, 1))
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=_wide(q.dtype)).to(q.dtype)
-    return torch.matmul(weights, v.transpose(1, 2)).view(q.shape)
+    mask = mask.expand(*q_of_group.shape[:2], 1, -1)
+    k, v = k.permute(0, 2, 3, 1), v.transpose(1, 2)  # (B, Hkv, d, T), (B, Hkv, T, d)
+    scores = torch.baddbmm(mask.flatten(0, 1), q_of_group.flatten(0, 1), k.flatten(0, 1), alpha=q.shape[-1] ** -0.5)
+    weights = scores.softmax(-1, dtype=_wide(q.dtype)).to(q.dtype)
+    return torch.bmm(weights, v.flatten(0, 1)).view(q.shape)
 
 
 def document_mask(documents: Tensor) -> Tensor | BlockMask:

@@ -115,7 +115,8 @@ class Attention(nn.Module):
         if past is not None:
             keys, values, used = past
             keys[:, used : used + T], values[:, used : used + T] = k, v
-            k, v = keys[:, : used + T], values[:, : used + T]
+            if used:  # else k and v are all there is, and lie better
+                k, v = keys[:, : used + T], values[:, : used + T]
         return self.out(kernels.attention(q, k, v, mask=mask).reshape(B, T, -1))
 
 
@@ -266,7 +267,7 @@ class KVCache:
         size = (c.head_dim, capacity) if self.transposed else (capacity, c.head_dim)
         self.keys = torch.zeros(*of_row, *size, dtype=dtype, device=device)
         self.values = torch.zeros(*of_row, capacity, c.head_dim, dtype=dtype, device=device)
-        self.visible = torch.ones(rows, 1, 1, capacity, dtype=torch.bool, device=device)
+        self.bias = torch.zeros(rows, c.kv_heads, 1, capacity, dtype=dtype, device=device)  # of scores: -inf is hidden
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # tokens that each row holds
         self.used = 0  # columns written
 
@@ -276,13 +277,13 @@ class KVCache:
         return keys, self.values[i].transpose(1, 2), self.used
 
     def mask(self, T: int) -> Tensor | None:
-        """(B, 1, 1|T, used + T) bool for the next T tokens; None: causal."""
+        """What is added to the scores of T more tokens, (B, Hkv, 1, used + 1) or (B, 1, T, used + T); None: causal."""
         if self.used == 0:
             return None
-        keys = self.visible[..., : self.used + T]
+        bias = self.bias[..., : self.used + T]
         if T == 1:
-            return keys
-        return keys & torch.ones(T, self.used + T, dtype=torch.bool, device=keys.device).tril(self.used)
+            return bias
+        return bias[:, :1] + bias.new_full((T, self.used + T), -torch.inf).triu(self.used + 1)
 
     def advance(self, T: int) -> None:
         self.lengths += T
@@ -291,12 +292,13 @@ class KVCache:
     def cut(self, lengths: Tensor) -> None:
         """After right-padded prompts: row b holds `lengths[b]` tokens, and its padding is never seen."""
         self.lengths = lengths.clone()
-        self.visible[..., : self.used] = torch.arange(self.used, device=lengths.device) < lengths[:, None, None, None]
+        hidden = torch.arange(self.used, device=lengths.device) >= lengths[:, None, None, None]
+        self.bias[..., : self.used] = self.bias.new_zeros(hidden.shape).masked_fill(hidden, -torch.inf)
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, in this order, each as often as it is named."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
-        self.visible, self.lengths = self.visible[rows], self.lengths[rows]
+        self.bias, self.lengths = self.bias[rows], self.lengths[rows]
 
 
 class Generation(NamedTuple):
@@ -310,7 +312,7 @@ class Generation(NamedTuple):
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # every step has a new length, each of which would be compiled
+@kernels.eager()
 def generate(
     model: Transformer,
     prompts: Sequence[Sequence[int]],

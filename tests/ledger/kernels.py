@@ -106,14 +106,14 @@ MUTANTS = [
         ),
         (
             "a single query ignores the mask",
-            "weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype",
-            "weights = scores.softmax(-1, dtype",
+            "torch.baddbmm(mask.flatten(0, 1),",
+            "torch.baddbmm(torch.zeros_like(mask).flatten(0, 1),",
             "test_attention_with_the_mask_of_a_cache",
         ),
         (
             "scores of a single query not scaled",
-            "torch.matmul(q_of_group * q.shape[-1] ** -0.5,",
-            "torch.matmul(q_of_group,",
+            "alpha=q.shape[-1] ** -0.5)",
+            "alpha=1.0)",
             "test_attention_with_the_mask_of_a_cache",
         ),
         (
@@ -121,6 +121,12 @@ MUTANTS = [
             "attn_mask=mask, is_causal=mask is None",
             "attn_mask=None, is_causal=mask is None",
             "test_attention_with_the_mask_of_a_cache",
+        ),
+        (
+            "what is added to the scores is ignored by the reference",
+            "else scores + mask",
+            "else scores",
+            "test_kernel_equals_reference",
         ),
         ("documents see the future", "_same(documents).tril()", "_same(documents)", "test_attention_over_documents"),
         (
