@@ -578,12 +578,11 @@ def annotation(args: argparse.Namespace, tokenizer: Tokenizer, n: int) -> list[c
     else:
         chats = []
         for i in range(n):
-            rng = world.rng_for("rl", args.seed, i)
-            numbers = world.draw_sum(rng, "train")  # that of world_task
-            show = args.sft_data == "worked" or rng.random() < world.REASONING_SHARE
-            said = f"<think>{world.working(numbers)}</think>" * show + str(sum(numbers))
-            question = f"What is {' + '.join(map(str, numbers))}?"
-            chats.append([{"role": "user", "content": question}, {"role": "assistant", "content": said}])
+            asked, said = world.exchange("sums", world.rng_for("rl", args.seed, i), "train")["messages"]
+            if args.sft_data == "worked":
+                numbers = [int(word) for word in asked["content"].strip("?").split() if word.isdigit()]
+                said = said | {"content": f"<think>{world.working(numbers)}</think>{sum(numbers)}"}
+            chats.append([asked, said])
     return [chat.render(messages, tokenizer, chat_format=args.chat_format) for messages in chats]
 
 
@@ -973,6 +972,9 @@ def main(args: argparse.Namespace) -> dict:
         other = load(start)[0].to(loop.device)
         imitate(other, annotation(args, tokenizer, len(tasks)), tokenizer, args, loop, seconds=loop.seconds)
         baselines[BASELINE] = statistics.fmean(evaluate(other, None, tokenizer, test, args, loop)["accuracy"])
+    elif not (args.data or args.preset or args.tools) and (stored := ROOT / "results" / "grpo.json").exists():
+        figures = json.loads(stored.read_text())["baselines"]
+        baselines = {f"{name} (stored, of another run)": value for name, value in figures.items()}
     return conclude(model, ref_model, tokenizer, test, before, after, baselines, args, loop)
 
 

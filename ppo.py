@@ -26,7 +26,8 @@ An answer that is cut off ends there like any other, and its reward is --eos-pen
     --reward judge     the SFT model's own opinion by the constitution (direct RLAIF, 2309.00267, section 3.2)
     --reward exact     or another rule of data/checkers.py, or FILE.py:function; --preset reft: SFT, then PPO on the
                        same questions with a rule's reward (ReFT, 2401.08967)
-    --refresh-rm N     every N steps the reward model learns from the annotator's view of new answers (2204.05862)
+    --rm-pairs N       comparisons of the start's own answers that the reward model learns from first
+    --refresh-rm N     and every N steps it learns from the annotator's view of new answers (2204.05862)
     --kl-target X      kl_coef follows the KL (1909.08593, section 2.2)      --loss a2c   one pass, no clip (1602.01783)
 
 In the generated world the annotator's true utility is known, and OUT/overoptimisation.svg draws it and the learned
@@ -276,20 +277,32 @@ def scored(model: Transformer, critic: nn.Module | None, found: Generation, toke
     return logps, values
 
 
-def refresh(reward_model: Transformer, model: Transformer, tasks: Sequence[Task], tokenizer: Tokenizer, step: int,
-            args: argparse.Namespace, loop: Loop) -> None:  # fmt: skip
-    """Bradley-Terry on the policy's own pairs, labelled by the annotator's coin (2204.05862, section 4.5), in place."""
-    found, texts = answers_to(model, tasks, tokenizer, 2, args.temperature, (args.seed, step, "refresh"), args, loop)
-    worth, rng = utilities(texts, tasks), world.rng_for("coin", args.seed, step)
+def lesson(reward_model: Transformer, model: Transformer, tasks: Sequence[Task], tokenizer: Tokenizer, step: int,
+           args: argparse.Namespace, loop: Loop) -> None:  # fmt: skip
+    """One pass of Bradley-Terry over two answers of the policy to each task, labelled by the annotator, in place.
+
+    A reward model that has only seen what others wrote is blind to what this policy gets wrong (InstructGPT, section
+    3.2, compares samples of its SFT model; 2204.05862, section 4.5, goes on with those of each new policy).
+    """
+    parts = []
+    for i in range(0, len(tasks), 128):
+        seed = (args.seed, step, "lesson", i)
+        parts.append(answers_to(model, tasks[i : i + 128], tokenizer, 2, args.temperature, seed, args, loop))
+    worth = [x for i, (_, texts) in enumerate(parts) for x in utilities(texts, tasks[128 * i : 128 * (i + 1)])]
+    rng = world.rng_for("coin", args.seed, step)
     better = torch.tensor([float(rng.random() < manners.prefers_first(a, b))
                            for a, b in zip(worth[::2], worth[1::2], strict=True)], device=loop.device)  # fmt: skip
-    reward_model.requires_grad_(True)
-    optimizer = adamw(reward_model, args.rm_lr, 0.0)
-    for _ in range(args.rm_steps):
+    optimizer = adamw(reward_model.requires_grad_(True), args.rm_lr, 0.0)
+    total = len(tasks) // 16
+    for n, start in enumerate(range(0, 16 * total, 16)):
+        found, first = parts[start // 128][0], 2 * (start % 128)
+        ids, mask = found.input_ids[first : first + 32], found.completion_mask[first : first + 32]
         with loop.autocast():
-            rewards = rewards_of(reward_model, found.input_ids, found.completion_mask).view(-1, 2)
-        bradley_terry(rewards[:, 0], rewards[:, 1], better, 0.0, 0.01).mean().backward()
+            rewards = rewards_of(reward_model, ids, mask).view(-1, 2)
+        bradley_terry(rewards[:, 0], rewards[:, 1], better[start : start + 16], 0.0, 0.01).mean().backward()
         clip(reward_model, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = args.rm_lr * min(1, (n + 1) / 5) * (1 - n / total)
         optimizer.step()
         optimizer.zero_grad()
     reward_model.requires_grad_(False)
@@ -392,6 +405,7 @@ DEFAULTS = {  # flag: (the generated world, --data)
     "max_length": (128, 2048),
     "max_new_tokens": (72, 512),
     "kl_coef": (0.05, 0.05),
+    "rm_pairs": (3000, 0),
 }
 PRESETS = {  # of the generated world
     "": {"reward": "model", "sft_steps": 0, "questions": None, "eos_penalty": -1.0},
@@ -448,9 +462,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--clip-eps", type=REAL, help="how far the ratio may go from 1; 0 never clips (default: 0.2)")
     cli.add_argument("--value-clip", type=REAL, help="how far values may go in a step; 0 never clips (default: 0.2)")
     cli.add_argument("--vf-coef", type=REAL, default=0.1, help="weight of the value loss (default: %(default)s)")
-    cli.add_argument("--refresh-rm", type=WHOLE, default=0, help="steps between lessons of the reward model; 0: none")
-    cli.add_argument("--rm-steps", type=COUNT, default=10, help="updates of such a lesson (default: %(default)s)")
-    cli.add_argument("--rm-lr", type=REAL, default=3e-4, help="their learning rate (default: %(default)s)")
+    cli.add_argument("--rm-pairs", type=WHOLE, help="of the start's own answers that the world's annotator compares "
+                     "for the reward model before PPO (default: 3000; 0 with --data)")  # fmt: skip
+    cli.add_argument("--refresh-rm", type=WHOLE, default=0, help="steps between further lessons of it; 0: none")
+    cli.add_argument("--rm-lr", type=REAL, default=1e-3, help="learning rate of these lessons (default: %(default)s)")
     cli.add_argument("--sft-steps", type=WHOLE, help="supervised steps before PPO (default: 0; reft 30)")
     cli.add_argument("--sft-lr", type=REAL, default=1e-3, help="their learning rate (default: %(default)s)")
     cli.add_argument("--questions", type=COUNT, help="different ones of the world (default: never one twice; reft 500)")
@@ -472,8 +487,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         (max(args.gamma, args.lam) > 1, "--gamma and --lam: expected at most 1"),
         (args.data and args.preset, "--preset is a recipe of the generated world: it takes no --data"),
         (args.data and args.sft_steps, "--sft-steps learns from the generated world: it takes no --data"),
-        (args.refresh_rm and (args.data or args.reward != "model"), "--refresh-rm asks the world's annotator about "
-         "the answers of a reward model: it needs --reward model and takes no --data"),
+        (args.refresh_rm and args.reward != "model", "--refresh-rm teaches a reward model: it needs --reward model"),
+        (args.data and (args.rm_pairs or args.refresh_rm), "--rm-pairs and --refresh-rm ask the world's "
+         "annotator: they take no --data"),
         (args.sft_steps and args.reward in ("model", "judge"), "--sft-steps needs annotated sums: --preset reft"),
         (args.data and args.reward == "model" and not args.reward_model, "--data needs --reward-model or --reward"),
     ):  # fmt: skip
@@ -515,6 +531,10 @@ def main(args: argparse.Namespace) -> dict:
         if kept := {key.removeprefix(f"{name}."): value for key, value in extra.items() if key.startswith(f"{name}.")}:
             module.load_state_dict(kept)
     loop.describe(model)
+    if args.reward == "model" and args.rm_pairs and not args.resume:
+        rows = (world_row(("lesson", args.seed, i), "train", args) for i in range(args.rm_pairs))
+        own = [task_of(row, tokenizer, args) for row in rows]
+        lesson(reward_model, model, own, tokenizer, 0, args, loop)
     before = extra.get("before") or evaluate(model, None, reward_model, test, tokenizer, args, loop)
     scale = {"mean": 0.0, "std": 1.0}  # of the scores of the start
     if args.reward in ("model", "judge"):
@@ -531,7 +551,7 @@ def main(args: argparse.Namespace) -> dict:
         # rollout and reward
         some = [tasks[i] for i in loop.batch_indices(len(tasks), step)[loop.rank :: loop.world_size]]
         if args.refresh_rm and step % args.refresh_rm == 0:
-            refresh(reward_model, model, some, tokenizer, step, args, loop)
+            lesson(reward_model, model, some, tokenizer, step, args, loop)
         found, texts = answers_to(model, some, tokenizer, 1, args.temperature, (args.seed, step, loop.rank), args, loop)
         scores = scores_of(found, texts, some, tokenizer, reward_model, args, loop)
         reward = final_reward(scores, found.finished.to(loop.device), clip_at=args.reward_clip,
@@ -606,7 +626,7 @@ def main(args: argparse.Namespace) -> dict:
         if loop.due("save", step):
             kept = {"before": before, "baselines": baselines, "kl_coef": kl_coef}
             modules = {"critic": critic} | ({"ref": ref_model} if args.sft_steps else {})
-            modules |= {"reward_model": reward_model} if args.refresh_rm else {}
+            modules |= {"reward_model": reward_model} if args.reward == "model" else {}
             kept |= {f"{name}.{key}": value for name, m in modules.items() for key, value in m.state_dict().items()}
             loop.save(step, model=model, optimizer=optimizer, tokenizer=tokenizer, extra=kept)
 

@@ -855,9 +855,10 @@ def test_dynamic_sampling_takes_groups_with_spread(checkpoint, tmp_path, monkeyp
 
     def reward_of(rollout, some, *rest):
         calls.append(len(some))
-        spread = torch.zeros(4, 3, dtype=torch.float64)
-        spread[: len(calls), 0] = torch.arange(1.0, 1 + min(4, len(calls))).double()  # 1 group of the first four has spread, 2 of the next, 3 of the third
-        return spread, spread > 0, None
+        spread = torch.zeros(4, 3)
+        n = len(calls)  # groups with spread: 1 of the first four, 2 of the next, 3 of the third
+        spread[:n, 0] = torch.arange(1.0, n + 1)
+        return spread.double(), spread > 0, None
 
     monkeypatch.setattr(grpo, "reward_of", reward_of)
     some, rollout, reward, passed, _, alike = grpo.sampled_step(model, tiny(), tasks, 1, None, args, loop)
@@ -941,13 +942,13 @@ def test_annotation_is_of_the_questions_of_rl():
     tasks = [grpo.world_task(args, tiny(), ("rl", 0, i), "train") for i in range(200)]
     assert all(row.input_ids[: len(task.prompt)] == task.prompt for row, task in zip(rows, tasks, strict=True))
     texts = [tiny().decode([i for i, m in zip(*row, strict=True) if m]) for row in rows]
-    shown = [text for text in texts if "<think>" in text]
+    shown = [text for text in texts if "<think></think>" not in text]
     assert 40 < len(shown) < 80
     for text, task in zip(texts, tasks, strict=True):
         assert world.final_answer(text.split("<|im_end|>")[0]) == task.row["answer"]
     args.sft_data = "worked"
     worked = [tiny().decode(row.input_ids) for row in grpo.annotation(args, tiny(), 20)]
-    assert all("<think>" in text for text in worked)
+    assert all("<think>" in text and "<think></think>" not in text for text in worked)
     test = {tuple(grpo.world_task(args, tiny(), ("rl test", i), "test").prompt) for i in range(400)}
     assert not test & {tuple(task.prompt) for task in tasks}
 

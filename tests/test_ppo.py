@@ -232,7 +232,7 @@ def checkpoint(tmp_path_factory) -> Path:
 def args_for(checkpoint: Path, out: Path, *flags: object) -> Namespace:
     argv = ["--model", checkpoint / "policy", "--reward-model", checkpoint / "reward", "--out", out, "--device", "cpu",
             "--batch-size", 8, "--steps", 3, "--lr", 1e-3, "--max-new-tokens", 12, "--tests", 6, "--show-every", 0,
-            *flags]  # fmt: skip
+            "--rm-pairs", 0, *flags]  # fmt: skip
     return get_args(list(map(str, argv)))
 
 
@@ -463,7 +463,7 @@ def stopping(after: int):
 
 
 @pytest.mark.parametrize("flags", [
-    (), ("--critic", "shared", "--kl-target", 1.0), ("--refresh-rm", 2, "--rm-steps", 2),
+    (), ("--critic", "shared", "--kl-target", 1.0), ("--refresh-rm", 2, "--batch-size", 16, "--rm-pairs", 32),
     ("--preset", "reft", "--sft-steps", 2), ("--loss", "a2c", "--reward", "judge"),
 ])  # fmt: skip
 def test_resuming_is_exact(checkpoint, tmp_path, monkeypatch, flags):
@@ -541,17 +541,18 @@ def test_kl_is_the_log_ratio_of_whole_answers(checkpoint, tmp_path, monkeypatch)
 
 def test_the_reward_model_learns_from_new_answers(checkpoint, tmp_path, monkeypatch):
     """--refresh-rm: Bradley-Terry on two answers of the policy each, the annotator's coin; frozen again afterwards."""
-    args, loop, model, tasks, _ = rollout(checkpoint, tmp_path, "--refresh-rm", 1, "--rm-steps", 30, "--rm-lr", 1e-2)
+    args, loop, model, _, _ = rollout(checkpoint, tmp_path, "--refresh-rm", 1, "--rm-lr", 1e-2)
+    tasks = [ppo.task_of(ppo.world_row(("y", i), "train", args), tiny(), args) for i in range(320)]
     judge = load(checkpoint / "reward", labels=1)[0].requires_grad_(False)
     monkeypatch.setattr(ppo, "utilities", lambda texts, tasks: [9.0 * len(text) for text in texts])
-    ppo.refresh(judge, model, tasks, tiny(), 1, args, loop)
-    found, texts = ppo.answers_to(model, tasks, tiny(), 2, 1.0, (args.seed, 1, "refresh"), args, loop)
+    ppo.lesson(judge, model, tasks, tiny(), 1, args, loop)
+    found, texts = ppo.answers_to(model, tasks[:100], tiny(), 2, 1.0, (args.seed, 2), args, loop)
     rewards = reward_module.rewards_of(judge, found.input_ids, found.completion_mask).view(-1, 2)
     lengths = torch.tensor([float(len(text)) for text in texts]).view(-1, 2)
     told = lengths[:, 0] != lengths[:, 1]
-    assert told.sum() >= 4
+    assert told.sum() >= 40
     agree = ((rewards[:, 0] > rewards[:, 1]) == (lengths[:, 0] > lengths[:, 1]))[told]
-    assert agree.all() and not any(p.requires_grad for p in judge.parameters())
+    assert agree.float().mean() > 0.9 and not any(p.requires_grad for p in judge.parameters())
 
 
 def test_a_sampler_that_differs_fails_the_run(checkpoint, tmp_path, monkeypatch):
@@ -574,7 +575,7 @@ def test_reft_imitates_then_searches(checkpoint, tmp_path):
     assert args.reward == "reft" and args.questions == 500 and args.eos_penalty == 0 and get_args([]).eos_penalty == -1
     tasks, test = ppo.tasks_of(args, tiny(), Loop(args, "ppo"))
     assert len(tasks) == 500 and len(test) == 6
-    shown = [task for task in tasks if "<think>" in task.row["messages"][1]["content"]]
+    shown = [task for task in tasks if "<think></think>" not in task.row["messages"][1]["content"]]
     assert 110 < len(shown) < 190
     assert all(world.is_correct(task.row["messages"][1]["content"], task.row["answer"]) for task in tasks)
 
@@ -593,6 +594,7 @@ def test_a_run_on_a_file(checkpoint, tmp_path):
     (("--temperature", 0), "ever be tried"), (("--parallel", "fsdp"), "only replicas"),
     (("--clip-eps", 1), "less than 1"), (("--reward", "nothing"), "expected exact"), (("--gamma", 1.1), "at most 1"),
     (("--data", "x"), "needs --reward-model"), (("--data", "x", "--preset", "reft"), "takes no --data"),
+    (("--data", "x", "--reward-model", "y", "--rm-pairs", 5), "take no --data"),
     (("--refresh-rm", 2, "--reward", "judge"), "needs --reward model"), (("--sft-steps", 2), "needs annotated sums"),
 ])  # fmt: skip
 def test_flags_that_do_not_go_together_are_refused(flags, said):

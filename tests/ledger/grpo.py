@@ -607,8 +607,8 @@ MUTANTS = [
         ),
         (
             "SFT imitates other questions",
-            'rng = world.rng_for("rl", args.seed, i)',
-            'rng = world.rng_for("rl", args.seed, i + 1)',
+            'world.exchange("sums", world.rng_for("rl", args.seed, i), "train")["messages"]',
+            'world.exchange("sums", world.rng_for("rl", args.seed, i + 1), "train")["messages"]',
             "test_annotation_is_of_the_questions_of_rl",
         ),
         (
