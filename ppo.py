@@ -61,7 +61,9 @@ from loop import COUNT, REAL, WHOLE, Loop, RunFailed, adamw, clip, curve, parser
 from model import Generation, Transformer, frozen, generate, load
 from reward import bradley_terry, rewards_of, with_scalar_head
 
-# 1. The objective. All are (B, T), aligned to input_ids; where completion_mask is 0 anything may stand.
+# 1. The objective
+
+# All tensors are (B, T), aligned to input_ids; where completion_mask is 0 anything may stand.
 
 
 def final_reward(scores: Tensor, finished: Tensor, *, mean: float, std: float, clip_at: float, eos_penalty: float
