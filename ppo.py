@@ -31,12 +31,13 @@ An answer that is cut off ends there like any other, and its reward is --eos-pen
     --kl-target X      kl_coef follows the KL (1909.08593, section 2.2)      --loss a2c   one pass, no clip (1602.01783)
 
 In the generated world the annotator's true utility is known, and OUT/overoptimisation.svg draws it and the learned
-reward over the KL (Gao et al. 2022, 2210.10760): with --kl-coef 0 the reward goes on rising while the utility falls.
+reward over the KL (Gao et al. 2022, 2210.10760). A reward model that never saw this policy's own answers (--rm-pairs 0)
+cannot tell its false facts from true ones: with --kl-coef 0 the reward rises and the utility falls from the first step.
 
     python ppo.py                                                    the tiny model, reward.py's reward
     python ppo.py --model DIR --reward-model DIR --data FILE.jsonl   a real model; rows with a prompt
     torchrun --nproc-per-node 8 ppo.py --model DIR --reward-model DIR --data FILE.jsonl
-    python ppo.py --kl-coef 0 --steps 150                            too much of a good thing
+    python ppo.py --kl-coef 0 --rm-pairs 0                           too much of a good thing
 
 The last lines say what the annotator thinks of held-out answers: `utility: -1.x before, 1.x after`.
 """
