@@ -12,6 +12,8 @@ Areas
               same batch, both in fp32, on a CPU with denormals flushed for both
     dpo       the training step of dpo.py against trl's DPOTrainer, and its peak memory: the same in weights, pairs and
               precision
+    grpo      whole steps of grpo.py (rollout, rewards, update) against trl's GRPOTrainer with its own generate: same
+              weights, questions, group size and lengths; a breakdown of ours is printed
     gpu       training (bf16, compiled) and decoding of a model of half a billion parameters against what the device
               can do at all, measured here: products of matrices and copies; the kernels against Liger's, if that is
               installed. Without CUDA the same code at toy size
@@ -39,12 +41,13 @@ import torch
 from torch import Tensor, nn
 
 import dpo
+import grpo
 import kernels
 from data import world
 from data.chat import Row
 from data.formats import UserError
 from data.tokenizer import save_hf, tiny
-from loop import COUNT, RunFailed, adamw, clip, run
+from loop import COUNT, Loop, RunFailed, adamw, clip, run
 from model import Config, Transformer, frozen, generate, load
 from sft import Batch, collate, pack, sft_loss
 
@@ -235,6 +238,7 @@ GOALS = {  # of the ratio, by the name of the row up to its first comma
     "trl.SFTTrainer": 1.5,
     "live reference": 1.4,
     "reference computed before": 1.8,
+    "trl.GRPOTrainer": 1.3,
     "peak memory of a step": 0.25,  # at most: less is better
 }
 
@@ -554,6 +558,96 @@ def _dpo_memory(which: str, device: str) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# grpo: reinforcement learning against trl
+
+
+def bench_grpo(args: argparse.Namespace) -> list[dict]:
+    print(f"trl {library('trl').__version__}, torch {torch.__version__}, {args.device}, fp32, "
+          f"{torch.get_num_threads()} threads, medians of {args.repeats} alternating runs")  # fmt: skip
+    return [grpo_trainer("trl.GRPOTrainer, 64 prompts x 8 answers", args, prompts=64),
+            grpo_trainer("trl.GRPOTrainer, 8 prompts x 8 answers", args, prompts=8)]  # fmt: skip
+
+
+def variety(completion: Sequence[int]) -> float:
+    """What both are rewarded for: the share of tokens that are not said before."""
+    return len(set(completion)) / len(completion)
+
+
+def grpo_trainer(name: str, args: argparse.Namespace, *, prompts: int, group: int = 8, new: int = 32, steps: int = 3,
+                 width: int = 128) -> dict:  # fmt: skip
+    """Steps a minute: answers of up to `new` tokens, --loss grpo without a KL, one update, clipped, AdamW.
+
+    Theirs: the whole of GRPOTrainer.train() in fp32, all rows at once, without reports, saves and recomputation.
+    """
+    tokenizer = tiny()
+    model, their_model = twins(width, tokenizer.vocab_size, args.device)
+    flags = ["--out", "unused", "--device", args.device, "--batch-size", prompts, "--group-size", group,
+             "--steps", steps, "--max-new-tokens", new, "--micro-batch-size", 256, "--dtype", "fp32"]  # fmt: skip
+    ours_args = grpo.get_args(list(map(str, flags)))
+    loop, optimizer, spent = Loop(ours_args, "grpo"), adamw(model, 1e-4, 0.0), dict.fromkeys(("rollout", "update"), 0.0)
+    tasks = [grpo.world_task(ours_args, tokenizer, ("bench", i), "train") for i in range(prompts * steps)]
+
+    def ours() -> None:
+        for step in range(steps):
+            start = now(args.device)
+            some = tasks[step * prompts : (step + 1) * prompts]
+            rollout = grpo.rollout_of(model, tokenizer, some, group, 1.0, (0, step), ours_args)
+            starts = rollout.completion_mask.argmax(-1).tolist()
+            rows = zip(rollout.input_ids.tolist(), starts, rollout.completion_mask.sum(-1).tolist(), strict=True)
+            reward = torch.tensor([variety(ids[first : first + n]) for ids, first, n in rows]).view(-1, group).double()
+            counted = torch.ones_like(reward, dtype=torch.bool)
+            advantages = grpo.advantages_of(rollout, reward, counted, None, None, 0.0, ours_args, loop)
+            spent["rollout"] -= start - (start := now(args.device))
+            batch = grpo.Batch(*rollout[:3], advantages, None, None)
+            n_rows, n_tokens = len(advantages), int(rollout.completion_mask.sum())
+            for part in grpo.by_length(batch, range(n_rows), ours_args.micro_batch_size):
+                logps, _ = grpo.score(model, part.input_ids, part.completion_mask, tokenizer, 1.0)
+                x = grpo.Tokens(logps, logps.detach(), part.advantages, part.completion_mask)
+                weights = grpo.token_weights(part.completion_mask, ours_args.aggregate, n_rows=n_rows,
+                                             n_tokens=n_tokens, longest=new)  # fmt: skip
+                importance = grpo.truncated_importance(x.old_logps, part.sampled_logps, 2.0)
+                grpo.objective(x, weights, importance, ours_args)[0].backward()
+            clip(model, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            spent["update"] += now(args.device) - start
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = their_grpo_trainer(their_model, [grpo.prompt_text(task) for task in tasks], folder, args, prompts,
+                                     group, new, steps)  # fmt: skip
+        seconds = race(ours, trainer.train, args.repeats, args.device)
+    if trainer.state.global_step != steps:
+        raise RunFailed(f"trl made {trainer.state.global_step} steps, not {steps}")
+    parts = ", ".join(f"{part} {total / (args.repeats + 1) / steps:.3f} s" for part, total in spent.items())
+    print(f"{name}: a step of ours is {parts}; the update scores each answer once, in its training forward")
+    return row(name, *(60 * steps / s for s in seconds), "steps/min", True)
+
+
+def their_grpo_trainer(model: nn.Module, questions: list[str], folder: str, args: argparse.Namespace, prompts: int,
+                       group: int, new: int, steps: int):  # fmt: skip
+    """A trl.GRPOTrainer of `model` that does nothing but train, with its files in `folder`."""
+    trl, datasets, transformers = library("trl"), library("datasets"), library("transformers")
+    datasets.disable_progress_bars()
+    save_hf(tiny(), Path(folder))
+    rows = [{"prompt": [{"role": "user", "content": text}]} for text in questions]
+    with warnings.catch_warnings(category=FutureWarning, action="ignore"):
+        config = trl.GRPOConfig(
+            output_dir=folder, per_device_train_batch_size=prompts * group, num_generations=group, max_steps=steps,
+            max_completion_length=new, temperature=1.0, top_p=1.0, top_k=0, beta=0.0, loss_type="grpo",
+            learning_rate=1e-4, max_grad_norm=1.0, gradient_checkpointing=False, bf16=False,
+            use_cpu=args.device == "cpu", report_to="none", logging_strategy="no", save_strategy="no",
+            disable_tqdm=True, dataloader_num_workers=0, dataloader_pin_memory=args.device == "cuda",
+        )  # fmt: skip
+    trainer = trl.GRPOTrainer(
+        model, reward_funcs=lambda completion_ids, **rest: [variety(ids) for ids in completion_ids], args=config,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=transformers.AutoTokenizer.from_pretrained(folder),
+    )  # fmt: skip
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # gpu: training and decoding against what the device can do
 
 CEILING = "of the ceiling"  # in the name of a row whose peer is one
@@ -667,7 +761,7 @@ def liger(args: argparse.Namespace) -> list[dict]:
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line
 
-AREAS = {"kernels": bench_kernels, "sft": bench_sft, "dpo": bench_dpo, "gpu": bench_gpu}
+AREAS = {"kernels": bench_kernels, "sft": bench_sft, "dpo": bench_dpo, "grpo": bench_grpo, "gpu": bench_gpu}
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:

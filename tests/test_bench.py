@@ -247,6 +247,27 @@ def test_memory_of_a_dpo_step_at_toy_size(monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# grpo
+
+
+def test_grpo_trainer_at_toy_size(stopped, tmp_path, capsys):
+    oracle("trl")
+    row = bench.grpo_trainer("trl.GRPOTrainer", ARGS, prompts=2, group=2, new=4, steps=2, width=32)
+    check(row)
+    assert (row["ours"], row["peer"], row["unit"]) == (60 * 2 / 2, 60 * 2 / 5, "steps/min") and row["higher_is_better"]
+    assert "a step of ours is rollout" in capsys.readouterr().out
+    model = bench.twins(32, tiny().vocab_size, "cpu", depth=1)[1]
+    config = bench.their_grpo_trainer(model, ["a", "b"], str(tmp_path), ARGS, 2, 2, 4, 1).args
+    assert not (config.bf16 or config.fp16 or config.gradient_checkpointing) and config.beta == 0.0
+    assert config.gradient_accumulation_steps == 1 and config.max_grad_norm == 1.0 and config.max_completion_length == 4
+    assert config.per_device_train_batch_size == 4 and config.num_generations == 2 and config.num_iterations == 1
+
+
+def test_variety_is_the_share_of_new_tokens():
+    assert bench.variety([1, 2, 2, 2]) == 0.5 and bench.variety([3]) == 1.0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # gpu
 
 
@@ -331,10 +352,11 @@ def test_every_goal_belongs_to_a_row(monkeypatch):
     monkeypatch.setattr(bench, "library", lambda name: SimpleNamespace(__version__="0"))
     monkeypatch.setattr(bench, "installed", lambda name: True)
     monkeypatch.setattr(bench, "twins", lambda *x: None)
-    for function in ("sampling", "training", "sft_trainer", "dpo_trainer"):
+    for function in ("sampling", "training", "sft_trainer", "dpo_trainer", "grpo_trainer"):
         monkeypatch.setattr(bench, function, lambda name, *x, **options: named.append(name.split(",")[0]))
     monkeypatch.setattr(bench, "dpo_memory", lambda *x: 1.0)
     bench.bench_sft(ARGS)
+    bench.bench_grpo(ARGS)
     memory = [row["name"].split(",")[0] for row in bench.bench_dpo(Namespace(device="cuda")) if row]
     assert set(bench.GOALS) == {*named, *memory} - {"sampling at width 512"}
 
