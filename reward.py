@@ -643,10 +643,10 @@ DEFAULTS = {  # flag: (the tiny model), (a --model of your own)
     "batch_size": (16, 32),
     "micro_batch_size": (16, 2),
     "max_length": (128, 1024),
-    "lr": (4e-4, 1e-5),
+    "lr": (6e-4, 1e-5),
     "warmup": (10, 10),
 }
-PAIRS = {"comparison": 4000, "binary": 4000, "rank": 1500, "steps": 6000}  # of the world, --pairs
+PAIRS = {"comparison": 8000, "binary": 4000, "rank": 1500, "steps": 6000}  # of the world, --pairs
 LOGGED = """logged every --log-every steps, of the rows of that step before its update:
   loss        the loss above, a mean over comparisons (answers, lists, steps)
   accuracy    share of comparisons whose better answer has the higher reward (of labels that the reward's sign agrees
@@ -686,7 +686,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--constitution", metavar="FILE", help="JSON list of [question, what a yes is worth]")
     cli.add_argument("--revise", action="store_true", help="critique and revision: write revised.jsonl, train nothing")
     cli.add_argument("--pairs", type=COUNT, help="comparisons (labels, lists, solutions, answers to revise) of the "
-                     "generated world (default: 4000; 4000, 1500, 6000, 256)")
+                     "generated world (default: 8000; 4000, 1500, 6000, 256)")
     cli.add_argument("--margin", type=REAL, default=0.0, help="that the better answer must have (default: %(default)s)")
     cli.add_argument("--centre", type=REAL, default=0.01, help="weight of (r + r)^2 (default: %(default)s)")
     cli.add_argument("--label-smoothing", type=REAL, default=0.0, metavar="EPS", help="share of labels held for wrong")
