@@ -228,7 +228,7 @@ def test_trl_takes_the_same_dpo_step_at_toy_size(monkeypatch, before):
     def race(ours, theirs, repeats, device):
         said = [(made[0](ids).detach(), made[1](ids).logits.detach()) for call in (int, ours, theirs) if call() or True]
         changes = [(after - said[0][i]).flatten() for i, after in ((0, said[2][0]), (1, said[2][1]))]
-        assert torch.corrcoef(torch.stack(changes))[0, 1] > 0.98
+        assert torch.corrcoef(torch.stack(changes))[0, 1] > (0.9 if before else 0.98)  # of made-up logps
         return 2.0, 5.0
 
     monkeypatch.setattr(bench, "twins", kept)

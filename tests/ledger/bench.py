@@ -65,6 +65,25 @@ MUTANTS = [
             "completion_only_loss=False",
             "test_trl_trains_on_the_same_tokens_at_toy_size",
         ),
+        # dpo
+        (
+            "our dpo step exchanges the answers",
+            "[Row(list(c), [1] * len(c)), Row(list(r), [1] * len(r))]",
+            "[Row(list(r), [1] * len(r)), Row(list(c), [1] * len(c))]",
+            "test_trl_takes_the_same_dpo_step_at_toy_size",
+        ),
+        (
+            "our dpo step updates nothing",
+            "            optimizer.step()\n            optimizer.zero_grad()\n\n    return steps",
+            "            optimizer.zero_grad()\n\n    return steps",
+            "test_trl_takes_the_same_dpo_step_at_toy_size",
+        ),
+        (
+            "memory is a goal to exceed",
+            'if r["higher_is_better"] else r["ratio"] <= goal)',
+            'if r["higher_is_better"] else r["ratio"] >= goal)',
+            "test_verdict",
+        ),
         # gpu
         (
             "a lookup is a product",
