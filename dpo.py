@@ -738,7 +738,7 @@ def conclude(model: Transformer, ref_model: Transformer | None, tokenizer: Token
     primary = rows.pop(metric)
     return loop.finish(
         metric, primary["before"], primary["after"], n=primary["n"], ci95=primary["ci95"], metrics=rows,
-        variant=args.loss, series=("chosen_reward", "rejected_reward"),
+        variant=args.loss + "-ai" * (args.judge == "ai"), series=("chosen_reward", "rejected_reward"),
     )
 
 

@@ -473,8 +473,11 @@ def revise(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace, l
     wanted = {name: weight > 0 for name, asked in manners.QUESTIONS.items() for text, weight in rules if text == asked}
     for answers in (drafts, final):  # what the world knows of them
         told = [(" ".join(said), r["asker"], r["name"]) for said, r in zip(answers, requests, strict=True)]
-        keeps = [float(all(manners.has(text, name, *who) == wanted[name] for name in wanted)) for text, *who in told]
-        found.append({"answers that keep the constitution": keeps, "utility": [manners.utility(*row) for row in told]})
+        keeps = {f"rules kept: {name}": [float(manners.has(text, name, *who) == is_wanted) for text, *who in told]
+                 for name, is_wanted in wanted.items()}  # fmt: skip
+        all_of_them = [min(row) for row in zip([1.0] * len(told), *keeps.values(), strict=True)]
+        utility = [manners.utility(*row) for row in told]
+        found.append({"answers that keep the constitution": all_of_them, "utility": utility} | keeps)
     return conclude(*found, {}, args, loop)
 
 
@@ -664,6 +667,8 @@ measured before and after on held-out rows:
   mean reward                about 0, or an offset that RL would have to carry
   best of 8 by ...           --feedback steps: how often the highest of 8 solutions is right, by its least step, the
                              product or the last
+  answers that keep the constitution  --revise: all its rules, by what the world knows of them (the judge sees neither
+                             who asked nor what is true), of drafts and of what is made of them; rules kept: one by one
 """
 
 

@@ -691,6 +691,8 @@ def test_revision_drops_what_is_held_against_an_answer_and_adds_what_it_lacks(tm
         keeps += all(manners.has(text, q, *pair) == (q != "rude") for q in manners.QUESTIONS)
     assert result["after"] == keeps / 6 and result["after"] > 0.6 and len(turns) == 7
     assert result["metrics"]["utility"]["after"] > result["metrics"]["utility"]["before"] + 2
+    rule = result["metrics"]["rules kept: rude"]
+    assert (rule["before"], rule["after"]) == (0.0, 1.0) and len(result["metrics"]) == 1 + len(manners.QUESTIONS)
 
 
 def test_a_revision_that_the_judge_likes_no_better_is_not_kept(tmp_path, monkeypatch):

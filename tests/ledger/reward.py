@@ -347,7 +347,8 @@ MUTANTS = [
             ("added where it was not written", "[:1] + kept[i][at:])", "[:1] + kept[i])", REVISE),
             ("whole continuations are put in", "tokenizer))[:1] +", "tokenizer)) +", REVISE),
             ("revised or not, all is kept", "bool(after) and score(after) > score(before) for", "True for", NO_BETTER),
-            ("rude is good", "== wanted[name] for name in wanted", "for name in wanted", REVISE),
+            ("rude is good", "*who) == is_wanted)", "*who))", REVISE),
+            ("one rule is enough", "[min(row) for row in zip([1.0] *", "[max(row) for row in zip([0.0] *", REVISE),
             # process supervision
             ("all four must arrive", "right[p, *ids] = any(world", "right[p, *ids] = all(world", ENDINGS),
             (
