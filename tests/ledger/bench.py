@@ -74,8 +74,8 @@ MUTANTS = [
         ),
         (
             "our dpo step updates nothing",
-            "            optimizer.step()\n            optimizer.zero_grad()\n\n    return steps",
-            "            optimizer.zero_grad()\n\n    return steps",
+            "dpo.sums_of(losses, s, options))\n            clip(model, 1.0)\n            optimizer.step()",
+            "dpo.sums_of(losses, s, options))\n            clip(model, 1.0)",
             "test_trl_takes_the_same_dpo_step_at_toy_size",
         ),
         (
