@@ -1303,7 +1303,7 @@ def test_the_whole_path_from_nothing(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     shutil.copy(loop_module.ROOT / "data" / "tiny.tiktoken", tmp_path / "data")
     monkeypatch.setattr(loop_module, "ROOT", tmp_path)
-    base = main(get_args(["--stage", "base", "--steps", "600", "--out", str(tmp_path / "out" / "base")]))
+    base = main(get_args(["--stage", "base", "--steps", "1000", "--out", str(tmp_path / "out" / "base")]))
     assert base["metric"] == "cloze" and base["after"] > 0.05 > base["before"]
     monkeypatch.setattr(loop_module.Loop, "require", lambda self, stage: tmp_path / "out" / stage / "checkpoint")
     tuned = main(get_args(["--steps", "200"]))
