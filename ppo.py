@@ -89,7 +89,7 @@ def gae(rewards: Tensor, values: Tensor, completion_mask: Tensor, *, gamma: floa
     Behind the last token the value is 0: nothing follows.
     """
     there = completion_mask.bool()
-    rewards, values = rewards.masked_fill(~there, 0.0), values.masked_fill(~there, 0.0)
+    values = values.masked_fill(~there, 0.0)
     advantages, following = torch.zeros_like(values), torch.zeros_like(values[:, 0])
     next_value = torch.zeros_like(following)
     for t in reversed(range(values.shape[1])):

@@ -317,8 +317,10 @@ def test_rules_and_utilities_are_paired_with_their_prompts(checkpoint, tmp_path)
     scores = ppo.scores_of(found, texts, tasks, tiny(), None, args, loop)
     wanted = [len(tasks[i // 2].row["prompt"]) * 100 + len(text) for i, text in enumerate(texts)]
     assert scores.tolist() == wanted
-    worth = ppo.utilities(texts, tasks)
     rows = [task.row for task in tasks for _ in range(2)]
+    texts = [f"Hi {row['asker']}!" for row in rows]
+    worth = ppo.utilities(texts, tasks)
+    assert worth == [1.0] * 12
     assert worth == [manners.utility(t, r["asker"], r["name"]) for t, r in zip(texts, rows, strict=True)]
 
 

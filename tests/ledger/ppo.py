@@ -100,12 +100,6 @@ MUTANTS = [
         ),
         ("values of the padding are next values", "values.masked_fill(~there, 0.0)\n", "values\n", f"{GAE}[1.0-0.95]"),
         (
-            "rewards of the padding count",
-            "rewards, values = rewards.masked_fill(~there, 0.0), ",
-            "rewards, values = rewards, ",
-            POISON,
-        ),
-        (
             "P2: whitened with the pads",
             "real = x[completion_mask.bool()].double()",
             "real = x.flatten().double()",
