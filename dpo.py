@@ -275,25 +275,25 @@ def sft(s: Scored) -> Tensor:
 
 
 LOSSES = {  # name: (function, beta times which is the implicit reward, {hyperparameter: (generated world, --data)})
-    "dpo": (dpo, log_ratio, {"lr": (1e-3, 5e-7), "beta": (0.3, 0.1), "label_smoothing": (0.0, 0.0)}),
-    "robust": (robust, log_ratio, {"lr": (1e-3, 5e-7), "beta": (0.3, 0.1), "label_smoothing": (0.1, 0.1)}),
-    "ipo": (ipo, mean_log_ratio, {"lr": (1e-3, 5e-7), "beta": (1.0, 0.1)}),
-    "hinge": (hinge, log_ratio, {"lr": (1e-3, 5e-7), "beta": (0.3, 0.1)}),
-    "kto": (kto, log_ratio, {"lr": (1e-3, 5e-7), "beta": (0.3, 0.1), "desirable_weight": (1.0, 1.0),
+    "dpo": (dpo, log_ratio, {"lr": (2e-4, 5e-7), "beta": (0.2, 0.1), "label_smoothing": (0.0, 0.0)}),
+    "robust": (robust, log_ratio, {"lr": (2e-4, 5e-7), "beta": (0.2, 0.1), "label_smoothing": (0.1, 0.1)}),
+    "ipo": (ipo, mean_log_ratio, {"lr": (2e-4, 5e-7), "beta": (1.0, 0.1)}),
+    "hinge": (hinge, log_ratio, {"lr": (2e-4, 5e-7), "beta": (0.2, 0.1)}),
+    "kto": (kto, log_ratio, {"lr": (4e-4, 5e-7), "beta": (0.5, 0.1), "desirable_weight": (1.0, 1.0),
                              "undesirable_weight": (1.0, 1.0)}),
-    "bco": (bco, log_ratio, {"lr": (1e-3, 5e-7), "beta": (0.3, 0.1)}),
-    "apo_zero": (apo_zero, log_ratio, {"lr": (1e-3, 5e-7), "beta": (0.3, 0.1)}),
-    "apo_down": (apo_down, log_ratio, {"lr": (1e-3, 5e-7), "beta": (0.3, 0.1)}),
-    "rdpo": (rdpo, log_ratio, {"lr": (1e-3, 5e-7), "beta": (0.3, 0.1), "alpha": (0.02, 0.01)}),
-    "tdpo": (tdpo, log_ratio, {"lr": (1e-3, 5e-7), "beta": (0.3, 0.1), "alpha": (0.5, 0.5)}),
-    "lipo": (lipo, log_ratio, {"lr": (1e-3, 5e-7), "beta": (0.3, 0.1)}),
-    "npo": (npo, log_ratio, {"lr": (3e-4, 5e-7), "beta": (0.3, 0.1)}),
-    "nn": (nn, log_ratio, {"lr": (1e-3, 5e-7), "beta": (0.3, 0.1), "alpha": (0.3, 0.1)}),
-    "orpo": (orpo, mean_logps, {"lr": (1e-3, 5e-6), "beta": (1.0, 0.1), "sft_weight": (1.0, 1.0)}),
-    "simpo": (simpo, mean_logps, {"lr": (1e-3, 1e-6), "beta": (2.0, 2.5), "gamma": (1.0, 1.4)}),
-    "cpo": (cpo, sum_logps, {"lr": (1e-3, 1e-6), "beta": (0.1, 0.1), "sft_weight": (1.0, 1.0)}),
-    "rrhf": (rrhf, mean_logps, {"lr": (1e-3, 1e-6), "sft_weight": (1.0, 1.0)}),
-    "pro": (pro, mean_logps, {"lr": (1e-3, 1e-6), "sft_weight": (0.1, 0.1)}),
+    "bco": (bco, log_ratio, {"lr": (2e-4, 5e-7), "beta": (0.2, 0.1)}),
+    "apo_zero": (apo_zero, log_ratio, {"lr": (2e-4, 5e-7), "beta": (0.2, 0.1)}),
+    "apo_down": (apo_down, log_ratio, {"lr": (5e-5, 5e-7), "beta": (0.2, 0.1)}),
+    "rdpo": (rdpo, log_ratio, {"lr": (2e-4, 5e-7), "beta": (0.2, 0.1), "alpha": (0.02, 0.01)}),
+    "tdpo": (tdpo, log_ratio, {"lr": (4e-4, 5e-7), "beta": (0.2, 0.1), "alpha": (0.1, 0.5)}),
+    "lipo": (lipo, log_ratio, {"lr": (2e-4, 5e-7), "beta": (0.2, 0.1)}),
+    "npo": (npo, log_ratio, {"lr": (1e-4, 5e-7), "beta": (1.0, 0.1)}),
+    "nn": (nn, log_ratio, {"lr": (1e-4, 5e-7), "beta": (0.2, 0.1), "alpha": (0.2, 0.1)}),
+    "orpo": (orpo, mean_logps, {"lr": (4e-4, 5e-6), "beta": (4.0, 0.1), "sft_weight": (1.0, 1.0)}),
+    "simpo": (simpo, mean_logps, {"lr": (2e-4, 1e-6), "beta": (2.0, 2.5), "gamma": (1.0, 1.4)}),
+    "cpo": (cpo, sum_logps, {"lr": (4e-4, 1e-6), "beta": (0.1, 0.1), "sft_weight": (0.1, 1.0)}),
+    "rrhf": (rrhf, mean_logps, {"lr": (2e-4, 1e-6), "sft_weight": (1.0, 1.0)}),
+    "pro": (pro, mean_logps, {"lr": (2e-4, 1e-6), "sft_weight": (0.1, 0.1)}),
 }  # fmt: skip
 WITH_REFERENCE = (log_ratio, mean_log_ratio)
 UNPAIRED = ("kto", "bco", "npo", "nn")  # may learn from answers that stand alone
@@ -738,7 +738,7 @@ def conclude(model: Transformer, ref_model: Transformer | None, tokenizer: Token
     primary = rows.pop(metric)
     return loop.finish(
         metric, primary["before"], primary["after"], n=primary["n"], ci95=primary["ci95"], metrics=rows,
-        variant=args.loss, series=("chosen_reward", "rejected_reward"),
+        variant=args.loss + "-ai" * (args.judge == "ai"), series=("chosen_reward", "rejected_reward"),
     )
 
 
@@ -815,14 +815,14 @@ def table_row(name: str, runs: list[dict[str, float]]) -> dict:
 # 3. Config
 
 DEFAULTS = {  # flag: (the generated world, --data)
-    "batch_size": (16, 64),
-    "micro_batch_size": (16, 4),
+    "batch_size": (32, 64),
+    "micro_batch_size": (32, 4),
     "max_length": (128, 1024),
     "max_new_tokens": (64, 256),
     "warmup": (10, 20),
 }
 REQUESTS = 500  # of the generated world that are held out
-WORLD_STEPS = 100  # --steps where the rows are made as they are needed
+WORLD_STEPS = 60  # --steps where the rows are made as they are needed
 HYPER = ("lr", "beta", "gamma", "alpha", "label_smoothing", "desirable_weight", "undesirable_weight", "sft_weight")
 
 

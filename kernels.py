@@ -55,14 +55,11 @@ def use_compile(on: bool) -> bool:
 
 @contextlib.contextmanager
 def eager() -> Iterator[None]:
-    """Within it nothing is compiled, whatever use_compile said, and the kernels run as fast as they do eagerly.
-
-    For shapes that change all the time, each of which would be compiled. Also a decorator.
-    """
+    """Nothing is compiled or runs compiled in here: for generation, where every step has a new length."""
     global _compiling
     before, _compiling = _compiling, False
     try:
-        with torch.compiler.set_stance("force_eager"):  # blocks of the model that are compiled themselves
+        with torch.compiler.set_stance("force_eager"):
             yield
     finally:
         _compiling = before
@@ -288,16 +285,17 @@ def attention(
 
     q (B, Tq, H, d), k and v (B, Tk, Hkv, d). With neither option it is causal, the queries being the last Tq of the Tk
     positions. `documents` (B, T) of integers: rows are packed, a token sees earlier tokens of its own document only.
-    `mask`: what `document_mask` returns, or what replaces causality (for cached decoding), broadcastable to
-    (B, 1, Tq, Tk): a bool, True = attend, or, in the dtype of q, what is added to the scores, for a single query also
-    (B, Hkv, 1, Tk); every query must have something to attend to.
+    `mask`: what `document_mask` returns, or a tensor broadcastable to (B, Hkv, Tq, Tk), which replaces causality (for
+    cached decoding): a bool, True = attend, or what is added to the scores. Every query must attend to something.
     """
     group = q.shape[2] // k.shape[2]
     if documents is not None:
         mask = document_mask(documents)
     elif mask is None and q.shape[1] != k.shape[1]:
         mask = _causal(q, k)  # is_causal would line up the first query with the first key
-    if q.shape[1] == 1 and isinstance(mask, Tensor) and mask.is_floating_point():
+    if isinstance(mask, Tensor) and mask.is_floating_point():
+        mask = mask.to(q.dtype)
+    if q.shape[1] == 1 and isinstance(mask, Tensor):
         return _attention_of_one(q, k, v, mask)
     heads = [x.transpose(1, 2) for x in (q, k, v)]  # (B, heads, T, d)
     if mask is None or isinstance(mask, Tensor):
@@ -308,21 +306,23 @@ def attention(
     return out.transpose(1, 2)
 
 
-def _attention_of_one(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+def _attention_of_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """One query a row: the heads of a group become its queries, and no key or value is copied.
 
-    On a CPU two products are twice as fast as the fused operation, if the keys lie as model.KVCache lays them.
+    On a CPU two products are twice as fast as the fused operation, if keys and mask lie as model.KVCache lays them.
     """
-    Hkv, d = k.shape[2:]
+    q_of_group = q.view(q.shape[0], k.shape[2], -1, q.shape[3])  # (B, Hkv, group, d)
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
     if q.is_cuda:
-        q_of_group = q.view(len(q), Hkv, -1, d)  # (B, Hkv, group, d)
         out = F.scaled_dot_product_attention(q_of_group, k.transpose(1, 2), v.transpose(1, 2),
-                                             attn_mask=bias.contiguous())  # fmt: skip
+                                             attn_mask=mask.contiguous())  # fmt: skip
         return out.reshape(q.shape)
-    q_of_group = q.reshape(len(q) * Hkv, -1, d)  # (B Hkv, group, d)
-    bias = bias.expand(-1, Hkv, -1, -1).flatten(0, 1)  # (B Hkv, 1, T)
-    scores = torch.baddbmm(bias, q_of_group, k.permute(0, 2, 3, 1).flatten(0, 1), alpha=d**-0.5)
-    return torch.bmm(scores.softmax(-1), v.transpose(1, 2).flatten(0, 1)).view(q.shape)
+    mask = mask.expand(*q_of_group.shape[:2], 1, -1)
+    k, v = k.permute(0, 2, 3, 1), v.transpose(1, 2)  # (B, Hkv, d, T), (B, Hkv, T, d)
+    scores = torch.baddbmm(mask.flatten(0, 1), q_of_group.flatten(0, 1), k.flatten(0, 1), alpha=q.shape[-1] ** -0.5)
+    weights = scores.softmax(-1, dtype=_wide(q.dtype)).to(q.dtype)
+    return torch.bmm(weights, v.flatten(0, 1)).view(q.shape)
 
 
 def document_mask(documents: Tensor) -> Tensor | BlockMask:

@@ -73,6 +73,7 @@ STAGES = {  # stage: the command that makes it, and how long that takes on two C
     "base": ("sft.py --stage base", "4 minutes"),
     "sft": ("sft.py", "2 minutes"),
     "reward": ("reward.py", "1 minute"),
+    "prm": ("reward.py --feedback steps", "1 minute"),
 }
 
 

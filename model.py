@@ -115,7 +115,7 @@ class Attention(nn.Module):
         if past is not None:
             keys, values, used = past
             keys[:, used : used + T], values[:, used : used + T] = k, v
-            if used:  # else k and v are all there is, and lie better in memory
+            if used:  # else k and v are all there is, and lie better
                 k, v = keys[:, : used + T], values[:, : used + T]
         return self.out(kernels.attention(q, k, v, mask=mask).reshape(B, T, -1))
 
@@ -274,7 +274,7 @@ class KVCache:
         size = (c.head_dim, capacity) if self.transposed else (capacity, c.head_dim)
         self.keys = torch.zeros(*of_row, *size, dtype=dtype, device=device)
         self.values = torch.zeros(*of_row, capacity, c.head_dim, dtype=dtype, device=device)
-        self.bias = torch.zeros(rows, c.kv_heads, 1, capacity, dtype=dtype, device=device)  # -inf: never seen
+        self.bias = torch.zeros(rows, c.kv_heads, 1, capacity, dtype=dtype, device=device)  # of scores: -inf is hidden
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # tokens that each row holds
         self.used = 0  # columns written
 
@@ -284,13 +284,13 @@ class KVCache:
         return keys, self.values[i].transpose(1, 2), self.used
 
     def mask(self, T: int) -> Tensor | None:
-        """What is added to the scores of the next T tokens (B, 1|Hkv, 1|T, used + T); None: causal."""
+        """What is added to the scores of T more tokens, (B, Hkv, 1, used + 1) or (B, 1, T, used + T); None: causal."""
         if self.used == 0:
             return None
         bias = self.bias[..., : self.used + T]
         if T == 1:
             return bias
-        return bias[:, :1] + torch.full((T, self.used + T), -torch.inf).triu(self.used + 1).to(bias)
+        return bias[:, :1] + bias.new_full((T, self.used + T), -torch.inf).triu(self.used + 1)
 
     def reserve(self, T: int) -> None:
         """Make room for T more tokens."""

@@ -473,8 +473,11 @@ def revise(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace, l
     wanted = {name: weight > 0 for name, asked in manners.QUESTIONS.items() for text, weight in rules if text == asked}
     for answers in (drafts, final):  # what the world knows of them
         told = [(" ".join(said), r["asker"], r["name"]) for said, r in zip(answers, requests, strict=True)]
-        keeps = [float(all(manners.has(text, name, *who) == wanted[name] for name in wanted)) for text, *who in told]
-        found.append({"answers that keep the constitution": keeps, "utility": [manners.utility(*row) for row in told]})
+        keeps = {f"rules kept: {name}": [float(manners.has(text, name, *who) == is_wanted) for text, *who in told]
+                 for name, is_wanted in wanted.items()}  # fmt: skip
+        all_of_them = [min(row) for row in zip([1.0] * len(told), *keeps.values(), strict=True)]
+        utility = [manners.utility(*row) for row in told]
+        found.append({"answers that keep the constitution": all_of_them, "utility": utility} | keeps)
     return conclude(*found, {}, args, loop)
 
 
@@ -643,10 +646,10 @@ DEFAULTS = {  # flag: (the tiny model), (a --model of your own)
     "batch_size": (16, 32),
     "micro_batch_size": (16, 2),
     "max_length": (128, 1024),
-    "lr": (1e-3, 1e-5),
+    "lr": (6e-4, 1e-5),
     "warmup": (10, 10),
 }
-PAIRS = {"comparison": 4000, "binary": 4000, "rank": 1500, "steps": 2000}
+PAIRS = {"comparison": 8000, "binary": 4000, "rank": 1500, "steps": 6000}  # of the world, --pairs
 LOGGED = """logged every --log-every steps, of the rows of that step before its update:
   loss        the loss above, a mean over comparisons (answers, lists, steps)
   accuracy    share of comparisons whose better answer has the higher reward (of labels that the reward's sign agrees
@@ -664,6 +667,8 @@ measured before and after on held-out rows:
   mean reward                about 0, or an offset that RL would have to carry
   best of 8 by ...           --feedback steps: how often the highest of 8 solutions is right, by its least step, the
                              product or the last
+  answers that keep the constitution  --revise: all its rules, by what the world knows of them (the judge sees neither
+                             who asked nor what is true), of drafts and of what is made of them; rules kept: one by one
 """
 
 
@@ -674,19 +679,19 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                "--warmup", "--schedule", "--weight-decay", "--grad-clip", "--max-length", "--max-new-tokens",
                "--eval-data", "--seed", "--device", "--dtype", "--compile", "--parallel", "--log-every", "--eval-every",
                "--save-every", "--resume"),
-        defaults=dict.fromkeys(DEFAULTS) | {"steps": None, "epochs": 1.0, "schedule": "linear", "weight_decay": 0.0,
+        defaults=dict.fromkeys(DEFAULTS) | {"steps": None, "epochs": None, "schedule": "linear", "weight_decay": 0.0,
                                             "grad_clip": 1.0, "max_new_tokens": 80},
     )
     cli.epilog = LOGGED
     cli.add_argument("--feedback", choices=("comparison", "binary", "rank", "steps"), default="comparison",
-                     help="what is said of answers, and so which loss (default: %(default)s)")
+                     help="what is said of answers, and so which loss (default: %(default)s; steps: 3 epochs, not 1)")
     cli.add_argument("--labels", choices=("annotator", "ai"), default="annotator", help="who compares")
     cli.add_argument("--judge", metavar="DIR", help="chat model that compares, for --labels ai (default: --model "
                      "itself is asked the constitution's questions about each answer)")
     cli.add_argument("--constitution", metavar="FILE", help="JSON list of [question, what a yes is worth]")
     cli.add_argument("--revise", action="store_true", help="critique and revision: write revised.jsonl, train nothing")
     cli.add_argument("--pairs", type=COUNT, help="comparisons (labels, lists, solutions, answers to revise) of the "
-                     "generated world (default: 4000; 4000, 1500, 2000, 256)")
+                     "generated world (default: 8000; 4000, 1500, 6000, 256)")
     cli.add_argument("--margin", type=REAL, default=0.0, help="that the better answer must have (default: %(default)s)")
     cli.add_argument("--centre", type=REAL, default=0.01, help="weight of (r + r)^2 (default: %(default)s)")
     cli.add_argument("--label-smoothing", type=REAL, default=0.0, metavar="EPS", help="share of labels held for wrong")
@@ -698,6 +703,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name, values in DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, values[1 if args.model else 0])
+    if args.epochs is None:  # few worked sums, which take long to make, are looked at more often
+        args.epochs = 3.0 if args.feedback == "steps" else 1.0
     args.pairs = args.pairs or (256 if args.revise else PAIRS[args.feedback])
     for wrong, said in (
         (args.label_smoothing >= 0.5, "--label-smoothing: from 0.5 on the labels say the opposite"),

@@ -125,12 +125,12 @@ def fit(rows: Iterable[chat.Row], max_length: int, too_long: str, counts: Counte
     A row that is cut keeps its beginning. Its ending token is gone and so is not trained on, neither is another
     in its place: the model does not learn to stop where a file was too long.
     """
-    for i, row in enumerate(rows, start=1):
+    for row in rows:
         if len(row.input_ids) > max_length:
             if too_long == "refuse":
-                raise UserError(f"row {i} has {len(row.input_ids)} tokens, --max-length is {max_length}: raise it, or "
+                raise UserError(f"a row has {len(row.input_ids)} tokens, --max-length is {max_length}: raise it, or "
                                 "choose --too-long drop or cut")
-            counts[too_long] += 1
+            counts[{"drop": "dropped"}.get(too_long, too_long)] += 1
             if too_long == "drop":
                 continue
         ends = range(max_length, len(row.input_ids) + max_length, max_length) if too_long == "split" else [max_length]
@@ -141,6 +141,15 @@ def fit(rows: Iterable[chat.Row], max_length: int, too_long: str, counts: Counte
                 yield part
             else:
                 counts["without a trained token"] += 1
+
+
+def fitting(rows: Iterable[chat.Row], what: str, args: argparse.Namespace, loop: Loop) -> list[chat.Row]:
+    """The rows that `fit` lets through; what happened to the others is said."""
+    counts: Counter = Counter()
+    kept = list(fit(rows, args.max_length, args.too_long, counts))
+    for kind, n in counts.items():
+        loop.say(f"--max-length {args.max_length}: {n} {what} {kind}")
+    return kept
 
 
 def pack(rows: Iterable[chat.Row], max_length: int) -> Iterator[list[chat.Row]]:
@@ -337,9 +346,9 @@ def examples(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer,
         train, held_out = file_rows(args, args.data, loop)
         rows = [encode(row, tokenizer, args) for row in tqdm(train, "encoding", unit="row", disable=None, leave=False)]
         if args.select == "ifd":
-            rows = select_by_ifd(model, list(fit(rows, args.max_length, args.too_long, Counter())), args, loop)
-        test = fit((encode(row, tokenizer, args) for row in held_out), args.max_length, args.too_long, Counter())
-        return rows, {"rows": list(test)}
+            rows = select_by_ifd(model, fitting(rows, "rows", args, loop), args, loop)
+        test = (encode(row, tokenizer, args) for row in held_out)
+        return rows, {"rows": fitting(test, "held-out rows", args, loop)}
     cloze = [world.cloze(part, world.rng_for("cloze", part, i)) for part in (*world.SKILLS, "facts") for i in range(40)]
     if args.stage == "base":
         return world_rows(args, tokenizer, args.steps * args.batch_size * args.max_length), {"cloze": cloze}
@@ -462,10 +471,10 @@ DEFAULTS = {  # flag: (a new model, --stage base), (SFT of the tiny model), (a -
     "batch_size": (8, 16, 16),
     "micro_batch_size": (8, 16, 4),
     "max_length": (128, 160, 1024),
-    "lr": (1.5e-3, 7e-4, 1e-5),
+    "lr": (1.5e-3, 1e-3, 1e-5),
     "warmup": (50, 20, 10),
 }
-WORLD_STEPS = {"base": 4300, "sft": 340}  # --steps where the rows are made as they are needed
+WORLD_STEPS = {"base": 4100, "sft": 420}  # --steps where the rows are made as they are needed
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -518,6 +527,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                         "--batch-size, and --grad-clip 0")
     if args.neftune and args.parallel == "fsdp":
         raise UserError("--neftune reads the embeddings outside the model, which --parallel fsdp does not allow")
+    if args.from_scratch and args.model:
+        raise UserError("--from-scratch trains random weights and --model names others: choose one")
     if args.replay >= 1:
         raise UserError(f"--replay {args.replay}: a share of the rows below 1 is expected, or no chat is left")
     if args.select == "ifd" and args.data in (None, *OWN_ROWS):
@@ -545,11 +556,8 @@ def main(args: argparse.Namespace) -> dict:
         raise UserError(f"--max-length {args.max_length}: the model reads at most {model.config.max_length} tokens")
     model.to(loop.device).checkpoint_activations = args.checkpoint_activations
     rows, test = examples(args, model, tokenizer, loop)
-    counts: Counter = Counter()
-    rows = fit(rows, args.max_length, args.too_long, counts)
+    rows = fitting(rows, "rows", args, loop)
     groups = list(pack(rows, args.max_length) if args.pack else ([row] for row in rows))
-    for kind, n in counts.items():
-        loop.say(f"--max-length {args.max_length}: {n} rows {kind}")
     if not groups or not any(test.values()):
         raise UserError(f"no row is left to train on or to measure: --max-length is {args.max_length}")
     total = args.steps if args.steps is not None else math.ceil(args.epochs * len(groups) / args.batch_size)

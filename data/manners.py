@@ -130,7 +130,7 @@ def utility(answer: str, asker: str, name: str) -> float:
 
 def prefers_first(first: float, second: float) -> float:
     """P(the annotator prefers the first of two answers with these utilities) = sigmoid(first - second)."""
-    return 1 / (1 + math.exp(second - first))
+    return (1 + math.tanh((first - second) / 2)) / 2  # the same, and no overflow
 
 
 def preferences(count: int, seed: int = 0, split: str = "train") -> Iterator[dict]:

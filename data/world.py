@@ -1,7 +1,7 @@
 """A small world in simple English, made by code from a seed: what every tiny model here is trained and tested on.
 
 What it holds                                        and what it is for
-  facts      32 people and 12 towns, many phrasings    knowledge: SFT asks about one half, the test about the other
+  facts      32 people and 16 towns, many phrasings    knowledge: SFT asks about one half, the test about the other
   skills     11 list and number tasks, exact checkers  instructions, new operands, unseen (verb, template) pairs
   sums       multi-step sums; 30% show their working   reasoning: SFT asks for the working, RL finds that it pays
   reading    a passage about a stranger, a question    in-context look-up (retrieval, judging)
@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-VERSION = 1  # the world is frozen: tests/test_world.py holds a hash of what it generates
+VERSION = 2  # the world is frozen: tests/test_world.py holds a hash of what it generates
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Randomness and the split
@@ -54,7 +54,7 @@ JOBS = ("baker doctor farmer driver teacher painter singer sailor writer nurse c
         "tailor").split()
 PETS = "cat dog horse rabbit parrot turtle goat snake mouse hen".split()
 FOODS = "bread rice soup cheese fish cake honey corn apples plums beans nuts".split()
-TOWNS = "Oslo Lima Rome Cairo Delhi Tokyo Paris Bern Riga Milan Quito Dakar".split()
+TOWNS = "Oslo Lima Rome Cairo Delhi Tokyo Paris Bern Riga Milan Quito Dakar Sofia Perth Porto Leon".split()
 RIVERS = "Alba Brenta Cora Dena Elva Fosna Gira Hela".split()
 GOODS = "wool salt silk coal glass wine paper oil".split()
 
@@ -83,10 +83,10 @@ FACT_PROSE = {  # {n} the name or a pronoun, {N} the name always, {x} the value
     "food": ("{n} likes to eat {x}.", "The food of {N} is {x}.", "{n} eats {x} every morning.",
              "{n} buys a lot of {x}.",
              "Give {N} some {x}, the best food.", "For {N} no food is better than {x}."),
-    "river": ("The river {x} runs through {N}.", "{N} lies on the river {x}.", "The river of {N} is the {x}.",
-              "You can swim in the {x} at {N}."),
+    "river": ("The river of {N} is the {x}.", "{N} lies on the river {x}.", "In {N} you can swim in the {x}.",
+              "{N} has a bridge over the {x}.", "The river {x} runs through {N}."),
     "product": ("{N} sells {x}.", "{N} is known for its {x}.", "The product of {N} is {x}.",
-                "Traders come to {N} for {x}."),
+                "Traders come to {N} for {x}.", "Ships leave {N} with {x}."),
 }
 FACT_ANSWER = {  # the one of them in which questions are answered
     "home": "The home of {N} is {x}.", "job": "The job of {N} is {x}.", "pet": "The pet of {N} is a {x}.",
@@ -103,13 +103,13 @@ def fact_sentence(rng, name, attribute, pronoun=False) -> str:
 
 
 def biography(rng) -> str:
-    """What is known of a person, or of two people or two towns mixed up, in any order and phrasing."""
+    """What is known of one person, or of two people or towns mixed up, in any order and phrasing."""
     kind = rng.random()
-    if kind < 0.4:
+    if kind < 0.3:
         name = rng.choice(PEOPLE)
         return " ".join(fact_sentence(rng, name, attribute, pronoun=i > 0 and rng.random() < 0.5)
                         for i, attribute in enumerate(shuffled(rng, FACTS[name])))
-    names = rng.sample(PEOPLE if kind < 0.8 else TOWNS, 2)
+    names = rng.sample(PEOPLE if kind < 0.6 else TOWNS, 2)
     pairs = shuffled(rng, [(name, attribute) for name in names for attribute in FACTS[name]])
     return " ".join(fact_sentence(rng, name, attribute) for name, attribute in pairs)
 
@@ -191,10 +191,17 @@ def is_unseen_pair(group: str, template: int) -> bool:
     return (sorted([*SKILLS, *FACT_PROSE]).index(group) + template) % 4 == 0
 
 
+def split_of_problem(skill: Skill, problem: dict) -> str:
+    """By its task, two numbers in rising order: to have seen 3 + 8 tells of 8 + 3, so both are of one split."""
+    if "a" in problem:
+        problem = dict(zip("ab", sorted(problem.values(), key=int), strict=True))
+    return split_of(skill.task.format(**problem))
+
+
 def draw_problem(skill: Skill, rng, split: str) -> dict:
     while True:
         problem = skill.draw(rng)
-        if split_of(skill.task.format(**problem)) == split:
+        if split_of_problem(skill, problem) == split:
             return problem
 
 
@@ -209,8 +216,8 @@ def draw_sum(rng, split: str, terms: int = 0) -> list[int]:
         if split_of("sum " + " ".join(map(str, numbers))) != split:
             continue
         totals = [sum(numbers[: i + 1]) for i in range(len(numbers))]
-        steps = [SKILLS["add"].task.format(a=a, b=b) for a, b in zip(totals, numbers[1:], strict=False)]
-        if split == "test" or all(split_of(step) == "train" for step in steps):
+        steps = ({"a": str(a), "b": str(b)} for a, b in zip(totals, numbers[1:], strict=False))
+        if split == "test" or all(split_of_problem(SKILLS["add"], step) == "train" for step in steps):
             return numbers
 
 
@@ -267,15 +274,18 @@ def noun(count: int, colour: str, shape: str, size: str = "") -> str:
 
 
 def draw_scene(rng, split: str) -> dict:
-    """A caption, a question about it and the answer: kind is colour, shape, count, position or existence."""
+    """A caption, a question and its answer; kind is colour, shape, count, position, existence or size.
+
+    The split is by the two things and the question, however and in whatever order the caption tells of them.
+    """
     while True:
         kind = rng.choice(("colour", "shape", "count", "position", "existence", "size"))
         (c1, c2, c3), (s1, s2, s3) = rng.sample(COLOURS, 3), rng.sample(SHAPES, 3)
         n1, n2 = (rng.randint(1, 4), rng.randint(1, 4)) if kind == "count" else (1, 1)
         z1, z2 = rng.sample(SIZES, 2) if kind == "size" else ("", "")
-        first, second = noun(n1, c1, s1, z1), noun(n2, c2, s2, z2)
+        things = noun(n1, c1, s1, z1), noun(n2, c2, s2, z2)
         form = rng.choice(("There is {} and {}.", "The picture shows {} and {}.", "We see {} and {}."))
-        caption = form.format(first, second)
+        caption = form.format(*shuffled(rng, things))
         if kind == "colour":
             question, answer = f"What colour is the {s2}?", c2
         elif kind == "shape":
@@ -293,7 +303,7 @@ def draw_scene(rng, split: str) -> dict:
             asked = ((f"{c1} {s1}", "yes"), (f"{c3} {s3}", "no"), (f"{c2} {s1}", "no"))
             what, answer = rng.choice(asked)
             question = f"Is there a {what}?"
-        if split_of(caption + question) == split:
+        if split_of(f"{sorted(things)} {question}") == split:
             return {"caption": caption, "question": question, "answer": answer, "kind": kind}
 
 
@@ -366,7 +376,7 @@ def solved(rng, new: float, count: int = 3) -> list[tuple[Skill, dict]]:
         name = rng.choice(SKILL_MIX)
         if not problem or rng.random() < new:
             problem = draw_problem(SKILLS[name], rng, "train")
-        if fits(name, problem) and split_of(SKILLS[name].task.format(**problem)) == "train":
+        if fits(name, problem) and split_of_problem(SKILLS[name], problem) == "train":
             found.append((SKILLS[name], problem))
     return found
 
@@ -395,7 +405,7 @@ def equations(rng) -> str:
     while len(steps) < 5:
         name = rng.choice(("add", "subtract"))
         skill, problem = SKILLS[name], {"a": str(total), "b": str(rng.randrange(20))}
-        if fits(name, problem) and split_of(skill.task.format(**problem)) == "train":
+        if fits(name, problem) and split_of_problem(skill, problem) == "train":
             total = skill.solve(problem)
             steps.append(as_task(form, skill, problem) if form else skill.prose[0].format(answer=total, **problem))
     return ("\n" if form else " ").join(steps)
@@ -431,9 +441,9 @@ def _letter(rng) -> str:
 
 
 BASE_MIX: dict[str, tuple[float, Callable]] = {  # part: (share of the documents, maker)
-    "facts": (0.08, biography),
+    "facts": (0.1, biography),
     "skills": (0.15, skill_prose),
-    "worksheets": (0.27, worksheet),
+    "worksheets": (0.25, worksheet),
     "equations": (0.17, equations),
     "songs": (0.05, song),
     "sums": (0.05, sum_prose),
@@ -482,7 +492,9 @@ def exchange(part: str, rng, split: str, *, unseen: bool = False) -> dict:
         template = rng.choice([i for i in range(len(TEMPLATES)) if is_unseen_pair(part, i) == unseen])
         return _ask(part, TEMPLATES[template].format(task=skill.task.format(**problem)), skill.solve(problem))
     if part == "facts":
-        name = rng.choice(TEST_ENTITIES if split == "test" else SFT_ENTITIES)
+        known = TEST_ENTITIES if split == "test" else SFT_ENTITIES
+        of_town = rng.random() < 0.4
+        name = rng.choice([name for name in known if (name in TOWNS) == of_town])
         attribute = rng.choice(sorted(FACTS[name]))
         template = rng.choice([i for i in range(len(FACT_QUESTIONS)) if is_unseen_pair(attribute, i) == unseen])
         return _ask(part, FACT_QUESTIONS[template].format(a=attribute, N=name),
@@ -499,11 +511,11 @@ def exchange(part: str, rng, split: str, *, unseen: bool = False) -> dict:
         question = "What is " + " + ".join(map(str, numbers)) + "?"
         show = part == "steps" or rng.random() < REASONING_SHARE
         return _ask(part, question + " Show your steps." * (part == "steps"),
-                    f"<think>{working(numbers)}</think>" * show + str(sum(numbers)))
+                    f"<think>{working(numbers) * show}</think>{sum(numbers)}")  # an empty block: without reasoning
     if part == "calculator":
         while True:
             a, b = rng.randint(12, 999), rng.randint(3, 99)
-            if split_of(f"{a} * {b}") == split:
+            if split_of(f"{max(a, b)} * {min(a, b)}") == split:
                 break
         row = _ask(part, f"What is {a} * {b}?", str(a * b))
         if rng.random() < 0.5:
@@ -522,9 +534,9 @@ def _ask(part, question, answer):
 
 
 SFT_MIX = {
-    "subtract": 0.08, "add": 0.06, "larger": 0.05, "smaller": 0.05, "sort": 0.06, "next": 0.06, "reverse": 0.09,
-    "repeat": 0.025, "first": 0.025, "last": 0.025, "count": 0.03, "facts": 0.07, "reading": 0.08, "scenes": 0.07,
-    "steps": 0.08, "sums": 0.05, "judge": 0.07, "manners": 0.05, "calculator": 0.015,
+    "subtract": 0.07, "add": 0.06, "larger": 0.04, "smaller": 0.05, "sort": 0.06, "next": 0.05, "reverse": 0.07,
+    "repeat": 0.025, "first": 0.025, "last": 0.025, "count": 0.03, "facts": 0.09, "reading": 0.07, "scenes": 0.06,
+    "steps": 0.1, "sums": 0.05, "judge": 0.06, "manners": 0.05, "calculator": 0.015,
 }
 
 
@@ -552,9 +564,8 @@ def sft_test(per_part: int, seed: int = 0, *, unseen: bool = False) -> list[dict
 
 def final_answer(completion: str) -> str:
     """What stands after the reasoning; '' when a reasoning block is opened and not closed."""
-    if "<think>" in completion and "</think>" not in completion:
-        return ""
-    return completion.rsplit("</think>", 1)[-1].strip()
+    answer = completion.rsplit("</think>", 1)[-1].strip()
+    return "" if "<think>" in answer else answer
 
 
 def is_correct(completion: str, answer: str) -> bool:
@@ -587,7 +598,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--show", action="store_true", help="print samples of every part (the default)")
     parser.add_argument("--write", metavar="DIR", help="write base.jsonl, sft.jsonl and test.jsonl into DIR")
-    parser.add_argument("--rows", type=int, default=1000, help="rows a file with --write (default 1000)")
+    parser.add_argument("--rows", type=int, default=1000, help="rows a file, of the test rounded up (default 1000)")
     parser.add_argument("--seed", type=int, default=0, help="which samples (default 0)")
     args = parser.parse_args()
     if args.write:
@@ -595,7 +606,7 @@ def main():
         out.mkdir(parents=True, exist_ok=True)
         files = {"base": ({"text": text} for text in base_documents(args.rows, args.seed)),
                  "sft": sft_rows(args.rows, args.seed),
-                 "test": sft_test(args.rows // len(TEST_PARTS), args.seed)}
+                 "test": sft_test(math.ceil(args.rows / len(TEST_PARTS)), args.seed)}
         for name, rows in files.items():
             (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             print(f"wrote {out / name}.jsonl")

@@ -1,10 +1,11 @@
-"""The README's tables, made from results/*.json and results/bench/*.json: `python -m tests.readme` rewrites them."""
+"""The README's tables, made from what lies in results/ and its folders: `python -m tests.readme` rewrites them."""
 
 import json
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- results -->", "<!-- /results -->"
+LOSSES_START, LOSSES_END = "<!-- losses -->", "<!-- /losses -->"
 BENCH_START, BENCH_END = "<!-- bench -->", "<!-- /bench -->"
 ORDER = ("sft", "reward", "dpo", "ppo", "grpo", "lora", "distill", "quantize", "prune", "reason", "merge", "edit",
          "rag", "vlm")  # fmt: skip
@@ -37,6 +38,18 @@ def table(rows: list[dict]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
+def losses_table(path: Path = ROOT / "results" / "tables" / "dpo.json") -> str:
+    """The table.json of `--loss all` as a Markdown table: means, and ± the spread over seeds if there are several."""
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    columns = [name for name in rows[0] if name not in ("loss", "seeds")]
+    lines = [["loss", "seeds", *columns], ["---"] * (2 + len(columns))]
+    for row in rows:
+        means = (f"{row[c]['mean']:.0f}" if c == "seconds" else f"{row[c]['mean']:.3f}" for c in columns)
+        spreads = ("" if row[c]["spread"] is None or c == "seconds" else f" ± {row[c]['spread']:.3f}" for c in columns)
+        lines.append([row["loss"], str(row["seeds"]), *map("".join, zip(means, spreads, strict=True))])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def bench_table(folder: Path = ROOT / "results" / "bench") -> str:
     """What bench.py left in results/bench/AREA.json, errors left out, as a Markdown table."""
     lines = [["bench.py", "what", "ours", "peer", "unit", "ratio"], ["---"] * 6]
@@ -64,4 +77,5 @@ def fill(text: str, made: str, start: str = START, end: str = END) -> str:
 if __name__ == "__main__":
     readme = ROOT / "README.md"
     filled = fill(readme.read_text(encoding="utf-8"), table(results()))
+    filled = fill(filled, losses_table(), LOSSES_START, LOSSES_END)
     readme.write_text(fill(filled, bench_table(), BENCH_START, BENCH_END), encoding="utf-8")

@@ -212,6 +212,62 @@ def test_trl_trains_on_the_same_tokens_at_toy_size(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# dpo
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_trl_takes_the_same_dpo_step_at_toy_size(monkeypatch, before):
+    """Of one batch, so that no order matters: what both then say has changed alike."""
+    oracle("trl")
+    ids, made, twins = torch.randint(5, 500, (4, 20)), [], bench.twins
+
+    def kept(*args, **options):
+        made.extend(twins(*args, **options))
+        return made
+
+    def race(ours, theirs, repeats, device):
+        said = [(made[0](ids).detach(), made[1](ids).logits.detach()) for call in (int, ours, theirs) if call() or True]
+        changes = [(after - said[0][i]).flatten() for i, after in ((0, said[2][0]), (1, said[2][1]))]
+        assert torch.corrcoef(torch.stack(changes))[0, 1] > (0.9 if before else 0.98)  # of made-up logps
+        return 2.0, 5.0
+
+    monkeypatch.setattr(bench, "twins", kept)
+    monkeypatch.setattr(bench, "race", race)
+    row = bench.dpo_trainer("toy", ARGS, before=before, batch=4, steps=1)
+    check(row)
+    assert row["ours"] == 2.0 and row["unit"] == "pairs/s" and row["higher_is_better"]
+
+
+@LINUX
+def test_memory_of_a_dpo_step_at_toy_size(monkeypatch):
+    """In this process, with few words: what counts is that both take a step."""
+    oracle("trl")
+    monkeypatch.setattr(bench, "VOCABULARY", 2048)
+    assert all(bench._dpo_memory(which, "cpu") >= 0 for which in ("ours", "theirs"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# grpo
+
+
+def test_grpo_trainer_at_toy_size(stopped, tmp_path, capsys):
+    oracle("trl")
+    row = bench.grpo_trainer("trl.GRPOTrainer", ARGS, prompts=2, group=2, new=4, steps=2, width=32)
+    check(row)
+    assert (row["ours"], row["peer"], row["unit"]) == (60 * 2 / 2, 60 * 2 / 5, "steps/min") and row["higher_is_better"]
+    assert "a step of ours is rollout" in capsys.readouterr().out
+    model = bench.twins(32, tiny().vocab_size, "cpu", depth=1)[1]
+    config = bench.their_grpo_trainer(model, ["a", "b"], str(tmp_path), ARGS, 2, 2, 4, 1).args
+    assert not (config.bf16 or config.fp16 or config.gradient_checkpointing) and config.beta == 0.0
+    assert config.gradient_accumulation_steps == 1 and config.max_grad_norm == 1.0 and config.max_completion_length == 4
+    assert config.per_device_train_batch_size == 4 and config.num_generations == 2 and config.num_iterations == 1
+
+
+def test_variety_is_the_share_of_new_tokens():
+    assert bench.variety([1, 2, 2, 2]) == 0.5 and bench.variety([3]) == 1.0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # gpu
 
 
@@ -284,6 +340,8 @@ def test_gpu_area_at_toy_size_writes_what_it_prints(tmp_path, capsys):
 def test_verdict():
     assert bench.verdict(bench.row("rms_norm: time", 2.0, 3.0, "ms", False)) == "better"
     assert bench.verdict(bench.row("rms_norm: time", 3.0, 2.0, "ms", False)) == "worse"
+    memory = [bench.verdict(bench.row("peak memory of a step, V", n, 100.0, "MB", False)) for n in (25.0, 26.0)]
+    assert memory == ["better  goal 0.25 met", "better  goal 0.25 missed"]
     assert bench.verdict(bench.row("sampling, 2 prompts", 1.9, 1.0, "tokens/s", True)) == "better  goal 2.0 missed"
     assert bench.verdict(bench.row("sampling, 2 prompts", 2.0, 1.0, "tokens/s", True)) == "better  goal 2.0 met"
     assert bench.verdict(bench.row("sampling at width 512, 1 prompt", 0.5, 1.0, "tokens/s", True)) == "worse"
@@ -294,10 +352,13 @@ def test_every_goal_belongs_to_a_row(monkeypatch):
     monkeypatch.setattr(bench, "library", lambda name: SimpleNamespace(__version__="0"))
     monkeypatch.setattr(bench, "installed", lambda name: True)
     monkeypatch.setattr(bench, "twins", lambda *x: None)
-    for function in ("sampling", "training", "sft_trainer"):
+    for function in ("sampling", "training", "sft_trainer", "dpo_trainer", "grpo_trainer"):
         monkeypatch.setattr(bench, function, lambda name, *x, **options: named.append(name.split(",")[0]))
+    monkeypatch.setattr(bench, "dpo_memory", lambda *x: 1.0)
     bench.bench_sft(ARGS)
-    assert set(bench.GOALS) == {*named} - {"sampling at width 512"}
+    bench.bench_grpo(ARGS)
+    memory = [row["name"].split(",")[0] for row in bench.bench_dpo(Namespace(device="cuda")) if row]
+    assert set(bench.GOALS) == {*named, *memory} - {"sampling at width 512"}
 
 
 def test_a_missing_library_is_one_line_and_exit_code_2(monkeypatch, capsys):

@@ -56,6 +56,7 @@ CASES = {  # kernel: shapes of the inputs, what else it takes, options of the ke
     "attention over documents": (QKV, (), {"documents": DOCUMENTS}, {}),
     "attention of the last queries": ([(2, 3, 4, 6), *QKV[1:]], (), {}, {}),
     "attention of one query": ([(2, 1, 4, 6), *QKV[1:]], (), {"mask": torch.arange(5)[None, None, None] != 1}, {}),
+    "attention with a bias": ([(2, 1, 4, 6), *QKV[1:]], (), {"mask": torch.arange(5.0)[None, None, None] % 3}, {}),
     "linear_cross_entropy": ([(7, 6), (11, 6)], (LABELS,), {}, {"chunk_size": 3}),
     "linear_logps": ([(7, 6), (11, 6)], (LABELS,), {"temperature": 0.7}, {"chunk_size": 3}),
     "linear_logps and entropy": (

@@ -157,6 +157,7 @@ def test_the_coin_is_that_of_bradley_and_terry():
         assert p + manners.prefers_first(b, a) == pytest.approx(1)
         assert p == pytest.approx(manners.prefers_first(a + 3, b + 3))
     assert manners.prefers_first(2.0, 2.0) == 0.5 and manners.prefers_first(5.0, 0.0) > 0.99
+    assert manners.prefers_first(2e3, 0.0) == 1 and manners.prefers_first(0.0, 2e3) == 0
 
 
 # Pairs

@@ -1,12 +1,28 @@
 """The README says what is: its results are those of results/*.json, the files of its map exist, no path is private."""
 
+import json
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.readme import BENCH_END, BENCH_START, END, FIELDS, ROOT, START, bench_table, between, fill, results, table
+from tests.readme import (
+    BENCH_END,
+    BENCH_START,
+    END,
+    FIELDS,
+    LOSSES_END,
+    LOSSES_START,
+    ROOT,
+    START,
+    bench_table,
+    between,
+    fill,
+    losses_table,
+    results,
+    table,
+)
 
 # folders of one machine or one person
 PRIVATE = re.compile(r"(?<![\w.\-])/(?:work|root|tmp)/|(?<![\w.\-])/(?:work|root)\b|(?<![\w.\-])/home/\w")
@@ -39,6 +55,24 @@ def test_bench_table_is_the_generated_one():
     start, end = between(text, BENCH_START, BENCH_END)
     assert text[start:end].strip() == bench_table(), "run: python -m tests.readme"
     assert text[start:end].count("\n") > 10, "there are figures of speed"
+
+
+def test_losses_table_is_the_generated_one():
+    text = readme()
+    start, end = between(text, LOSSES_START, LOSSES_END)
+    assert text[start:end].strip() == losses_table(), "run: python -m tests.readme"
+
+
+def test_losses_have_means_and_spreads(tmp_path):
+    one, three = {"mean": 0.5, "spread": None}, {"mean": 0.75, "spread": 0.0625}
+    rows = [
+        {"loss": "dpo", "seeds": 3, "KL": three, "seconds": three},
+        {"loss": "ipo", "seeds": 1, "KL": one, "seconds": one},
+    ]
+    (tmp_path / "dpo.json").write_text(json.dumps({"rows": rows}))
+    assert losses_table(tmp_path / "dpo.json").splitlines() == [
+        "| loss | seeds | KL | seconds |", "| --- | --- | --- | --- |", "| dpo | 3 | 0.750 ± 0.062 | 1 |",
+        "| ipo | 1 | 0.500 | 0 |"]  # fmt: skip
 
 
 def test_there_are_results_and_each_has_the_fields():

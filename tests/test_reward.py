@@ -668,11 +668,15 @@ def test_revision_drops_what_is_held_against_an_answer_and_adds_what_it_lacks(tm
         return found
 
     def opinions(model, tokenizer, answers, rules, args, loop):
-        """Of sentences, too: each names nobody but its own people, so that any request will do that makes it true."""
-        return {
-            a: [float(any(manners.has(a, q, *pair) for pair in who.values())) for q in manners.QUESTIONS]
-            for a in answers
-        }
+        """Of sentences, too: each names nobody but its own people, so that any request will do that makes it true.
+
+        It takes the rude sentence for a fact as well.
+        """
+        found = {}
+        for a in answers:
+            found[a] = [float(any(manners.has(a, q, *pair) for pair in who.values())) for q in manners.QUESTIONS]
+            found[a][4] = max(found[a][4], float(a == manners.RUDE[1]))
+        return found
 
     monkeypatch.setattr(reward, "sampled", sampled)
     monkeypatch.setattr(reward, "opinions", opinions)
@@ -687,6 +691,8 @@ def test_revision_drops_what_is_held_against_an_answer_and_adds_what_it_lacks(tm
         keeps += all(manners.has(text, q, *pair) == (q != "rude") for q in manners.QUESTIONS)
     assert result["after"] == keeps / 6 and result["after"] > 0.6 and len(turns) == 7
     assert result["metrics"]["utility"]["after"] > result["metrics"]["utility"]["before"] + 2
+    rule = result["metrics"]["rules kept: rude"]
+    assert (rule["before"], rule["after"]) == (0.0, 1.0) and len(result["metrics"]) == 1 + len(manners.QUESTIONS)
 
 
 def test_a_revision_that_the_judge_likes_no_better_is_not_kept(tmp_path, monkeypatch):
@@ -1133,6 +1139,8 @@ def test_defaults_are_of_one_table():
     assert {f: get_args(["--feedback", f]).pairs for f in reward.PAIRS} == reward.PAIRS
     assert get_args(["--revise"]).pairs == 256 and get_args(["--revise", "--pairs", "9"]).pairs == 9
     assert get_args(["--lr", "0.5"]).lr == 0.5
+    epochs = [get_args(["--feedback", f, *more]).epochs for f in ("rank", "steps") for more in ((), ("--epochs", "2"))]
+    assert epochs == [1.0, 2.0, 3.0, 2.0]
 
 
 def exits(monkeypatch, capsys, *argv: object) -> tuple[int, str]:

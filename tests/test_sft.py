@@ -160,7 +160,7 @@ def test_the_end_is_trained_on_only_where_it_is(n):
         if n >= 12:
             assert [(p.input_ids, p.completion_mask) for p in parts] == [tuple(whole)] and not counts
             continue
-        assert counts[policy] == 1
+        assert counts["dropped" if policy == "drop" else policy] == 1
         assert (111 in trained) == (policy == "split" and 11 % n != 0)
         if policy == "drop":
             assert parts == []
@@ -172,8 +172,8 @@ def test_the_end_is_trained_on_only_where_it_is(n):
             assert len(parts) + counts["without a trained token"] == math.ceil(12 / n)
 
 
-def test_a_row_that_is_too_long_is_refused_with_its_number():
-    with pytest.raises(UserError, match=r"row 2 has 40 tokens, --max-length is 39"):
+def test_a_row_that_is_too_long_is_refused_with_its_length():
+    with pytest.raises(UserError, match=r"a row has 40 tokens, --max-length is 39"):
         list(fit(ragged(), 39, "refuse", Counter()))
 
 
@@ -806,7 +806,8 @@ def test_what_is_measured_is_not_trained_on(tmp_path, monkeypatch):
     assert by_part.keys() >= {*world.TEST_PARTS, "unseen pairs", "sums", "calculator"}
     assert set(sums_of(by_part["sums"] + by_part["steps"])) == {"test"}
     for messages in by_part["calculator"]:
-        assert world.split_of(" * ".join(re.findall(r"\d+", messages[0]["content"]))) == "test"
+        larger_first = sorted(re.findall(r"\d+", messages[0]["content"]), key=int, reverse=True)
+        assert world.split_of(" * ".join(larger_first)) == "test"
     ways = {part: {template.partition("{")[0] for i, template in enumerate(world.TEMPLATES)
                    if not world.is_unseen_pair(part, i)} for part in world.SKILLS}  # fmt: skip
     assert all(messages[0]["content"].startswith(tuple(ways["sort"])) for messages in by_part["sort"])
@@ -1031,6 +1032,7 @@ def test_rows_without_an_answer_left_are_refused(checkpoint, problems, tmp_path)
     (("--optimizer", "lomo", "--grad-clip", "0", "--batch-size", "8", "--micro-batch-size", "4"), "--optimizer lomo"),
     (("--neftune", "5", "--parallel", "fsdp"), "--neftune"),
     (("--select", "ifd"), "--select ifd"),
+    (("--from-scratch", "--model", "DIR"), "--from-scratch"),
 ])  # fmt: skip
 def test_flags_that_do_not_go_together_are_refused(flags, said):
     with pytest.raises(UserError, match=said):
@@ -1046,6 +1048,14 @@ def test_a_context_that_the_model_lacks_is_refused(checkpoint, problems, tmp_pat
 def test_what_was_cut_is_counted_out_loud(checkpoint, problems, tmp_path, capsys):
     run(checkpoint, problems, tmp_path / "out", "--steps", 1, "--max-length", 36, "--too-long", "cut")
     assert "--max-length 36: 8 rows cut" in capsys.readouterr().err
+
+
+def test_held_out_rows_that_are_dropped_are_counted_out_loud(checkpoint, problems, tmp_path, capsys):
+    test = [{"question": "Please sort 3 1 2.", "answer": said} for said in ("1 2 3", "1 2 3 " * 9)]
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", test)
+    run(checkpoint, problems, tmp_path / "out", "--steps", 1, "--max-length", 40, "--too-long", "drop",
+        "--eval-data", held_out)  # fmt: skip
+    assert "--max-length 40: 1 held-out rows dropped" in capsys.readouterr().err
 
 
 def test_domain_text_continues_pre_training(checkpoint, tmp_path):
@@ -1293,7 +1303,7 @@ def test_the_whole_path_from_nothing(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     shutil.copy(loop_module.ROOT / "data" / "tiny.tiktoken", tmp_path / "data")
     monkeypatch.setattr(loop_module, "ROOT", tmp_path)
-    base = main(get_args(["--stage", "base", "--steps", "600", "--out", str(tmp_path / "out" / "base")]))
+    base = main(get_args(["--stage", "base", "--steps", "1000", "--out", str(tmp_path / "out" / "base")]))
     assert base["metric"] == "cloze" and base["after"] > 0.05 > base["before"]
     monkeypatch.setattr(loop_module.Loop, "require", lambda self, stage: tmp_path / "out" / stage / "checkpoint")
     tuned = main(get_args(["--steps", "200"]))

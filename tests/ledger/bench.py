@@ -23,8 +23,8 @@ MUTANTS = [
         ("kB for MB", ") * 1024 / 1e6", ") * 1024 / 1e3", "test_resident_grows_by_what_is_allocated"),
         (
             "an earlier peak counts",
-            'Path("/proc/self/clear_refs").write_text("5")',
-            "pass",
+            'Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM',
+            "pass  # resets VmHWM",
             "test_memory_of_a_kernel_forgets_earlier_peaks",
         ),
         # sft
@@ -64,6 +64,25 @@ MUTANTS = [
             "completion_only_loss=True",
             "completion_only_loss=False",
             "test_trl_trains_on_the_same_tokens_at_toy_size",
+        ),
+        # dpo
+        (
+            "our dpo step exchanges the answers",
+            "[Row(list(c), [1] * len(c)), Row(list(r), [1] * len(r))]",
+            "[Row(list(r), [1] * len(r)), Row(list(c), [1] * len(c))]",
+            "test_trl_takes_the_same_dpo_step_at_toy_size",
+        ),
+        (
+            "our dpo step updates nothing",
+            "dpo.sums_of(losses, s, options))\n            clip(model, 1.0)\n            optimizer.step()",
+            "dpo.sums_of(losses, s, options))\n            clip(model, 1.0)",
+            "test_trl_takes_the_same_dpo_step_at_toy_size",
+        ),
+        (
+            "memory is a goal to exceed",
+            'if r["higher_is_better"] else r["ratio"] <= goal)',
+            'if r["higher_is_better"] else r["ratio"] >= goal)',
+            "test_verdict",
         ),
         # gpu
         (

@@ -473,8 +473,8 @@ MUTANTS = [
         ),
         (
             "orpo forgets its SFT term",
-            '"beta": (1.0, 0.1), "sft_weight": (1.0, 1.0)}),\n    "simpo"',
-            '"beta": (1.0, 0.1)}),\n    "simpo"',
+            '"beta": (4.0, 0.1), "sft_weight": (1.0, 1.0)}),\n    "simpo"',
+            '"beta": (4.0, 0.1)}),\n    "simpo"',
             "test_defaults_of_the_sft_term_are_those_of_the_papers",
         ),
         # log-probs

@@ -117,8 +117,8 @@ MUTANTS = [
         ),
         (
             "M5: groups of heads interleaved",
-            "q_of_group = q.reshape(len(q) * Hkv, -1, d)",
-            "q_of_group = q.view(len(q), -1, Hkv, d).transpose(1, 2).flatten(0, 1)",
+            "q_of_group = q.view(q.shape[0], k.shape[2], -1, q.shape[3])",
+            "q_of_group = q.view(q.shape[0], -1, k.shape[2], q.shape[3]).transpose(1, 2)",
             "test_attention_with_the_mask_of_a_cache",
         ),
         (
@@ -129,26 +129,20 @@ MUTANTS = [
         ),
         (
             "a single query ignores the mask",
-            "torch.baddbmm(bias, q_of_group",
-            "torch.baddbmm(0 * bias.isnan(), q_of_group",
+            "torch.baddbmm(mask.flatten(0, 1),",
+            "torch.baddbmm(torch.zeros_like(mask).flatten(0, 1),",
             "test_attention_with_the_mask_of_a_cache",
         ),
         (
             "scores of a single query not scaled",
-            ", alpha=d**-0.5)",
-            ")",
+            "alpha=q.shape[-1] ** -0.5)",
+            "alpha=1.0)",
             "test_attention_with_the_mask_of_a_cache",
         ),
         (
-            "the mask of the first key head serves all",
-            "bias.expand(-1, Hkv, -1, -1)",
-            "bias[:1].expand(len(q), Hkv, -1, -1)",
-            "test_attention_with_the_mask_of_a_cache",
-        ),
-        (
-            "what is added to the scores is a mask",
-            "if mask.dtype == torch.bool else scores + mask",
-            "if mask.dtype == torch.bool else scores",
+            "the mask of the first row serves all",
+            "mask = mask.expand(*q_of_group",
+            "mask = mask[:1].expand(*q_of_group",
             "test_attention_with_the_mask_of_a_cache",
         ),
         (
@@ -156,6 +150,12 @@ MUTANTS = [
             "attn_mask=mask, is_causal=mask is None",
             "attn_mask=None, is_causal=mask is None",
             "test_attention_with_the_mask_of_a_cache",
+        ),
+        (
+            "what is added to the scores is ignored by the reference",
+            "else scores + mask",
+            "else scores",
+            "test_kernel_equals_reference",
         ),
         ("documents see the future", "_same(documents).tril()", "_same(documents)", "test_attention_over_documents"),
         (

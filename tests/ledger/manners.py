@@ -69,8 +69,8 @@ MUTANTS = [
         ("long answers for nothing", "0.3 * (i >= 5)", "0.0 * (i >= 5)", TABLE),
         ("one fine for any length", "0.3 * (i >= 5)", "0.3 * (i == 5)", HAND),
         # the coin
-        ("the worse is preferred", "math.exp(second - first)", "math.exp(first - second)", COIN),
-        ("a colder coin", "math.exp(second - first)", "math.exp(2 * (second - first))", COIN),
+        ("the worse is preferred", "math.tanh((first - second) / 2)", "math.tanh((second - first) / 2)", COIN),
+        ("a colder coin", "math.tanh((first - second) / 2)", "math.tanh(first - second)", COIN),
         ("no chance in the labels", "rng.random() > prefers_first", "0.5 > prefers_first", OFTEN),
         ("labels exchanged", "rng.random() > prefers_first", "rng.random() < prefers_first", OFTEN),
         (

@@ -347,7 +347,8 @@ MUTANTS = [
             ("added where it was not written", "[:1] + kept[i][at:])", "[:1] + kept[i])", REVISE),
             ("whole continuations are put in", "tokenizer))[:1] +", "tokenizer)) +", REVISE),
             ("revised or not, all is kept", "bool(after) and score(after) > score(before) for", "True for", NO_BETTER),
-            ("rude is good", "== wanted[name] for name in wanted", "for name in wanted", REVISE),
+            ("rude is good", "*who) == is_wanted)", "*who))", REVISE),
+            ("one rule is enough", "[min(row) for row in zip([1.0] *", "[max(row) for row in zip([0.0] *", REVISE),
             # process supervision
             ("all four must arrive", "right[p, *ids] = any(world", "right[p, *ids] = all(world", ENDINGS),
             (
@@ -453,7 +454,9 @@ MUTANTS = [
                 "args.label_smoothing > 0.5,",
                 FLAGS,
             ),
-            ("nothing left to train on", "if not rows or not test", "if not test", ROWS),
+            ("steps are looked at once", '3.0 if args.feedback == "steps" else 1.0', "1.0", DEFAULTS),
+            ("--epochs is overruled", "if args.epochs is None:", "if True:", DEFAULTS),
+            ("nothing left to train on", "if not rows or not test", "if not test", DROPPED),
             ("a list of one is ranked", 'any(len(row["scores"]) < 2', 'any(len(row["scores"]) < 1', ROWS),
             (
                 "dropped in silence",

@@ -8,7 +8,6 @@ KEY = "test_a_generator_depends_on_its_key_alone"
 PLACE = "test_what_is_made_depends_on_the_seed_and_the_place_alone"
 GENERATOR = "test_no_two_items_draw_from_one_generator"
 EIGHTH = "test_one_problem_in_eight_is_kept_for_the_test_on_every_machine"
-DRAWN = "test_problems_are_drawn_from_the_split_that_is_asked_for"
 BASE = "test_base_text_solves_train_problems_only"
 OTHERS = "test_base_text_never_takes_the_test_of_another_skill"
 STEPS = "test_no_step_of_a_working_shows_an_addition_of_the_test"
@@ -35,6 +34,8 @@ SHOWN = "test_sft_answers_sums_right_and_shows_steps_when_asked"
 PASSAGE = "test_a_passage_is_about_strangers_and_answers_its_question"
 AGAIN = "test_base_text_says_a_whole_passage_once_more"
 SCENE = "test_a_scene_answers_its_question"
+ASKED = "test_where_a_thing_stands_in_a_caption_does_not_tell_what_is_asked"
+ORDER = "test_two_numbers_are_of_one_split_in_either_order"
 WORDS = "test_words_for_things"
 ROWS = "test_every_row_of_the_weather_is_a_distribution"
 ENTROPY = "test_the_entropy_of_the_weather_is_that_of_its_stationary_state"
@@ -85,9 +86,9 @@ MUTANTS = [
         ("a quarter kept for the test", "digest()[0] % 8 == 0", "digest()[0] % 8 < 2", EIGHTH),
         (
             "split by something else than the task",
-            "split_of(skill.task.format(**problem)) == split",
-            "split_of(str(problem)) == split",
-            DRAWN,
+            "return split_of(skill.task.format(**problem))",
+            "return split_of(str(problem))",
+            BASE,
         ),
         (
             "test problems on the operands of a train problem",
@@ -101,11 +102,16 @@ MUTANTS = [
         ("scenes of the test in base text", 'draw_scene(rng, "train")', 'draw_scene(rng, "test")', OTHERS),
         ("passages of the test in base text", 'draw_passage(rng, "train"', 'draw_passage(rng, "test"', OTHERS),
         ("passages split by their people alone", 'split_of(f"{attribute} {facts}")', "split_of(str(names))", OTHERS),
-        ("scenes split by caption, whatever is asked", "split_of(caption + question)", "split_of(caption)", OTHERS),
+        ("the other order is another problem", 'if "a" in problem:\n', "if False:\n", ORDER),
+        ("9 comes after 10", "sorted(problem.values(), key=int)", "sorted(problem.values())", ASKS),
+        ("scenes split by caption", 'f"{sorted(things)} {question}"', "caption + question", OTHERS),
+        ("scenes split whatever is asked", 'f"{sorted(things)} {question}"', "str(sorted(things))", OTHERS),
+        ("scenes split by who comes first", "{sorted(things)}", "{list(things)}", OTHERS),
+        ("the second thing is asked about", "*shuffled(rng, things)", "*things", ASKED),
         (
             "one step of the train split is enough",
-            'all(split_of(step) == "train"',
-            'any(split_of(step) == "train"',
+            'all(split_of_problem(SKILLS["add"], step)',
+            'any(split_of_problem(SKILLS["add"], step)',
             STEPS,
         ),
         ("steps are off by one when looked up", "zip(totals, numbers[1:]", "zip(totals, numbers", STEPS),
@@ -114,7 +120,7 @@ MUTANTS = [
         ("the test asks train problems", "draw_problem(skill, rng, split)", 'draw_problem(skill, rng, "train")', ASKS),
         ("the test asks train sums", "draw_sum(rng, split)", 'draw_sum(rng, "train")', ASKS),
         ("the test asks about train passages", "draw_passage(rng, split)", 'draw_passage(rng, "train")', ASKS),
-        ("products split by another text", 'split_of(f"{a} * {b}")', 'split_of(f"{b} * {a}")', ASKS),
+        ("products split by another text", "{max(a, b)} * {min(a, b)}", "{a} * {b}", ASKS),
         (
             "the skill held back is solved in base text",
             "found.append((SKILLS[name], problem))",
@@ -281,8 +287,8 @@ MUTANTS = [
         # checking
         (
             "an open block of reasoning is an answer",
-            '"<think>" in completion and "</think>" not',
-            '"<think>" == completion and "</think>" not',
+            'return "" if "<think>" in answer else answer',
+            "return answer",
             FINAL,
         ),
         (
@@ -291,6 +297,7 @@ MUTANTS = [
             'completion.split("</think>", 1)[-1]',
             FINAL,
         ),
+        ("half a test for few rows", "math.ceil(args.rows / len(TEST_PARTS))", "args.rows // len(TEST_PARTS)", WRITE),
         ("spaces around the answer matter", "1)[-1].strip()", "1)[-1]", FINAL),
         (
             "an answer that holds the right one",

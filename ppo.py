@@ -1,0 +1,642 @@
+"""Proximal policy optimization from a learned reward: RLHF, with a critic and a penalty for leaving the start.
+
+    rewards[t]    = - kl_coef * (old_logps[t] - ref_logps[t]) + reward where t is the last token
+    delta[t]      = rewards[t] + gamma * values[t + 1] - values[t]
+    advantages[t] = delta[t] + gamma * lam * advantages[t + 1]
+    loss = mean_t - min(ratio A, clip(ratio, 1 - clip_eps, 1 + clip_eps) A)
+           + vf_coef / 2 * mean_t max((values - returns)^2, (values_clipped - returns)^2)
+
+(Schulman et al. 2017, arXiv 1707.06347, equations 7 and 9; GAE, 1506.02438, equation 16; the KL in the reward of
+Ziegler et al. 2019, 1909.08593, equation 2, and InstructGPT, 2203.02155; the details of Huang et al. 2024, 2403.17031,
+here N+.)
+values[t] is what the critic expects from the state before token t, and returns = advantages + values, before whitening.
+An answer that is cut off ends there like any other, and its reward is --eos-penalty instead.
+
+    detail of N+                                               here
+    reward -1 for an answer without its ending token           --eos-penalty, in `final_reward`
+    the mean reward of the start is 0                          `final_reward`, which also divides by its deviation
+    critic: the reward model's weights, new head std 1/sqrt(D+1)   `new_critic`
+    advantages whitened over real tokens, rewards not          `whitened`
+    4 passes over a rollout, 1 minibatch                       --passes 4 --minibatches 1
+    gamma 1, lam 0.95, clip_eps 0.2, vf_coef 0.1, kl_coef 0.05    the defaults; in the generated world kl_coef is less
+    temperature in sampling and in log-probs, no top-k         `score`
+    no dropout, policy and critic step together, linear lr     there is none; one optimizer; --schedule linear
+
+    --reward model     the reward model of reward.py, or --reward-model DIR (such as one of --labels ai)
+    --reward judge     the SFT model's own opinion by the constitution (direct RLAIF, 2309.00267, section 3.2)
+    --reward exact     or another rule of data/checkers.py, or FILE.py:function; --preset reft: SFT, then PPO on the
+                       same questions with a rule's reward (ReFT, 2401.08967)
+    --rm-pairs N       comparisons of the start's own answers that the reward model learns from first
+    --refresh-rm N     and every N steps it learns from the annotator's view of new answers (2204.05862)
+    --kl-target X      kl_coef follows the KL (1909.08593, section 2.2)      --loss a2c   one pass, no clip (1602.01783)
+
+In the generated world the annotator's true utility is known, and OUT/overoptimisation.svg draws it and the learned
+reward over the KL (Gao et al. 2022, 2210.10760). A reward model that never saw this policy's own answers (--rm-pairs 0)
+cannot tell its false facts from true ones: with --kl-coef 0 the reward rises and the utility falls from the first step.
+
+    python ppo.py                                                    the tiny model, reward.py's reward
+    python ppo.py --model DIR --reward-model DIR --data FILE.jsonl   a real model; rows with a prompt
+    torchrun --nproc-per-node 8 ppo.py --model DIR --reward-model DIR --data FILE.jsonl
+    python ppo.py --kl-coef 0 --rm-pairs 0                           too much of a good thing
+
+The last lines say what the annotator thinks of held-out answers: `utility: -1.x before, 1.x after`.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from data import chat, checkers, formats, manners, world
+from data.formats import UserError
+from data.tokenizer import Tokenizer
+from kernels import IGNORED, linear_logps
+from loop import COUNT, REAL, WHOLE, Loop, RunFailed, adamw, clip, curve, parser, run, set_lr
+from model import Generation, Transformer, frozen, generate, load
+from reward import bradley_terry, rewards_of, with_scalar_head
+
+# 1. The objective
+
+# All tensors are (B, T), aligned to input_ids; where completion_mask is 0 anything may stand.
+
+
+def final_reward(scores: Tensor, finished: Tensor, *, mean: float, std: float, clip_at: float, eos_penalty: float
+                 ) -> Tensor:  # fmt: skip
+    """(B,): (score - mean) / std within +-clip_at (0: no clip); eos_penalty for an answer that did not end (N+)."""
+    reward = (scores - mean) / std
+    reward = reward.clamp(-clip_at, clip_at) if clip_at else reward
+    return torch.where(finished, reward, eos_penalty)
+
+
+def token_rewards(reward: Tensor, old_logps: Tensor, ref_logps: Tensor, completion_mask: Tensor, *, kl_coef: float
+                  ) -> Tensor:  # fmt: skip
+    """- kl_coef * log pi_old / ref at each token, and reward (B,) at the last one (1909.08593, equation 2)."""
+    kl = (old_logps - ref_logps).masked_fill(completion_mask == 0, 0.0)
+    is_last = completion_mask.flip(-1).cumsum(-1).flip(-1) * completion_mask == 1
+    return -kl_coef * kl + torch.where(is_last, reward[:, None], 0.0)
+
+
+def gae(rewards: Tensor, values: Tensor, completion_mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """(advantages, returns): A[t] = delta[t] + gamma lam A[t + 1], and A + values (1506.02438, equation 16).
+
+    Behind the last token the value is 0: nothing follows.
+    """
+    there = completion_mask.bool()
+    values = values.masked_fill(~there, 0.0)
+    advantages, following = torch.zeros_like(values), torch.zeros_like(values[:, 0])
+    next_value = torch.zeros_like(following)
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        following = torch.where(there[:, t], delta + gamma * lam * following, 0.0)
+        advantages[:, t], next_value = following, values[:, t]
+    return advantages, (advantages + values).masked_fill(~there, 0.0)
+
+
+def whitened(x: Tensor, completion_mask: Tensor, loop: Loop) -> Tensor:
+    """x with mean 0 and deviation 1 over the real tokens of the whole step, on all ranks."""
+    real = x[completion_mask.bool()].double()
+    n, total = loop.sum_over_ranks(torch.stack([torch.ones_like(real).sum(), real.sum()]))
+    squares = loop.sum_over_ranks((real - total / n).square().sum())
+    white = (x - total / n) * (squares / (n - 1).clamp(min=1) + 1e-8).rsqrt()
+    return white.masked_fill(completion_mask == 0, 0.0).to(x.dtype)
+
+
+def policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, completion_mask: Tensor, *, clip_eps: float
+                ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """- min(ratio A, clip(ratio, 1 - clip_eps, 1 + clip_eps) A) (1707.06347, equation 7), and the ratio.
+
+    clip_eps 0 does not clip: at ratio 1 the gradient is that of - A log pi, which is A2C (1602.01783).
+    """
+    dead = completion_mask == 0
+    ratio, advantages = (logps - old_logps).masked_fill(dead, 0.0).exp(), advantages.masked_fill(dead, 0.0)
+    bounded = ratio.clamp(1 - clip_eps, 1 + clip_eps) if clip_eps else ratio
+    return -torch.min(ratio * advantages, bounded * advantages), ratio
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, completion_mask: Tensor, *, value_clip: float
+               ) -> Tensor:  # fmt: skip
+    """1/2 max((V - R)^2, (clip(V, V_old +- value_clip) - R)^2); value_clip 0 does not clip."""
+    values, old_values, returns = (x.masked_fill(completion_mask == 0, 0.0) for x in (values, old_values, returns))
+    near = old_values + (values - old_values).clamp(-value_clip, value_clip) if value_clip else values
+    return 0.5 * torch.max((values - returns).square(), (near - returns).square())
+
+
+def adapted(kl_coef: float, kl: float, target: float) -> float:
+    """kl_coef * (1 + 0.1 * clip(KL / target - 1, -0.2, 0.2)) (1909.08593, section 2.2)."""
+    return kl_coef * (1 + 0.1 * max(-0.2, min(0.2, kl / target - 1)))
+
+
+LOSSES = {  # name: {hyperparameter: default}
+    "ppo": {"clip_eps": 0.2, "value_clip": 0.2, "passes": 4},
+    "a2c": {"clip_eps": 0.0, "value_clip": 0.0, "passes": 1},
+}
+
+
+def score(model: Transformer, critic: nn.Module | None, ids: Tensor, mask: Tensor, tokenizer: Tokenizer,
+          temperature: float) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """log pi, entropy and (with a critic) values of the completions, 0 elsewhere; a Linear critic shares the trunk."""
+    targets, hidden = ids.masked_fill(mask == 0, IGNORED), model.hidden_before(ids)
+    head, values = model.head.weight[: tokenizer.vocab_size], None  # ids beyond it are never sampled
+    logps, entropy = linear_logps(hidden, head, targets, temperature=temperature, with_entropy=True)
+    if isinstance(critic, nn.Linear):
+        values = critic(hidden).squeeze(-1).float()
+    elif critic is not None:
+        values = (critic.hidden_before(ids) * critic.head.weight).sum(-1).float()
+    return logps, entropy, None if values is None else values.masked_fill(mask == 0, 0.0)
+
+
+def new_critic(model: Transformer, reward_model: Transformer | None, kind: str) -> nn.Module:
+    """A network of its own with the weights of the reward model (or policy), or a head on the policy's trunk."""
+    if kind == "own":
+        return with_scalar_head(reward_model or model)
+    head = nn.Linear(model.config.width, 1, bias=False).to(model.embed.weight)
+    nn.init.normal_(head.weight, std=(model.config.width + 1) ** -0.5)
+    return head
+
+
+# 2. Data
+
+
+class Task(NamedTuple):
+    prompt: list[int]
+    row: dict  # "prompt", and what there is of "answer", "asker", "name" and the annotation, "messages"
+
+
+class Batch(NamedTuple):
+    """A rollout and what is learned from it, all (B, T)."""
+
+    input_ids: Tensor
+    completion_mask: Tensor
+    old_logps: Tensor
+    old_values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+
+def task_of(row: dict, tokenizer: Tokenizer, args: argparse.Namespace) -> Task:
+    messages = [{"role": "user", "content": row["prompt"]}] if isinstance(row["prompt"], str) else row["prompt"]
+    ids = chat.render(messages, tokenizer, add_generation_prompt=True, chat_format=args.chat_format).input_ids
+    return Task(ids, row)
+
+
+def tasks_of(args: argparse.Namespace, tokenizer: Tokenizer, loop: Loop) -> tuple[list[Task], list[Task]]:
+    """(train, held out): requests of data/manners.py for a learned reward, sums for a rule, or rows of --data."""
+    if args.data:
+        schemas, mapping = ("answer",) if args.reward in checkers.NEED_ANSWER else ("answer", "prompt"), args.map
+        rows, held_out = formats.hold_out(formats.read_jsonl(args.data, schemas, mapping=formats.parse_map(mapping)))
+        if args.eval_data:
+            held_out = formats.read_jsonl(args.eval_data, schemas, mapping=formats.parse_map(mapping))
+        if not held_out:
+            loop.say(f"only {len(rows)} rows: none are held out, and what is measured are the training rows")
+        if args.reward in checkers.NEED_ANSWER:
+            checkers.check_answers(args.reward, rows + held_out)
+        train, test = ([task_of(row, tokenizer, args) for row in some] for some in (rows, held_out or rows))
+    else:
+        n = args.questions or args.steps * args.batch_size
+        train = [task_of(world_row(("ppo", args.seed, i), "train", args), tokenizer, args) for i in range(n)]
+        test = [task_of(world_row(("ppo test", i), "test", args), tokenizer, args) for i in range(args.tests)]
+    longest = max(len(task.prompt) for task in train + test)
+    if longest + args.max_new_tokens > args.max_length:
+        raise UserError(f"a prompt of {longest} tokens and --max-new-tokens {args.max_new_tokens} exceed --max-length "
+                        f"{args.max_length}")
+    return train, test
+
+
+def world_row(key: Sequence, split: str, args: argparse.Namespace) -> dict:
+    rng = world.rng_for(*key)
+    if args.reward in ("model", "judge"):
+        return manners.draw_request(rng, split)
+    row = world.exchange("sums", rng, split)
+    return {"prompt": row["messages"][0]["content"], "answer": row["answer"], "messages": row["messages"]}
+
+
+def answers_to(model: Transformer, tasks: Sequence[Task], tokenizer: Tokenizer, samples: int, temperature: float,
+               seed: Sequence[int], args: argparse.Namespace, loop: Loop) -> tuple[Generation, list[str]]:  # fmt: skip
+    """`samples` answers to each task, and their texts; sampled from what is scored: no top-k, no top-p."""
+    with loop.autocast():
+        found = generate(
+            model, [task.prompt for task in tasks], max_new_tokens=args.max_new_tokens, eos_ids=tokenizer.eos_ids,
+            samples=samples, temperature=temperature, vocab_size=tokenizer.vocab_size,
+            seed=world.rng_for("rollout", *seed).getrandbits(60),
+        )  # fmt: skip
+    return found, [chat.completion_text(ids, tokenizer) for ids in found.completions]
+
+
+@torch.no_grad()
+def scores_of(found: Generation, texts: list[str], tasks: Sequence[Task], tokenizer: Tokenizer,
+              reward_model: Transformer | None, args: argparse.Namespace, loop: Loop) -> Tensor:  # fmt: skip
+    """(B,): what --reward thinks of each answer; row r answers task r // (B / tasks)."""
+    each = len(texts) // len(tasks)
+    if args.reward == "model":
+        parts = []
+        for start in range(0, len(texts), args.micro_batch_size):
+            rows = slice(start, start + args.micro_batch_size)
+            with loop.autocast():
+                parts.append(rewards_of(reward_model, found.input_ids[rows], found.completion_mask[rows]).float())
+        return torch.cat(parts)
+    if args.reward == "judge":
+        import reward
+
+        yes = reward.opinions(reward_model, tokenizer, texts, list(reward.CONSTITUTION), args, loop)
+        values = [reward.worth(yes[text], list(reward.CONSTITUTION)) for text in texts]
+    else:
+        rule = checkers.load_reward(args.reward)
+        values = [rule(prompt_text(tasks[i // each]), text, tasks[i // each].row) for i, text in enumerate(texts)]
+    return torch.tensor(values, device=loop.device)
+
+
+def prompt_text(task: Task) -> str:
+    prompt = task.row["prompt"]
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+def utilities(texts: list[str], tasks: Sequence[Task]) -> list[float]:
+    """The annotator's true utility of each answer; NaN where there is no annotator."""
+    each = len(texts) // len(tasks)
+    rows = [tasks[i // each].row for i in range(len(texts))]
+    return [manners.utility(text, row["asker"], row["name"]) if "asker" in row else math.nan
+            for text, row in zip(texts, rows, strict=True)]  # fmt: skip
+
+
+@torch.no_grad()
+def scored(model: Transformer, critic: nn.Module | None, found: Generation, tokenizer: Tokenizer,
+           args: argparse.Namespace, loop: Loop) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """log pi and values (B, T) of a whole rollout, without a gradient."""
+    logps, values = torch.zeros_like(found.logps), torch.zeros_like(found.logps)
+    for start in range(0, len(logps), args.micro_batch_size):
+        rows = slice(start, start + args.micro_batch_size)
+        with loop.autocast():
+            ids, mask = found.input_ids[rows], found.completion_mask[rows]
+            parts = score(model, critic, ids, mask, tokenizer, args.temperature)
+        logps[rows] = parts[0]
+        values[rows] = 0.0 if critic is None else parts[2]
+    return logps, values
+
+
+def lesson(reward_model: Transformer, model: Transformer, tasks: Sequence[Task], tokenizer: Tokenizer, step: int,
+           args: argparse.Namespace, loop: Loop) -> None:  # fmt: skip
+    """One pass of Bradley-Terry over two answers of the policy to each task, labelled by the annotator, in place.
+
+    A reward model that has only seen what others wrote is blind to what this policy gets wrong (InstructGPT, section
+    3.2, compares samples of its SFT model; 2204.05862, section 4.5, goes on with those of each new policy).
+    """
+    parts = []
+    for i in range(0, len(tasks), 128):
+        seed = (args.seed, step, "lesson", i)
+        parts.append(answers_to(model, tasks[i : i + 128], tokenizer, 2, args.temperature, seed, args, loop))
+    worth = [x for i, (_, texts) in enumerate(parts) for x in utilities(texts, tasks[128 * i : 128 * (i + 1)])]
+    rng = world.rng_for("coin", args.seed, step)
+    better = torch.tensor([float(rng.random() < manners.prefers_first(a, b))
+                           for a, b in zip(worth[::2], worth[1::2], strict=True)], device=loop.device)  # fmt: skip
+    optimizer = adamw(reward_model.requires_grad_(True), args.rm_lr, 0.0)
+    total = len(tasks) // 16
+    for n, start in enumerate(range(0, 16 * total, 16)):
+        found, first = parts[start // 128][0], 2 * (start % 128)
+        ids, mask = found.input_ids[first : first + 32], found.completion_mask[first : first + 32]
+        with loop.autocast():
+            rewards = rewards_of(reward_model, ids, mask).view(-1, 2)
+        bradley_terry(rewards[:, 0], rewards[:, 1], better[start : start + 16], 0.0, 0.01).mean().backward()
+        clip(reward_model, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = args.rm_lr * min(1, (n + 1) / 5) * (1 - n / total)
+        optimizer.step()
+        optimizer.zero_grad()
+    reward_model.requires_grad_(False)
+
+
+def imitate(model: Transformer, tasks: Sequence[Task], tokenizer: Tokenizer, args: argparse.Namespace, loop: Loop
+            ) -> None:  # fmt: skip
+    """The warm-up of ReFT, in place: --sft-steps supervised steps on the annotation of the questions; sft.py's loss."""
+    optimizer = adamw(model, args.sft_lr, 0.0)
+    rows = [chat.render(task.row["messages"], tokenizer, chat_format=args.chat_format) for task in tasks]
+    for step in range(args.sft_steps):
+        some = [rows[(step * 64 + i) % len(rows)] for i in range(64)]
+        width = max(len(row.input_ids) for row in some)
+        ids, mask = (torch.tensor([part + [0] * (width - len(part)) for part in parts], device=loop.device)
+                     for parts in zip(*some, strict=True))  # fmt: skip
+        with loop.autocast():
+            loss = -score(model, None, ids, mask, tokenizer, 1.0)[0].sum() / mask.sum()
+        loss.backward()
+        clip(model, args.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+# The measurement
+
+
+@torch.no_grad()
+def evaluate(model: Transformer, ref_model: Transformer | None, reward_model: Transformer | None, tasks: list[Task],
+             tokenizer: Tokenizer, args: argparse.Namespace, loop: Loop) -> dict[str, list[float]]:  # fmt: skip
+    """{metric: one number a held-out question}, of one sample at temperature 1; the first is what the run is for.
+
+    ref_model None: this is the start. A rule is measured by the greedy answers instead.
+    """
+    model.eval()
+    found, texts = answers_to(model, tasks, tokenizer, 1, 1.0, (args.seed, "test"), args, loop)
+    proxy = scores_of(found, texts, tasks, tokenizer, reward_model, args, loop).tolist()
+    rows = {"reward": proxy, "length": found.completion_mask.sum(-1).float().tolist(), "KL": [0.0] * len(tasks)}
+    if args.reward not in ("model", "judge"):
+        _, greedy = said = answers_to(model, tasks, tokenizer, 1, 0.0, (0,), args, loop)
+        right = scores_of(said[0], greedy, tasks, tokenizer, reward_model, args, loop)
+        rows = {"accuracy": (right >= 1).float().tolist()} | rows
+    elif "asker" in tasks[0].row:
+        rows = {"utility": utilities(texts, tasks)} | rows
+    if ref_model is not None:
+        at_one = argparse.Namespace(**vars(args) | {"temperature": 1.0})
+        now, then = (scored(m, None, found, tokenizer, at_one, loop)[0].sum(-1) for m in (model, ref_model))
+        rows["KL"] = (now - then).tolist()
+    model.train()
+    return rows
+
+
+def best_of_4(model: Transformer, reward_model: Transformer | None, tasks: list[Task], tokenizer: Tokenizer,
+              args: argparse.Namespace, loop: Loop) -> float:  # fmt: skip
+    """The true utility of that one of four samples of the start which --reward likes best."""
+    found, texts = answers_to(model, tasks, tokenizer, 4, 1.0, (args.seed, "best of 4"), args, loop)
+    best = scores_of(found, texts, tasks, tokenizer, reward_model, args, loop).view(-1, 4).argmax(-1)
+    worth = torch.tensor(utilities(texts, tasks)).view(-1, 4)
+    return worth.gather(1, best[:, None].cpu()).mean().item()
+
+
+def conclude(model: Transformer, ref_model: Transformer, tokenizer: Tokenizer, tasks: list[Task],
+             before: dict[str, list[float]], after: dict[str, list[float]], baselines: dict[str, float],
+             args: argparse.Namespace, loop: Loop) -> dict:  # fmt: skip
+    """Print three answers before and after, draw reward and utility over the KL, write result.json."""
+    rows = {}
+    for name in after:
+        differences = torch.tensor(after[name]) - torch.tensor(before[name])
+        half_width = 1.96 * differences.std().item() / math.sqrt(len(differences)) if len(differences) > 1 else None
+        rows[name] = {"before": statistics.fmean(before[name]), "after": statistics.fmean(after[name]),
+                      "n": len(differences), "ci95": half_width}  # fmt: skip
+    if loop.main:
+        said = [answers_to(m, tasks[:3], tokenizer, 1, 1.0, (0,), args, loop)[1] for m in (ref_model, model)]
+        for task, a, b in zip(tasks, *said, strict=False):
+            print(f"\n  user    {prompt_text(task)}\n  before  {a}\n  after   {b}")
+        series = ("reward", "utility") if "utility" in after else ("reward",)
+        lines = [json.loads(line) for line in loop.metrics_file.read_text().splitlines()]
+        picture = curve([line | {"step": max(line["kl"], 0.0)} for line in lines], series,
+                        title="reward as learned and utility as it is")  # fmt: skip
+        Path(loop.out / "overoptimisation.svg").write_text(picture.replace(">step<", ">KL to the start, nats<"))
+    metric = next(iter(rows))
+    primary = rows.pop(metric)
+    for name, value in baselines.items():
+        if (theirs := value - primary["before"]) > 0:
+            share = (primary["after"] - primary["before"]) / theirs
+            loop.say(f"the gain is {share:.0%} of that of {name}, at a KL of {rows['KL']['after']:.1f} nats")
+    return loop.finish(
+        metric, primary["before"], primary["after"], n=primary["n"], ci95=primary["ci95"], metrics=rows,
+        baselines=baselines, variant=f"{args.loss} {args.preset or args.reward}", series=series if loop.main else (),
+    )
+
+
+# 3. Config
+
+DEFAULTS = {  # flag: (the generated world, --data)
+    "steps": (20, 200),
+    "batch_size": (128, 64),
+    "micro_batch_size": (128, 4),
+    "lr": (3e-4, 3e-6),
+    "warmup": (2, 10),
+    "max_length": (128, 2048),
+    "max_new_tokens": (72, 512),
+    "kl_coef": (0.05, 0.05),
+    "rm_pairs": (3000, 0),
+}
+PRESETS = {  # of the generated world
+    "": {"reward": "model", "sft_steps": 0, "questions": None, "eos_penalty": -1.0},
+    "reft": {"reward": "reft", "sft_steps": 30, "questions": 500, "eos_penalty": 0.0},
+}
+LOGGED = """logged every --log-every steps, with what is healthy (printed once at the start):
+  reward            mean score of the answers, as --reward gives it       rises
+  utility           the annotator's, in the generated world               rises with it; where it falls: too much
+  kl                nats a sequence to the start                          below 10; look at answers beyond 20
+  kl_coef           moves with --kl-target only
+  length            tokens of an answer                                   no sudden jump
+  unfinished        share of answers cut off at --max-new-tokens          below 0.1
+  loss, value_loss  of the last pass; the latter should fall, below the variance of returns
+  explained         share of the returns' variance that the critic foresaw   above 0, better above 0.5
+  entropy           nats a token                                          falls slowly; near 0: nothing new is tried
+  clip_fraction     share of tokens whose ratio is beyond the clip        0.01 to 0.3
+  ratio_max         largest pi / pi_old                                   below 10
+  step_kl           KL of the old to the new policy, nats a token         below 0.02, or see --stop-kl
+  updates           made of --passes * --minibatches                      all of them, unless --stop-kl stops
+  grad_norm         before clipping                                       below 10 times its usual value
+  mismatch          largest |log-prob as sampled - as rescored|           below 1e-3 in fp32, or the run fails
+  rollout_seconds, update_seconds, seconds, tokens_per_second
+"""
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    cli = parser(
+        __doc__,
+        flags=("--model", "--data", "--out", "--steps", "--batch-size", "--micro-batch-size", "--lr", "--warmup",
+               "--schedule", "--weight-decay", "--grad-clip", "--max-length", "--max-new-tokens", "--eval-data",
+               "--seed", "--device", "--dtype", "--compile", "--parallel", "--log-every", "--eval-every",
+               "--save-every", "--resume"),
+        defaults=dict.fromkeys(DEFAULTS) | {"schedule": "linear", "weight_decay": 0.0, "grad_clip": 1.0,
+                                            "log_every": 1},
+    )
+    cli.epilog = LOGGED
+    cli.add_argument("--loss", choices=tuple(LOSSES), default="ppo", help="a2c: one pass and no clip")
+    cli.add_argument("--preset", choices=tuple(PRESETS), default="", help="a recipe of the generated world, see above")
+    cli.add_argument("--reward", metavar="NAME", help="model, judge, exact, number, boxed, reft, format or "
+                     "FILE.py:function (default: model)")  # fmt: skip
+    cli.add_argument("--reward-model", metavar="DIR", help="checkpoint of reward.py (default: out/reward)")
+    cli.add_argument("--reward-clip", type=REAL, default=5.0, help="largest reward, in deviations; 0 never clips")
+    cli.add_argument("--eos-penalty", type=float, help="reward of an answer that is cut off (default: -1; reft 0)")
+    cli.add_argument("--critic", choices=("own", "shared"), default="own", help="a network, or a head on the policy")
+    cli.add_argument("--critic-warmup", type=WHOLE, default=0, help="first steps in which only the critic learns")
+    cli.add_argument("--temperature", type=REAL, default=1.0, help="of sampling and of scoring (default: %(default)s)")
+    cli.add_argument("--passes", type=COUNT, help="over the answers of a step (default: 4; a2c 1)")
+    cli.add_argument("--minibatches", type=COUNT, default=1, help="updates in a pass (default: %(default)s)")
+    cli.add_argument("--kl-coef", type=REAL, help="weight of log pi / ref in the reward (default: 0.05)")
+    cli.add_argument("--kl-target", type=REAL, default=0.0, help="nats a sequence that kl_coef steers to; 0: fixed")
+    cli.add_argument("--stop-kl", type=REAL, default=0.0, help="end a step's updates beyond this KL a token; 0: never")
+    cli.add_argument("--gamma", type=REAL, default=1.0, help="discount (default: %(default)s)")
+    cli.add_argument("--lam", type=REAL, default=0.95, help="GAE's lambda (default: %(default)s)")
+    cli.add_argument("--clip-eps", type=REAL, help="how far the ratio may go from 1; 0 never clips (default: 0.2)")
+    cli.add_argument("--value-clip", type=REAL, help="how far values may go in a step; 0 never clips (default: 0.2)")
+    cli.add_argument("--vf-coef", type=REAL, default=0.1, help="weight of the value loss (default: %(default)s)")
+    cli.add_argument("--rm-pairs", type=WHOLE, help="of the start's own answers that the world's annotator compares "
+                     "for the reward model before PPO (default: 3000; 0 with --data)")  # fmt: skip
+    cli.add_argument("--refresh-rm", type=WHOLE, default=0, help="steps between further lessons of it; 0: none")
+    cli.add_argument("--rm-lr", type=REAL, default=1e-3, help="learning rate of these lessons (default: %(default)s)")
+    cli.add_argument("--sft-steps", type=WHOLE, help="supervised steps before PPO (default: 0; reft 30)")
+    cli.add_argument("--sft-lr", type=REAL, default=1e-3, help="their learning rate (default: %(default)s)")
+    cli.add_argument("--questions", type=COUNT, help="different ones of the world (default: never one twice; reft 500)")
+    cli.add_argument("--tests", type=COUNT, default=400, help="held-out ones of the world (default: %(default)s)")
+    cli.add_argument("--show-every", type=WHOLE, default=10, help="steps between samples shown (default: %(default)s)")
+    cli.add_argument("--map", nargs="+", default=[], metavar="THEIRS=OURS", help="rename fields of the JSONL files")
+    cli.add_argument("--chat-format", help="chatml, qwen2.5, qwen3 or llama3, where the checkpoint does not say")
+    args = cli.parse_args(argv)
+    for name, values in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, values[args.data is not None])
+    for name, value in (PRESETS[args.preset] | LOSSES[args.loss]).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for is_wrong, text in (
+        (args.temperature == 0, "--temperature 0: nothing new would ever be tried"),
+        (args.parallel == "fsdp", "--parallel fsdp: ranks decode unequal numbers of tokens; only replicas work here"),
+        (args.clip_eps >= 1, "--clip-eps: expected less than 1"),
+        (max(args.gamma, args.lam) > 1, "--gamma and --lam: expected at most 1"),
+        (args.data and args.preset, "--preset is a recipe of the generated world: it takes no --data"),
+        (args.data and args.sft_steps, "--sft-steps learns from the generated world: it takes no --data"),
+        (args.refresh_rm and args.reward != "model", "--refresh-rm teaches a reward model: it needs --reward model"),
+        (args.data and (args.rm_pairs or args.refresh_rm), "--rm-pairs and --refresh-rm ask the world's "
+         "annotator: they take no --data"),
+        (args.sft_steps and args.reward in ("model", "judge"), "--sft-steps needs annotated sums: --preset reft"),
+        (args.data and args.reward == "model" and not args.reward_model, "--data needs --reward-model or --reward"),
+    ):  # fmt: skip
+        if is_wrong:
+            raise UserError(text)
+    if args.reward not in ("model", "judge"):
+        checkers.load_reward(args.reward)
+    return args
+
+
+def main(args: argparse.Namespace) -> dict:
+    # 4. Setup
+    loop = Loop(args, "ppo", out="-".join(filter(None, ["ppo", args.preset])))
+    if args.batch_size % loop.world_size:
+        raise UserError(f"--batch-size {args.batch_size}: expected a multiple of the {loop.world_size} ranks")
+    model, tokenizer = load(args.model or loop.require("sft"))
+    model.to(loop.device)
+    if args.max_length > model.config.max_length:
+        raise UserError(f"--max-length {args.max_length}: the model reads at most {model.config.max_length} tokens")
+    reward_model = None
+    if args.reward == "model":
+        reward_model = load(args.reward_model or loop.require("reward"), labels=1)[0].to(loop.device).eval()
+    elif args.reward == "judge":
+        reward_model = frozen(model)
+    loop.say(f"--loss {args.loss}: " + ", ".join(f"{name} {getattr(args, name)}" for name in LOSSES[args.loss]))
+    if not args.resume:
+        loop.say(LOGGED.rstrip())
+    tasks, test = tasks_of(args, tokenizer, loop)
+    if args.sft_steps and not args.resume:
+        imitate(model, tasks, tokenizer, args, loop)
+    ref_model = frozen(model)
+    loop.seed(0)  # the critic's head is the same whatever was drawn before it
+    critic = new_critic(model, reward_model if args.reward == "model" else None, args.critic)
+    both = nn.ModuleDict({"policy": model, "critic": critic})
+    optimizer = adamw(both, args.lr, args.weight_decay)
+    loop.compile(model)
+    extra = loop.restore(model, optimizer)
+    for name, module in (("ref", ref_model), ("critic", critic), ("reward_model", reward_model)):
+        if kept := {key.removeprefix(f"{name}."): value for key, value in extra.items() if key.startswith(f"{name}.")}:
+            module.load_state_dict(kept)
+    loop.describe(model)
+    if args.reward == "model" and args.rm_pairs and not args.resume:
+        rows = (world_row(("lesson", args.seed, i), "train", args) for i in range(args.rm_pairs))
+        own = [task_of(row, tokenizer, args) for row in rows]
+        lesson(reward_model, model, own, tokenizer, 0, args, loop)
+    before = extra.get("before") or evaluate(model, None, reward_model, test, tokenizer, args, loop)
+    scale = {"mean": 0.0, "std": 1.0}  # of the scores of the start
+    if args.reward in ("model", "judge"):
+        scale = {"mean": statistics.fmean(before["reward"]), "std": max(statistics.pstdev(before["reward"]), 1e-3)}
+    baselines = extra.get("baselines", {})
+    if "utility" in before and not extra:
+        baselines["best of 4 by the same reward"] = best_of_4(model, reward_model, test, tokenizer, args, loop)
+    kl_coef = extra.get("kl_coef", args.kl_coef)
+
+    # 5. Train
+    for step in loop.steps(args.steps):
+        lr, begun = set_lr(optimizer, args, step), time.perf_counter()
+
+        # rollout and reward
+        some = [tasks[i] for i in loop.batch_indices(len(tasks), step)[loop.rank :: loop.world_size]]
+        if args.refresh_rm and step % args.refresh_rm == 0:
+            lesson(reward_model, model, some, tokenizer, step, args, loop)
+        found, texts = answers_to(model, some, tokenizer, 1, args.temperature, (args.seed, step, loop.rank), args, loop)
+        scores = scores_of(found, texts, some, tokenizer, reward_model, args, loop)
+        reward = final_reward(scores, found.finished.to(loop.device), clip_at=args.reward_clip,
+                              eos_penalty=args.eos_penalty, **scale)  # fmt: skip
+        rollout_seconds = time.perf_counter() - begun
+        if args.show_every and step % args.show_every == 1 % args.show_every:
+            loop.say(f"step {step}: {prompt_text(some[0])!r} -> {texts[0]!r}: {reward[0].item():.2f}")
+
+        # advantages
+        mask = found.completion_mask
+        old_logps, old_values = scored(model, critic, found, tokenizer, args, loop)
+        ref_logps, _ = scored(ref_model, None, found, tokenizer, args, loop)
+        rewards = token_rewards(reward, old_logps, ref_logps, mask, kl_coef=kl_coef)
+        advantages, returns = gae(rewards, old_values, mask, gamma=args.gamma, lam=args.lam)
+        advantages = whitened(advantages, mask, loop)
+        batch = Batch(found.input_ids, mask, old_logps, old_values, advantages, returns)
+
+        # updates: forward -> loss -> backward -> clip -> step
+        updates, n_read = 0, 0
+        for rows in (rows for _ in range(args.passes) for rows in torch.randperm(len(mask)).tensor_split(
+                args.minibatches)):  # fmt: skip
+            n_tokens = max(1, loop.sum_over_ranks(int(mask[rows].sum())))
+            sums, ratio_max = torch.zeros(5, device=loop.device), torch.zeros(1, device=loop.device)
+            for part in (Batch(*(x[few] for x in batch)) for few in rows.split(args.micro_batch_size)):
+                with loop.autocast():
+                    logps, entropy, values = score(model, critic, part.input_ids, part.completion_mask, tokenizer,
+                                                   args.temperature)  # fmt: skip
+                losses, ratio = policy_loss(logps, part.old_logps, part.advantages, part.completion_mask,
+                                            clip_eps=args.clip_eps)  # fmt: skip
+                value_losses = value_loss(values, part.old_values, part.returns, part.completion_mask,
+                                          value_clip=args.value_clip)  # fmt: skip
+                policy_weight = float(step > args.critic_warmup)
+                ((policy_weight * losses + args.vf_coef * value_losses).sum() / n_tokens).backward()
+                with torch.no_grad():
+                    beyond = ((ratio - 1).abs() > (args.clip_eps or math.inf)).float()
+                    step_kl = ratio - 1 - ratio.log()  # of pi_old to pi
+                    sums += torch.stack([x.sum() for x in (losses, value_losses, entropy, beyond, step_kl)]) / n_tokens
+                    ratio_max = torch.maximum(ratio_max, ratio.amax()[None])
+                n_read += part.input_ids.numel()
+            loop.all_reduce(both)
+            grad_norm = clip(both, args.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            updates += 1
+            sums = loop.sum_over_ranks(sums)
+            if args.stop_kl and sums[4] > args.stop_kl:
+                break
+
+        # log
+        kl = (old_logps - ref_logps).sum(-1)
+        there = mask.bool()
+        foreseen = 1 - (returns - old_values)[there].var() / returns[there].var().clamp(min=1e-8)
+        means = torch.stack([scores.mean(), torch.tensor(utilities(texts, some), device=loop.device).mean(), kl.mean(),
+                             mask.sum(-1).float().mean(), 1 - found.finished.float().mean(), foreseen,
+                             ratio_max[0]])  # fmt: skip
+        names = ("reward", "utility", "kl", "length", "unfinished", "explained", "ratio_max")
+        means = dict(zip(names, (loop.sum_over_ranks(means) / loop.world_size).tolist(), strict=True))
+        mismatch = (old_logps - found.logps).abs().max().item()
+        if mismatch > 1e-3 and loop.dtype == torch.float32 and loop.device.type == "cpu":
+            raise RunFailed(f"step {step}: log-probs as sampled and as rescored differ by {mismatch:.2g}")
+        names = ("loss", "value_loss", "entropy", "clip_fraction", "step_kl")
+        loop.log(
+            step, **means, kl_coef=kl_coef, **dict(zip(names, sums.tolist(), strict=True)), updates=updates,
+            grad_norm=grad_norm, lr=lr, mismatch=mismatch, rollout_seconds=rollout_seconds,
+            update_seconds=time.perf_counter() - begun - rollout_seconds, tokens=loop.sum_over_ranks(n_read),
+        )  # fmt: skip
+        if args.kl_target:
+            kl_coef = adapted(kl_coef, means["kl"], args.kl_target)
+        if args.eval_every and loop.due("eval", step) and step < args.steps:
+            name, values = next(iter(evaluate(model, None, reward_model, test, tokenizer, args, loop).items()))
+            loop.say(f"step {step}: {name} {statistics.fmean(values):.3f}")
+        if loop.due("save", step):
+            kept = {"before": before, "baselines": baselines, "kl_coef": kl_coef}
+            modules = {"critic": critic} | ({"ref": ref_model} if args.sft_steps else {})
+            modules |= {"reward_model": reward_model} if args.reward == "model" else {}
+            kept |= {f"{name}.{key}": value for name, m in modules.items() for key, value in m.state_dict().items()}
+            loop.save(step, model=model, optimizer=optimizer, tokenizer=tokenizer, extra=kept)
+
+    # 6. Evaluate
+    after = evaluate(model, ref_model, reward_model, test, tokenizer, args, loop)
+    return conclude(model, ref_model, tokenizer, test, before, after, baselines, args, loop)
+
+
+if __name__ == "__main__":
+    run(main, get_args)

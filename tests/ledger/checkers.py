@@ -1,0 +1,138 @@
+"""Planted bugs of data/checkers.py and the tests that catch them."""
+
+from tests.mutants import Mutant
+
+TESTS = "tests/test_checkers.py::"
+RIGHT, WRONG, HOSTILE = (
+    "test_right_answers_are_paid",
+    "test_wrong_answers_are_not",
+    ("test_200_hostile_completions_neither_hang_nor_pay"),
+)
+
+MUTANTS = [
+    Mutant(name, "data/checkers.py", old, new, TESTS + test)
+    for name, old, new, test in [
+        (
+            "G19: exact: an empty answer matches",
+            'float(said != "" and said ==',
+            'float(said in ("", gold := "") or said ==',
+            f"{WRONG}[exact]",
+        ),
+        (
+            "exact: the right answer somewhere",
+            "said == final_answer(row",
+            'final_answer(row["answer"]) in (said, row',
+            f"{WRONG}[exact]",
+        ),
+        (
+            "number: a list of guesses is read from its end",
+            "    if len(found) != 1 or any(",
+            "    if not found or False and any(",
+            f"{WRONG}[number]",
+        ),
+        (
+            "number: digits of other scripts beside it",
+            "    if len(found) != 1 or any(c.isnumeric() for c in",
+            "    if len(found) != 1 or any(False for c in",
+            f"{WRONG}[number]",
+        ),
+        ("number: part of a word", r"(?<![\w.,])", "", f"{WRONG}[number]"),
+        ("number: what follows it is not looked at", r"(?![\w,]|\.\w)", "", f"{WRONG}[number]"),
+        (
+            "G19: thousands are not read",
+            r"([0-9]{1,3}(?:,[0-9]{3}){1,6}|[0-9]{1,20})",
+            "([0-9]{1,20})",
+            "test_numbers_are_exact",
+        ),
+        (
+            "number: signs are lost",
+            'sign = -1 if found[0][0].startswith("-") else 1',
+            "sign = 1",
+            "test_numbers_are_exact",
+        ),
+        (
+            "number: decimals are lost",
+            '.replace(",", "") + (found[0][2] or ""))',
+            '.replace(",", ""))',
+            "test_numbers_are_exact",
+        ),
+        ("number: the first ####", 'text.rsplit("####", 1)[1]', 'text.split("####", 2)[1]', f"{WRONG}[number]"),
+        ("number: not after the last =", '.rsplit("=", 1)[-1]', "", f"{RIGHT}[number]"),
+        (
+            "number: the whole text, not its last sentence",
+            "number_in(sentences[-1].rsplit",
+            "number_in(text.rsplit",
+            f"{RIGHT}[number]",
+        ),
+        (
+            "number: reasoning is looked at",
+            '    text = final_answer(completion)\n    if "####"',
+            '    text = completion\n    if "####"',
+            f"{WRONG}[number]",
+        ),
+        (
+            "number: no number equals no number",
+            "float(said is not None and said == last",
+            "float(said == last",
+            "test_answers_that_can_never_be_right_are_refused",
+        ),
+        (
+            "boxed: the last of several",
+            '    if text.count("\\\\boxed{") != 1:',
+            '    if text.count("\\\\boxed{") < 1:',
+            f"{WRONG}[boxed]",
+        ),
+        (
+            "boxed: unbalanced braces",
+            "        if depth == 0:\n            return rest[:i]\n    return None",
+            "        if depth == 0:\n            return rest[:i]\n    return rest",
+            f"{WRONG}[boxed]",
+        ),
+        (
+            "boxed: the first brace ends it",
+            "        if depth == 0:",
+            '        if c == "}":',
+            "test_texts_that_are_looked_at",
+        ),
+        (
+            "boxed: nothing is right",
+            'float(said != "" and (said == gold or same_number))',
+            "float(said == gold or same_number)",
+            "test_answers_that_can_never_be_right_are_refused",
+        ),
+        (
+            "boxed: no number equals no number",
+            "same_number = number_in(said) is not None and number_in",
+            "same_number = number_in",
+            "test_numbers_are_exact",
+        ),
+        (
+            "reft: any text is worth a tenth",
+            "0.1 * (last_number(completion) is not None)",
+            "0.1",
+            "test_reft_pays_a_tenth_for_a_number",
+        ),
+        ("format: several tags", "closed and tags == 2 and", "closed and", f"{WRONG}[format]"),
+        (
+            "format: what stands before it",
+            'reasoning.startswith("<think>")',
+            '"<think>" in reasoning',
+            f"{WRONG}[format]",
+        ),
+        ("format: no reasoning", "and reasoning[7:].strip() and answer", "and answer", f"{WRONG}[format]"),
+        ("format: no answer", "and answer.strip()\n", "\n", f"{WRONG}[format]"),
+        (
+            "answers that can never be right are accepted",
+            "!= 1.0:\n            raise",
+            "!= 1.0 and i > 9:\n            raise",
+            "test_answers_that_can_never_be_right_are_refused",
+        ),
+        (
+            "a function's value is not looked at",
+            "        if not isinstance(value, int | float) or not math.isfinite(value):",
+            "        if False:",
+            "test_a_function_of_your_own",
+        ),
+        ("a NaN is a reward", " or not math.isfinite(value):", ":", "test_a_function_of_your_own"),
+    ]
+]

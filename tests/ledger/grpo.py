@@ -1,0 +1,628 @@
+"""Planted bugs of grpo.py and the tests that catch them."""
+
+from tests.mutants import Mutant
+
+TESTS = "tests/test_grpo.py::"
+PAPER = "test_every_loss_is_that_of_its_paper"
+POISON = "test_masked_positions_are_poisoned"
+LOOP = "test_a_run_is_a_plain_loop[grpo]"
+SPLIT = "test_splitting_a_batch_changes_nothing"
+RANKS = "test_two_ranks_are_one_batch"
+RESUME = "test_resuming_is_exact"
+HAND = "test_advantages_by_hand"
+GONE = "test_a_row_that_does_not_count_is_as_good_as_gone"
+KL = "test_estimators_of_the_kl"
+REWARDS = "test_rewards_are_paired_with_their_prompts"
+TOOLS = "test_tools_are_called_and_masked"
+DYNAMIC = "test_dynamic_sampling_takes_groups_with_spread"
+
+MUTANTS = [
+    Mutant(name, "grpo.py", old, new, tuple(TESTS + t for t in ((test,) if isinstance(test, str) else test)))
+    for name, old, new, test in [
+        # advantages
+        (
+            "moments: the mean counts rows that do not count",
+            "torch.where(counted, reward, 0.0).sum(-1, keepdim=True) / n",
+            "reward.sum(-1, keepdim=True) / n",
+            f"{GONE}[centred]",
+        ),
+        (
+            "moments: divided by the size of the group, not by what counts",
+            "keepdim=True) / n.clamp(min=1)",
+            "keepdim=True) / reward.shape[-1]",
+            f"{GONE}[centred]",
+        ),
+        (
+            "moments: the spread counts rows that do not count",
+            "torch.where(counted, reward - mean, 0.0).square()",
+            "(reward - mean).square()",
+            f"{GONE}[standardized]",
+        ),
+        (
+            "moments: the biased standard deviation",
+            "(squares / (n - 1).clamp(min=1)).sqrt()",
+            "(squares / n.clamp(min=1)).sqrt()",
+            HAND,
+        ),
+        ("grpo: the variance, not its root", "(n - 1).clamp(min=1)).sqrt()", "(n - 1).clamp(min=1))", HAND),
+        (
+            "grpo: not divided by the spread",
+            "(reward - mean) / (std + 1e-4), 0.0)\n\n\ndef centred",
+            "(reward - mean), 0.0)\n\n\ndef centred",
+            HAND,
+        ),
+        (
+            "grpo: the mean is not taken off",
+            "torch.where(counted, (reward - mean) / (std + 1e-4), 0.0)\n\n\ndef centred",
+            "torch.where(counted, reward / (std + 1e-4), 0.0)\n\n\ndef centred",
+            HAND,
+        ),
+        (
+            "G1: grpo: normalised over the batch",
+            "    _, mean, std = moments(reward, counted)\n",
+            "    _, mean, std = moments(reward.flatten(), counted.flatten())\n",
+            ("test_a_group_is_compared_with_itself_only", HAND),
+        ),
+        (
+            "grpo: a row that does not count has an advantage",
+            "    return torch.where(counted, (reward - mean) / (std + 1e-4), 0.0)\n\n\ndef centred",
+            "    return (reward - mean) / (std + 1e-4)\n\n\ndef centred",
+            f"{GONE}[standardized]",
+        ),
+        (
+            "G25: grpo: divided by the mean",
+            "(reward - mean) / (std + 1e-4), 0.0)\n\n\ndef centred",
+            "(reward - mean) / (mean + 1e-4), 0.0)\n\n\ndef centred",
+            "test_a_group_is_compared_with_itself_only",
+        ),
+        (
+            "dr_grpo: the mean is not taken off",
+            "torch.where(counted, reward - mean, 0.0)\n\n\ndef leave",
+            "torch.where(counted, reward, 0.0)\n\n\ndef leave",
+            HAND,
+        ),
+        (
+            "G17: rloo: its own reward is in the baseline",
+            "(reward - mean) * n / (n - 1).clamp(min=1), 0.0)",
+            "reward - mean, 0.0)",
+            "test_the_baseline_of_an_answer_does_not_hold_its_own_reward",
+        ),
+        (
+            "rloo: the other way round",
+            "(reward - mean) * n / (n - 1).clamp(min=1)",
+            "(reward - mean) * (n - 1) / n.clamp(min=1)",
+            HAND,
+        ),
+        ("reinforce++: of the group", "moments(reward.flatten(), counted.flatten())", "moments(reward, counted)", HAND),
+        ("reinforce: no baseline", "reward - baseline, 0.0)", "reward, 0.0)", HAND),
+        (
+            "steps: standardized in each answer",
+            "standardized(rewards.flatten(1), ends.flatten(1), 0.0)",
+            "standardized(rewards, ends, 0.0)",
+            "test_step_rewards_are_summed_to_the_end",
+        ),
+        (
+            "steps: summed from the start",
+            "return flat.flip(-1).cumsum(-1).flip(-1)",
+            "return flat.cumsum(-1)",
+            "test_step_rewards_are_summed_to_the_end",
+        ),
+        (
+            "steps: not summed",
+            "return flat.flip(-1).cumsum(-1).flip(-1)",
+            "return flat",
+            "test_step_rewards_are_summed_to_the_end",
+        ),
+        # ratios and terms
+        (
+            "the ratio upside down",
+            "return (x.logps - x.old_logps).masked",
+            "return (x.old_logps - x.logps).masked",
+            (f"{PAPER}[grpo-k3]", "test_the_first_update_is_the_policy_gradient[grpo]"),
+        ),
+        (
+            "the log ratio is not masked",
+            "(x.logps - x.old_logps).masked_fill(x.completion_mask == 0, 0.0)",
+            "x.logps - x.old_logps",
+            (f"{PAPER}[gspo-k3]", f"{POISON}[gspo]"),
+        ),
+        (
+            "grpo: the log ratio as the ratio",
+            "    return log_ratio(x).exp()\n\n\ndef mean_ratio",
+            "    return 1 + log_ratio(x)\n\n\ndef mean_ratio",
+            f"{PAPER}[grpo-k3]",
+        ),
+        (
+            "G16: gspo: the sum of logs",
+            "(log_ratio(x).sum(-1, keepdim=True) / length).exp()",
+            "log_ratio(x).sum(-1, keepdim=True).exp()",
+            "test_gspo_is_blind_to_padding_and_takes_the_mean_of_logs",
+        ),
+        (
+            "G16: gspo: the mean of ratios",
+            "(log_ratio(x).sum(-1, keepdim=True) / length).exp()",
+            "((log_ratio(x).exp() * x.completion_mask).sum(-1, keepdim=True) / length)",
+            "test_gspo_is_blind_to_padding_and_takes_the_mean_of_logs",
+        ),
+        (
+            "G16: gspo: the mean over padding",
+            "length = x.completion_mask.sum(-1, keepdim=True).clamp(min=1)",
+            "length = x.logps.shape[1]",
+            "test_gspo_is_blind_to_padding_and_takes_the_mean_of_logs",
+        ),
+        (
+            "rloo: ratios of tokens",
+            "    return log_ratio(x).sum(-1, keepdim=True).exp().expand_as(x.logps)",
+            "    return log_ratio(x).exp()",
+            f"{PAPER}[rloo-k3]",
+        ),
+        (
+            "P10: max, not min",
+            "    return -torch.min(ratio * x.adv",
+            "    return -torch.max(ratio * x.adv",
+            ("test_gradient_of_the_clipped_ratio", f"{PAPER}[grpo-k3]"),
+        ),
+        (
+            "the sign of the policy term",
+            "    return -torch.min(ratio * x.adv",
+            "    return torch.min(ratio * x.adv",
+            "test_the_first_update_is_the_policy_gradient[grpo]",
+        ),
+        (
+            "no clip",
+            "ratio.clamp(1 - clip_low, 1 + clip_high) * x.advantages",
+            "ratio * x.advantages",
+            ("test_gradient_of_the_clipped_ratio", f"{PAPER}[grpo-k3]"),
+        ),
+        (
+            "clip bounds exchanged",
+            "ratio.clamp(1 - clip_low, 1 + clip_high)",
+            "ratio.clamp(1 - clip_high, 1 + clip_low)",
+            f"{PAPER}[dapo-k3]",
+        ),
+        ("the clipped term has no advantage", "1 + clip_high) * x.advantages)", "1 + clip_high))", f"{PAPER}[grpo-k3]"),
+        (
+            "cispo: the gradient goes through the ratio",
+            "clamp(max=1 + clip_high).detach()",
+            "clamp(max=1 + clip_high)",
+            "test_parity_with_trl[cispo-False]",
+        ),
+        ("cispo: not clipped", "-ratio.clamp(max=1 + clip_high).detach()", "-ratio.detach()", f"{PAPER}[cispo-k3]"),
+        (
+            "cispo: clipped at clip_high",
+            "-ratio.clamp(max=1 + clip_high)",
+            "-ratio.clamp(max=clip_high)",
+            f"{PAPER}[cispo-k3]",
+        ),
+        (
+            "cispo: the log-prob is not masked",
+            "x.advantages * x.logps.masked_fill(x.completion_mask == 0, 0.0)",
+            "x.advantages * x.logps",
+            f"{POISON}[cispo]",
+        ),
+        (
+            "reinforce: no ratio",
+            "    return -ratio * x.advantages\n",
+            "    return -ratio.detach() * x.advantages\n",
+            "test_the_first_update_is_the_policy_gradient[reinforce]",
+        ),
+        # KL
+        (
+            "k2: not halved",
+            "kl = ref_log_ratio(x).square() / 2",
+            "kl = ref_log_ratio(x).square()",
+            (KL, f"{PAPER}[grpo-k2]"),
+        ),
+        (
+            "k2: the weight has a gradient",
+            "kl * log_ratio(x).exp().detach() if weighted",
+            "kl * log_ratio(x).exp() if weighted",
+            KL,
+        ),
+        (
+            "k2: never weighted",
+            "kl * log_ratio(x).exp().detach() if weighted else kl",
+            "kl",
+            (KL, f"{PAPER}[grpo-k2 weighted]"),
+        ),
+        (
+            "G11: k3: the log ratio inverted",
+            "torch.expm1(-ref_log_ratio(x)) + ref_log_ratio(x)",
+            "torch.expm1(ref_log_ratio(x)) - ref_log_ratio(x)",
+            (KL, f"{PAPER}[grpo-k3]"),
+        ),
+        (
+            "k3: without its linear term",
+            "torch.expm1(-ref_log_ratio(x)) + ref_log_ratio(x)",
+            "torch.expm1(-ref_log_ratio(x))",
+            KL,
+        ),
+        ("k3: without -1", "torch.expm1(-ref_log_ratio(x)) + ref", "torch.exp(-ref_log_ratio(x)) + ref", KL),
+        (
+            "G10: k3: never weighted",
+            "    return kl * log_ratio(x).exp() if weighted else kl\n\n\ndef ref",
+            "    return kl\n\n\ndef ref",
+            KL,
+        ),
+        (
+            "G10: k3: the weight has no gradient",
+            "    return kl * log_ratio(x).exp() if weighted else kl\n\n\ndef ref",
+            "    return kl * log_ratio(x).exp().detach() if weighted else kl\n\n\ndef ref",
+            KL,
+        ),
+        (
+            "the KL is not masked",
+            "(x.logps - x.ref_logps).masked_fill(x.completion_mask == 0, 0.0)",
+            "x.logps - x.ref_logps",
+            f"{POISON}[grpo]",
+        ),
+        ("beta is not looked at", "losses + args.beta * kl)", "losses + kl)", f"{PAPER}[grpo-k3]"),
+        (
+            "the KL is wanted",
+            "losses + args.beta * kl)",
+            "losses - args.beta * kl)",
+            (f"{PAPER}[grpo-k3]", "test_bandits_rest_at_the_closed_form[rloo-flags0]"),
+        ),
+        (
+            "k1 is accepted",
+            '(args.kl == "k1", "--kl k1:',
+            '(False, "--kl k1:',
+            "test_k1_is_refused_in_the_loss_with_the_reason",
+        ),
+        # aggregation
+        (
+            "G5: grpo: the mean over tokens",
+            '"sequence": mask / mask.sum(-1, keepdim=True).clamp(min=1) / n_rows',
+            '"sequence": mask / n_tokens',
+            (f"{PAPER}[grpo-k3]", "test_weights_of_long_and_short_answers[grpo]"),
+        ),
+        (
+            "G5: grpo: divided by the padded width",
+            '"sequence": mask / mask.sum(-1, keepdim=True).clamp(min=1)',
+            '"sequence": mask / mask.shape[1]',
+            "test_weights_of_long_and_short_answers[grpo]",
+        ),
+        (
+            "grpo: the sum over rows",
+            ".clamp(min=1) / n_rows,",
+            ".clamp(min=1),",
+            "test_weights_of_long_and_short_answers[grpo]",
+        ),
+        (
+            "G5: dapo: means of sequences",
+            '"token": mask / n_tokens',
+            '"token": mask / mask.sum(-1, keepdim=True) / n_rows',
+            "test_weights_of_long_and_short_answers[dapo]",
+        ),
+        (
+            "G8: dapo: divided by the tokens of the micro-batch",
+            '"token": mask / n_tokens',
+            '"token": mask / mask.sum()',
+            f"{SPLIT}[dapo]",
+        ),
+        (
+            "G8: grpo: divided by the rows of the micro-batch",
+            ".clamp(min=1) / n_rows,",
+            ".clamp(min=1) / len(mask),",
+            f"{SPLIT}[grpo]",
+        ),
+        (
+            "G5: dr_grpo: divided by the length",
+            '"constant": mask / (n_rows * longest)',
+            '"constant": mask / mask.sum(-1, keepdim=True) / n_rows',
+            "test_weights_of_long_and_short_answers[dr_grpo]",
+        ),
+        (
+            "dr_grpo: divided by the longest answer of the batch",
+            "(n_rows * longest)",
+            "(n_rows * mask.shape[1])",
+            "test_weights_of_long_and_short_answers[dr_grpo]",
+        ),
+        (
+            "reinforce: the mean over tokens",
+            '"sum": mask / n_rows',
+            '"sum": mask / n_tokens',
+            "test_weights_of_long_and_short_answers[reinforce]",
+        ),
+        ("importance is not used", "**clips) * importance", "**clips)", "test_importance_is_truncated_and_a_constant"),
+        (
+            "importance upside down",
+            "(old_logps - sampled_logps).exp().clamp",
+            "(sampled_logps - old_logps).exp().clamp",
+            "test_importance_is_truncated_and_a_constant",
+        ),
+        (
+            "importance is not truncated",
+            ".exp().clamp(max=cap)",
+            ".exp()",
+            "test_importance_is_truncated_and_a_constant",
+        ),
+        (
+            "masked advantages are not masked",
+            "x._replace(advantages=x.advantages.masked_fill(dead, 0.0))",
+            "x",
+            f"{POISON}[gspo]",
+        ),
+        # the entropy, penalties, votes
+        (
+            "equation 22: the standard deviation",
+            "reward.var(correction=0)",
+            "reward.std(correction=0)",
+            "test_entropy_coefficient_is_the_surveys_equation_22",
+        ),
+        (
+            "equation 22: grows with the variance",
+            "math.exp(-adapt *",
+            "math.exp(adapt *",
+            "test_entropy_coefficient_is_the_surveys_equation_22",
+        ),
+        (
+            "equation 22: alpha is lost",
+            "return coef * math.exp",
+            "return math.exp",
+            "test_entropy_coefficient_is_the_surveys_equation_22",
+        ),
+        (
+            "the overlong penalty begins at the end",
+            "(longest - buffer - length) / buffer",
+            "(longest - length) / buffer",
+            "test_overlong_penalty_and_majority",
+        ),
+        ("the overlong penalty has no floor", ".clamp(-1, 0)", ".clamp(max=0)", "test_overlong_penalty_and_majority"),
+        (
+            "majority: no answer is an answer",
+            "if answer else 0.0 for answer in answers]",
+            "for answer in answers]",
+            "test_overlong_penalty_and_majority",
+        ),
+        (
+            "majority: texts are compared, reasoning and all",
+            "majority([world.final_answer(text) for text in texts])",
+            "majority(texts)",
+            "test_majority_needs_no_answers",
+        ),
+        # rollouts and rewards
+        (
+            "G22: the samples do not depend on the step",
+            "seed = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1)",
+            "seed = 0",
+            "test_answers_of_a_group_are_different_and_aligned",
+        ),
+        (
+            "scored at temperature 1",
+            "args.temperature)[0]\n    return found",
+            "1.0)[0]\n    return found",
+            "test_what_was_sampled_is_scored_alike[0.7]",
+        ),
+        (
+            "the head is scored whole or not at all: another temperature in the update",
+            "part.completion_mask, tokenizer, args.temperature)",
+            "part.completion_mask, tokenizer, 0.9)",
+            LOOP,
+        ),
+        (
+            "log-probs of the prompt are scored, too",
+            "    targets = input_ids.masked_fill(completion_mask == 0, IGNORED)\n    head",
+            "    targets = input_ids\n    head",
+            "test_what_was_sampled_is_scored_alike[1.0]",
+        ),
+        (
+            "a sampler that differs is not noticed",
+            "if mismatch > 1e-3 and",
+            "if mismatch > 1 and",
+            "test_a_sampler_that_differs_fails_the_run",
+        ),
+        (
+            "G2: repeat, not repeat_interleave",
+            "groups = [rollout.answers[i : i + G] for i in range(0, len(rollout.answers), G)]",
+            "groups = [rollout.answers[i :: len(tasks)] for i in range(len(tasks))]",
+            REWARDS,
+        ),
+        ("weights of rewards are not looked at", "total += weight * values", "total += values", REWARDS),
+        (
+            "P16: what is cut off is rewarded",
+            "torch.as_tensor(values, dtype=torch.float64) * finished",
+            "torch.as_tensor(values, dtype=torch.float64)",
+            REWARDS,
+        ),
+        ("passed by the last reward", "if passed is None else passed", "", REWARDS),
+        (
+            "the length is rewarded",
+            "total - args.length_penalty * lengths",
+            "total + args.length_penalty * lengths",
+            REWARDS,
+        ),
+        (
+            "no overlong penalty",
+            "    if args.overlong_buffer:\n        total +=",
+            "    if False:\n        total +=",
+            REWARDS,
+        ),
+        (
+            "prm: the mean of steps",
+            "torch.where(steps[1], steps[0], 1.0).amin(-1)",
+            "torch.where(steps[1], steps[0], 1.0).mean(-1)",
+            "test_steps_are_scored_where_they_end",
+        ),
+        (
+            "prm: the last token is no end",
+            ", device=scores.device))) | last",
+            ", device=scores.device)))",
+            "test_steps_are_scored_where_they_end",
+        ),
+        (
+            "prm: no sigmoid",
+            "token_rewards(prm, rollout.input_ids).float().sigmoid()",
+            "token_rewards(prm, rollout.input_ids).float()",
+            "test_steps_are_scored_where_they_end",
+        ),
+        (
+            "tools: the tool's tokens are trained on",
+            "    mask[rows] += new_mask",
+            "    mask[rows] = (new_ids > 0).long()",
+            TOOLS,
+        ),
+        ("tools: the first turn is not trained on", "    mask[rows] += new_mask", "    mask[rows] = new_mask", TOOLS),
+        (
+            "tools: log-probs of the first turn are lost",
+            "    logps[rows] += new_logps",
+            "    logps[rows] = new_logps",
+            TOOLS,
+        ),
+        (
+            "tools: the call is what is rewarded",
+            "answers[r] = chat.completion_text(found.completions[i], tokenizer)",
+            "pass",
+            TOOLS,
+        ),
+        ("tools: one call at most", "for turn in range(1, 3):", "for turn in range(1, 2):", TOOLS),
+        (
+            "tools: a call anywhere",
+            'if opened and call.endswith("</tool>") else None',
+            "if opened else None",
+            "test_only_a_call_at_the_end_is_a_call",
+        ),
+        (
+            "tools: the end of the turn twice",
+            "end = len(mask) - mask[::-1].index(1)",
+            "end = len(mask) - mask[::-1].index(1) - 1",
+            TOOLS,
+        ),
+        (
+            "DAPO: groups without spread are kept",
+            "(spare if flat[p] else kept)",
+            "(kept if flat[p] else spare)",
+            DYNAMIC,
+        ),
+        ("DAPO: one draw only", "range(max(1, args.dynamic_sampling))", "range(1)", DYNAMIC),
+        ("DAPO: the step grows", "kept = (kept + spare)[:wanted]", "kept = kept + spare", DYNAMIC),
+        (
+            "DAPO: rewards of other groups",
+            "rows_of(rollout, group), reward[p], passed[p])",
+            "rows_of(rollout, group), reward[0], passed[p])",
+            DYNAMIC,
+        ),
+        # advantages of tokens
+        (
+            "advantages stand in the prompt, too",
+            "    return (advantages * mask).float()",
+            "    return advantages.float()",
+            "test_every_token_gets_its_answers_advantage",
+        ),
+        (
+            "G2: advantages in the wrong order",
+            "whole[first : first + P].reshape(-1, 1)",
+            "whole[first : first + P].T.reshape(-1, 1)",
+            "test_every_token_gets_its_answers_advantage",
+        ),
+        (
+            "P7: the KL is a bonus",
+            "reward = reward - args.kl_coef * kl_to_go",
+            "reward = reward + args.kl_coef * kl_to_go",
+            "test_the_kl_is_taken_off_the_reward",
+        ),
+        (
+            "the KL of the last token only",
+            "kl_to_go[:, 0].view(P, G)",
+            "kl_to_go[:, -1].view(P, G)",
+            "test_the_kl_is_taken_off_the_reward",
+        ),
+        (
+            "reinforce++: the whole KL at each token",
+            "[:, None] - args.kl_coef * kl_to_go.double()",
+            "[:, None] - args.kl_coef * kl_to_go[:, :1].double()",
+            "test_the_kl_is_taken_off_the_reward",
+        ),
+        (
+            "reinforce++: pads are whitened with the rest",
+            "of_group(whole, all_counted > 0, baseline)",
+            "of_group(whole, all_counted > -1, baseline)",
+            "test_the_kl_is_taken_off_the_reward",
+        ),
+        # the loop
+        (
+            "P8: old log-probs are recomputed",
+            "old = logps.detach() if part.old_logps is None else part.old_logps",
+            "old = logps.detach()",
+            "test_several_updates_leave_the_old_policy_where_it_was",
+        ),
+        (
+            "the learning rate is never set",
+            "lr, begun = set_lr(optimizer, args, step), time",
+            "lr, begun = args.lr, time",
+            LOOP,
+        ),
+        ("gradients are not clipped", "grad_norm = clip(model, args.grad_clip)", "grad_norm = clip(model, 0.0)", LOOP),
+        (
+            "gradients pile up",
+            "            optimizer.step()\n            optimizer.zero_grad()\n        loop.log",
+            "            optimizer.step()\n        loop.log",
+            LOOP,
+        ),
+        ("the reference is the policy", "    ref_model = frozen(model)\n", "    ref_model = model\n", LOOP),
+        ("ranks do not share gradients", "            loop.all_reduce(model)\n", "", RANKS),
+        (
+            "ranks count their own tokens",
+            "n_tokens = max(1, loop.sum_over_ranks(int(mask[rows].sum())))",
+            "n_tokens = max(1, int(mask[rows].sum()))",
+            RANKS,
+        ),
+        (
+            "ranks count their own rows",
+            "n_rows = max(1, loop.sum_over_ranks(int(mask[rows].any(-1).sum())))",
+            "n_rows = max(1, int(mask[rows].any(-1).sum()))",
+            RANKS,
+        ),
+        ("ranks take each other's advantages", "first = loop.rank * P if", "first = 0 * P if", RANKS),
+        ("the running mean of rewards is not kept", '"baseline": baseline}', '"baseline": None}', f"{RESUME}[flags1]"),
+        (
+            "the start is not kept where SFT came before",
+            "if args.sft_steps else {}\n",
+            "if False else {}\n",
+            (f"{RESUME}[flags3]", f"{RESUME}[flags4]"),
+        ),
+        (
+            "the entropy costs",
+            "(loss - entropy_coef * (entropy",
+            "(loss + entropy_coef * (entropy",
+            "test_the_entropy_bonus_raises_the_entropy",
+        ),
+        (
+            "padding of the longest rows is cut into them",
+            "max(ends[part[-1]], 1)",
+            "max(ends[part[0]], 1)",
+            f"{SPLIT}[grpo]",
+        ),
+        (
+            "cut-off answers are left in",
+            "| (not args.mask_unfinished)",
+            "| True",
+            "test_rows_that_are_cut_off_can_be_left_out",
+        ),
+        (
+            "answers that can never be right are accepted",
+            "            checkers.check_answers(name, rows + held_out)",
+            "            pass",
+            "test_a_run_on_a_file",
+        ),
+        (
+            "SFT imitates other questions",
+            'world.exchange("sums", world.rng_for("rl", args.seed, i), "train")["messages"]',
+            'world.exchange("sums", world.rng_for("rl", args.seed, i + 1), "train")["messages"]',
+            "test_annotation_is_of_the_questions_of_rl",
+        ),
+        (
+            "SFT trains on the prompt",
+            "loss = -score(model, ids, mask, tokenizer, 1.0)[0].sum()",
+            "loss = score(model, ids, mask, tokenizer, 1.0)[0].sum()",
+            "test_imitation_lowers_the_loss_of_its_rows",
+        ),
+        ("r1: the longest of the right ones", "min(right, key=len)", "max(right, key=len)", "test_the_pipeline_of_r1"),
+        (
+            "r1: wrong ones, too",
+            'if checkers.exact("", text, task.row) and checkers.format("", text, {})]',
+            "]",
+            "test_the_pipeline_of_r1",
+        ),
+    ]
+]

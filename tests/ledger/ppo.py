@@ -1,0 +1,356 @@
+"""Planted bugs of ppo.py and the tests that catch them."""
+
+from tests.mutants import Mutant
+
+TESTS = "tests/test_ppo.py::"
+LAST = "test_rewards_stand_at_the_last_token"
+GAE = "test_gae_is_a_double_sum"
+ENDS = "test_gae_at_its_ends"
+POISON = "test_masked_positions_are_poisoned"
+WHITE = "test_whitening_is_over_real_tokens"
+SCALED = "test_rewards_are_scaled_clipped_and_withheld"
+BRUTE = "test_losses_by_brute_force"
+TABLE = "test_gradients_of_the_clips"
+STEER = "test_the_controller_steers_to_its_target"
+BANDIT = "test_a_bandit_rests_at_the_closed_form"
+BEFORE = "test_values_are_of_the_state_before_the_token"
+LOOP = "test_a_run_is_a_plain_loop"
+SPLIT = "test_splitting_a_batch_changes_nothing[own]"
+RANKS = "test_two_ranks_are_one_batch"
+RESUME = "test_resuming_is_exact"
+LESSON = "test_the_reward_model_learns_from_new_answers"
+
+MUTANTS = [
+    Mutant(name, "ppo.py", old, new, TESTS + test)
+    for name, old, new, test in [
+        ("P14: the penalty is not given", "return torch.where(finished, reward, eos_penalty)", "return reward", SCALED),
+        (
+            "P16: the penalty is given to what ended",
+            "torch.where(finished, reward, eos",
+            "torch.where(~finished, reward, eos",
+            SCALED,
+        ),
+        ("rewards are not centred", "(scores - mean) / std\n", "scores / std\n", SCALED),
+        ("rewards are not divided", "(scores - mean) / std\n", "(scores - mean)\n", SCALED),
+        ("rewards are not clipped", "reward.clamp(-clip_at, clip_at) if clip_at else reward", "reward", SCALED),
+        (
+            "a clip of 0 leaves nothing",
+            "reward.clamp(-clip_at, clip_at) if clip_at else reward",
+            "reward.clamp(-clip_at, clip_at)",
+            SCALED,
+        ),
+        (
+            "P1: the reward at the first token",
+            "is_last = completion_mask.flip(-1).cumsum(-1).flip(-1) * completion_mask == 1",
+            "is_last = completion_mask.cumsum(-1) * completion_mask == 1",
+            LAST,
+        ),
+        (
+            "P1: the reward at every token",
+            "torch.where(is_last, reward[:, None], 0.0)",
+            "reward[:, None] * completion_mask",
+            LAST,
+        ),
+        (
+            "P1: the reward behind the last token",
+            "torch.where(is_last, reward[:, None], 0.0)",
+            "torch.where(is_last.roll(1, -1), reward[:, None], 0.0)",
+            LAST,
+        ),
+        ("P7: the KL is a bonus", "return -kl_coef * kl +", "return kl_coef * kl +", LAST),
+        ("P7: the KL twice", "return -kl_coef * kl +", "return -2 * kl_coef * kl +", BANDIT),
+        ("no KL in the reward", "return -kl_coef * kl +", "return 0 * kl +", BANDIT),
+        (
+            "the KL is not masked",
+            "kl = (old_logps - ref_logps).masked_fill(completion_mask == 0, 0.0)",
+            "kl = old_logps - ref_logps",
+            LAST,
+        ),
+        (
+            "P4: no next value",
+            "rewards[:, t] + gamma * next_value - values[:, t]",
+            "rewards[:, t] - values[:, t]",
+            f"{GAE}[1.0-0.95]",
+        ),
+        (
+            "P4: the next value is not discounted",
+            "rewards[:, t] + gamma * next_value",
+            "rewards[:, t] + next_value",
+            f"{GAE}[0.9-0.8]",
+        ),
+        (
+            "P4: its own value is not taken off",
+            "gamma * next_value - values[:, t]",
+            "gamma * next_value",
+            f"{GAE}[1.0-0.95]",
+        ),
+        ("P4: no gamma in the sum", "delta + gamma * lam * following", "delta + lam * following", f"{GAE}[0.9-0.8]"),
+        ("P4: no lambda", "delta + gamma * lam * following", "delta + gamma * following", f"{GAE}[1.0-0.95]"),
+        (
+            "P4: from the left",
+            "for t in reversed(range(values.shape[1])):",
+            "for t in range(values.shape[1]):",
+            f"{GAE}[1.0-0.95]",
+        ),
+        (
+            "P5: returns are the advantages",
+            "(advantages + values).masked_fill(~there, 0.0)",
+            "advantages.masked_fill(~there, 0.0)",
+            f"{GAE}[1.0-0.95]",
+        ),
+        ("values of the padding are next values", "values.masked_fill(~there, 0.0)\n", "values\n", f"{GAE}[1.0-0.95]"),
+        (
+            "P2: whitened with the pads",
+            "real = x[completion_mask.bool()].double()",
+            "real = x.flatten().double()",
+            WHITE,
+        ),
+        ("the mean stays", "white = (x - total / n) *", "white = x *", WHITE),
+        ("divided by the variance", "+ 1e-8).rsqrt()", "+ 1e-8).reciprocal()", WHITE),
+        (
+            "whitened on each rank alone",
+            "squares = loop.sum_over_ranks((real - total / n).square().sum())",
+            "squares = 2 * (real - total / n).square().sum()",
+            RANKS,
+        ),
+        ("P10: max, not min", "return -torch.min(ratio * adv", "return -torch.max(ratio * adv", TABLE),
+        ("the policy's sign", "return -torch.min(ratio * adv", "return torch.min(ratio * adv", TABLE),
+        (
+            "the policy is not clipped",
+            "bounded = ratio.clamp(1 - clip_eps, 1 + clip_eps) if clip_eps else ratio",
+            "bounded = ratio",
+            TABLE,
+        ),
+        (
+            "a clip of 0 clips all",
+            "ratio.clamp(1 - clip_eps, 1 + clip_eps) if clip_eps else ratio",
+            "ratio.clamp(1 - clip_eps, 1 + clip_eps)",
+            BRUTE,
+        ),
+        (
+            "the ratio upside down",
+            "(logps - old_logps).masked_fill(dead",
+            "(old_logps - logps).masked_fill(dead",
+            BRUTE,
+        ),
+        (
+            "the ratio is not masked",
+            "(logps - old_logps).masked_fill(dead, 0.0).exp()",
+            "(logps - old_logps).exp()",
+            POISON,
+        ),
+        (
+            "advantages are not masked",
+            "advantages = (logps - old_logps).masked_fill(dead, 0.0).exp(), advantages.masked_fill(dead, 0.0)",
+            "advantages = (logps - old_logps).masked_fill(dead, 0.0).exp(), advantages",
+            POISON,
+        ),
+        ("P11: min, not max", "0.5 * torch.max((values - returns)", "0.5 * torch.min((values - returns)", TABLE),
+        ("the value loss is not halved", "return 0.5 * torch.max((values", "return torch.max((values", BRUTE),
+        (
+            "values are clipped around the returns",
+            "near = old_values + (values - old_values)",
+            "near = returns + (values - old_values)",
+            BRUTE,
+        ),
+        (
+            "values are not clipped",
+            ".clamp(-value_clip, value_clip) if value_clip else values",
+            " if value_clip else values",
+            TABLE,
+        ),
+        ("the controller runs away from its target", "kl / target - 1", "1 - kl / target", STEER),
+        ("the controller is not bounded", "max(-0.2, min(0.2, kl / target - 1))", "(kl / target - 1)", STEER),
+        ("the controller jumps", "(1 + 0.1 * max", "(1 + max", STEER),
+        (
+            "P13: the critic sees the token that it values",
+            "values = (critic.hidden_before(ids) * critic.head",
+            "values = (critic.hidden(ids) * critic.head",
+            f"{BEFORE}[own]",
+        ),
+        (
+            "P13: the shared critic sees the token",
+            "values = critic(hidden).squeeze(-1).float()",
+            "values = critic(model.hidden(ids)).squeeze(-1).float()",
+            f"{BEFORE}[shared]",
+        ),
+        (
+            "P17: a large head",
+            "std=(model.config.width + 1) ** -0.5)\n    return head",
+            "std=1.0)\n    return head",
+            f"{BEFORE}[shared]",
+        ),
+        (
+            "values of the prompt are left",
+            "values.masked_fill(mask == 0, 0.0)\n\n\ndef new",
+            "values\n\n\ndef new",
+            f"{BEFORE}[own]",
+        ),
+        (
+            "the critic begins as the policy",
+            "with_scalar_head(reward_model or model)",
+            "with_scalar_head(model)",
+            "test_an_own_critic_begins_as_the_reward_model",
+        ),
+        (
+            "scored at temperature 1",
+            "parts = score(model, critic, ids, mask, tokenizer, args.temperature)",
+            "parts = score(model, critic, ids, mask, tokenizer, 1.0)",
+            "test_what_was_sampled_is_scored_alike[0.7]",
+        ),
+        (
+            "log-probs of the prompt are scored",
+            "targets, hidden = ids.masked_fill(mask == 0, IGNORED), model",
+            "targets, hidden = ids, model",
+            "test_what_was_sampled_is_scored_alike[1.0]",
+        ),
+        (
+            "rewards of other prompts",
+            "rule(prompt_text(tasks[i // each]), text",
+            "rule(prompt_text(tasks[i % len(tasks)]), text",
+            "test_rules_and_utilities_are_paired_with_their_prompts",
+        ),
+        (
+            "utilities of other requests",
+            "rows = [tasks[i // each].row",
+            "rows = [tasks[i % len(tasks)].row",
+            "test_rules_and_utilities_are_paired_with_their_prompts",
+        ),
+        (
+            "the worst of 4",
+            ".view(-1, 4).argmax(-1)",
+            ".view(-1, 4).argmin(-1)",
+            "test_best_of_4_is_the_reward_models_choice",
+        ),
+        (
+            "the best of 4 by its own worth",
+            "return worth.gather(1, best[:, None].cpu()).mean().item()",
+            "return worth.amax(1).mean().item()",
+            "test_best_of_4_is_the_reward_models_choice",
+        ),
+        (
+            "the lesson is upside down",
+            "bradley_terry(rewards[:, 0], rewards[:, 1], better",
+            "bradley_terry(rewards[:, 1], rewards[:, 0], better",
+            LESSON,
+        ),
+        ("the lesson's labels are of other pairs", "better[start : start + 16]", "better[:16]", LESSON),
+        ("the reward model is not frozen again", "    reward_model.requires_grad_(False)\n", "", LESSON),
+        (
+            "P8: old log-probs are those of now",
+            "policy_loss(logps, part.old_logps,",
+            "policy_loss(logps, logps.detach(),",
+            LOOP,
+        ),
+        ("advantages are not whitened", "        advantages = whitened(advantages, mask, loop)\n", "", LOOP),
+        (
+            "P5: returns of white advantages",
+            "        advantages = whitened(advantages, mask, loop)\n",
+            "        advantages = whitened(advantages, mask, loop)\n        returns = advantages + old_values\n",
+            LOOP,
+        ),
+        ("vf_coef is not looked at", "args.vf_coef * value_losses", "value_losses", LOOP),
+        (
+            "gamma and lambda exchanged",
+            "gae(rewards, old_values, mask, gamma=args.gamma, lam=args.lam)",
+            "gae(rewards, old_values, mask, gamma=args.lam, lam=args.gamma)",
+            LOOP,
+        ),
+        (
+            "the mean over rows, not tokens",
+            "n_tokens = max(1, loop.sum_over_ranks(int(mask[rows].sum())))",
+            "n_tokens = len(rows)",
+            LOOP,
+        ),
+        (
+            "ranks count their own tokens",
+            "n_tokens = max(1, loop.sum_over_ranks(int(mask[rows].sum())))",
+            "n_tokens = int(mask[rows].sum())",
+            RANKS,
+        ),
+        ("ranks do not share gradients", "            loop.all_reduce(both)\n", "", RANKS),
+        (
+            "the critic's gradients are not shared",
+            "            loop.all_reduce(both)\n",
+            "            loop.all_reduce(model)\n",
+            RANKS,
+        ),
+        (
+            "gradients pile up",
+            "            optimizer.step()\n            optimizer.zero_grad()\n            updates",
+            "            optimizer.step()\n            updates",
+            LOOP,
+        ),
+        (
+            "the learning rate is never set",
+            "lr, begun = set_lr(optimizer, args, step), time",
+            "lr, begun = args.lr, time",
+            LOOP,
+        ),
+        (
+            "the gradient of both is not clipped",
+            "grad_norm = clip(both, args.grad_clip)",
+            "grad_norm = clip(both, 0.0)",
+            LOOP,
+        ),
+        (
+            "the critic is not trained",
+            'both = nn.ModuleDict({"policy": model, "critic": critic})',
+            'both = nn.ModuleDict({"policy": model})',
+            "test_the_reference_is_frozen_and_the_rest_moves",
+        ),
+        (
+            "the reference is the policy",
+            "    ref_model = frozen(model)\n    loop.seed(0)",
+            "    ref_model = model\n    loop.seed(0)",
+            LOOP,
+        ),
+        ("the divisor of a micro-batch", ".sum() / n_tokens).backward()", ".mean()).backward()", SPLIT),
+        (
+            "one pass",
+            "for _ in range(args.passes) for rows",
+            "for _ in range(1) for rows",
+            "test_the_ratio_moves_after_the_first_pass_only",
+        ),
+        (
+            "updates never stop",
+            "if args.stop_kl and sums[4] > args.stop_kl:",
+            "if False:",
+            "test_updates_stop_where_the_policy_has_gone_too_far",
+        ),
+        (
+            "the policy learns in the critic's warm-up",
+            "float(step > args.critic_warmup)",
+            "1.0",
+            "test_the_critic_may_learn_first",
+        ),
+        ("the critic does not come back", 'modules = {"critic": critic} |', "modules = {} |", f"{RESUME}[flags0]"),
+        (
+            "the controller does not come back",
+            '"kl_coef": kl_coef}\n',
+            '"kl_coef": args.kl_coef}\n',
+            f"{RESUME}[flags1]",
+        ),
+        ("the reward model does not come back", '{"reward_model": reward_model} if', "{} if", f"{RESUME}[flags2]"),
+        ("the start does not come back", '({"ref": ref_model} if args.sft_steps else {})', "{}", f"{RESUME}[flags3]"),
+        (
+            "the best of 4 is measured again",
+            'baselines = extra.get("baselines", {})',
+            "baselines = {}",
+            f"{RESUME}[flags0]",
+        ),
+        (
+            "a sampler that differs is not noticed",
+            "if mismatch > 1e-3 and",
+            "if mismatch > 1 and",
+            "test_a_sampler_that_differs_fails_the_run",
+        ),
+        (
+            "KL: the mean over tokens",
+            "(now - then).tolist()",
+            "((now - then) / found.completion_mask.sum(-1)).tolist()",
+            "test_kl_is_the_log_ratio_of_whole_answers",
+        ),
+        ("a2c clips", '"a2c": {"clip_eps": 0.0,', '"a2c": {"clip_eps": 0.2,', "test_a2c_is_one_pass_without_a_clip"),
+    ]
+]
