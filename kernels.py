@@ -110,18 +110,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     if _compiling:
         return _fused(rms_norm_reference)(x, weight, eps)
-    if torch.is_grad_enabled():
-        return _RMSNorm.apply(x, weight, eps)
-    if x.is_cuda and x.dtype == weight.dtype:
-        return F.rms_norm(x, weight.shape, weight, eps)  # one operation; its backward is slower
-    wide = x.to(_wide(x.dtype))
-    return (wide * _inverse_rms(wide, eps)).mul_(weight).to(x.dtype)
-
-
-def _inverse_rms(x: Tensor, eps: float) -> Tensor:
-    """(..., 1) of x (..., D), in half the operations of F.rms_norm on a CPU."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return torch.addcmul(norm.new_full((), eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
+    if not torch.is_grad_enabled() and x.dtype == weight.dtype:
+        return F.rms_norm(x, weight.shape, weight, eps)  # one operation where there were seven; its backward is slower
+    return _RMSNorm.apply(x, weight, eps)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -130,7 +121,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.to(_wide(x.dtype))
-        r = _inverse_rms(wide, eps)
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        r = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # (..., 1)
         ctx.save_for_backward(x, weight, r)
         return (wide * r).mul_(weight).to(x.dtype)
 
