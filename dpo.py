@@ -31,9 +31,6 @@ The last lines say how often the annotator prefers the new answers: `win rate: 0
 """
 
 import argparse
-import contextlib
-import io
-import json
 import math
 import statistics
 from collections import Counter
@@ -50,7 +47,7 @@ from data import chat, formats, manners, world
 from data.formats import UserError
 from data.tokenizer import Tokenizer
 from kernels import IGNORED, linear_logps
-from loop import COUNT, REAL, ROOT, Loop, adamw, clip, parser, run, set_lr
+from loop import COUNT, REAL, ROOT, Loop, adamw, clip, compare, parser, run, set_lr
 from model import Transformer, frozen, generate, load, token_logps
 
 # 1. The objective
@@ -778,40 +775,6 @@ COLUMNS = ("win rate", "utility", "KL", "length", "skills")
 MAIN_LOSSES = ("dpo", "ipo", "kto", "simpo", "orpo")  # which --loss all runs with --seeds seeds
 
 
-def compare(args: argparse.Namespace) -> dict:
-    """--loss all: a run of every loss, as a table on the screen and in OUT/table.json; --resume keeps finished runs."""
-    out, rows = Path(args.out or ROOT / "out" / "dpo"), []
-    print(f"{'loss':9}{'seeds':>6}" + "".join(f"{name:>15}" for name in (*COLUMNS, "seconds")))
-    for name in LOSSES:
-        runs = []
-        for seed in range(args.seed, args.seed + (args.seeds if name in MAIN_LOSSES else 1)):
-            folder = out / f"{name}-{seed}"
-            begun = args.resume and (folder / "checkpoint").exists()
-            mine = {"loss": name, "seed": seed, "out": folder, "resume": begun}
-            if not (args.resume and (folder / "result.json").exists()):
-                with contextlib.redirect_stdout(io.StringIO()):
-                    main(resolved(argparse.Namespace(**vars(args) | mine)))
-            run = json.loads((folder / "result.json").read_text())
-            runs.append({"win rate": run, "seconds": {"before": 0.0, "after": run["seconds"]}} | run["metrics"])
-        if not rows:
-            rows.append(table_row("SFT", [{column: found["before"] for column, found in runs[0].items()}]))
-        rows.append(table_row(name, [{column: found["after"] for column, found in run.items()} for run in runs]))
-    (out / "table.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
-    return {"rows": rows}
-
-
-def table_row(name: str, runs: list[dict[str, float]]) -> dict:
-    """Mean and spread (standard deviation over seeds) of each column; prints them."""
-    row, line = {"loss": name, "seeds": len(runs)}, f"{name:9}{len(runs):6}"
-    for column in (*COLUMNS, "seconds"):
-        values = [run[column] for run in runs]
-        spread = statistics.stdev(values) if len(values) > 1 else None
-        row[column] = {"mean": statistics.fmean(values), "spread": spread}
-        line += f"{row[column]['mean']:.3f}{'' if spread is None else f' ± {spread:.3f}'}".rjust(15)
-    print(line, flush=True)
-    return row
-
-
 # 3. Config
 
 DEFAULTS = {  # flag: (the generated world, --data)
@@ -901,7 +864,8 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> dict:
     if args.loss == "all":
-        return compare(args)
+        return compare(lambda one: main(resolved(one)), args, LOSSES, Path(args.out or ROOT / "out" / "dpo"), COLUMNS,
+                       MAIN_LOSSES)  # fmt: skip
 
     # 4. Setup
     loop = Loop(args, "dpo")

@@ -32,7 +32,6 @@ The last lines say how many held-out sums the model gets right: `accuracy: 0.1xx
 
 import argparse
 import contextlib
-import io
 import json
 import math
 import statistics
@@ -51,8 +50,9 @@ from data import chat, checkers, formats, world
 from data.formats import UserError
 from data.tokenizer import Tokenizer
 from kernels import IGNORED, linear_logps
-from loop import COUNT, REAL, ROOT, WHOLE, Loop, RunFailed, adamw, clip, parser, run, set_lr
+from loop import COUNT, REAL, ROOT, WHOLE, Loop, RunFailed, adamw, clip, compare, parser, run, set_lr
 from model import Transformer, frozen, generate, load
+from ppo import clipped_surrogate
 
 # 1. The objective
 
@@ -145,7 +145,7 @@ def clipped(ratio: Tensor, x: Tokens, *, clip_low: float, clip_high: float) -> T
 
     clip_high > clip_low is DAPO's clip-higher (2503.14476, equation 10): unlikely tokens may become likely.
     """
-    return -torch.min(ratio * x.advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * x.advantages)
+    return -clipped_surrogate(ratio, x.advantages, clip_low=clip_low, clip_high=clip_high)
 
 
 def cispo(ratio: Tensor, x: Tokens, *, clip_high: float) -> Tensor:
@@ -202,6 +202,7 @@ LOSSES = {  # name: (ratio, policy term, advantages, {hyperparameter: default})
     "dapo": (token_ratio, clipped, standardized, {"aggregate": "token", "clip_low": 0.2, "clip_high": 0.28,
                                                   "dynamic_sampling": 4, "overlong_buffer": 16}),
     "gspo": (mean_ratio, clipped, standardized, {"aggregate": "sequence", "clip_low": 3e-4, "clip_high": 4e-4}),
+    # as trl has it: GRPO with a mean over the step's tokens; the advantages of the paper, a Beta's, are not here
     "bnpo": (token_ratio, clipped, standardized, {"aggregate": "token", "clip_low": 0.2, "clip_high": 0.2}),
     "cispo": (token_ratio, cispo, standardized, {"aggregate": "token", "clip_high": 4.0}),
     "rloo": (sequence_ratio, clipped, leave_one_out, {"aggregate": "sequence", "clip_low": 0.2, "clip_high": 0.2}),
@@ -670,40 +671,6 @@ BASELINE = "SFT for as long on the annotation of the same questions"
 COLUMNS = ("accuracy", "pass@8", "length", "KL")
 
 
-def compare(args: argparse.Namespace) -> dict:
-    """--loss all: a run of every loss, as a table on the screen and in OUT/table.json; --resume keeps finished runs."""
-    out, rows = Path(args.out or ROOT / "out" / "grpo"), []
-    print(f"{'loss':12}{'seeds':>6}" + "".join(f"{name:>17}" for name in (*COLUMNS, "seconds")))
-    for name in LOSSES:
-        runs = []
-        for seed in range(args.seed, args.seed + (args.seeds if name in MAIN_LOSSES else 1)):
-            folder = out / f"{name}-{seed}"
-            begun = args.resume and (folder / "checkpoint").exists()
-            mine = {"loss": name, "seed": seed, "out": folder, "resume": begun}
-            if not (args.resume and (folder / "result.json").exists()):
-                with contextlib.redirect_stdout(io.StringIO()):
-                    main(resolved(argparse.Namespace(**vars(args) | mine)))
-            run = json.loads((folder / "result.json").read_text())
-            runs.append({"accuracy": run, "seconds": {"before": 0.0, "after": run["seconds"]}} | run["metrics"])
-        if not rows:
-            rows.append(table_row("SFT", [{column: found["before"] for column, found in runs[0].items()}]))
-        rows.append(table_row(name, [{column: found["after"] for column, found in run.items()} for run in runs]))
-    (out / "table.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
-    return {"rows": rows}
-
-
-def table_row(name: str, runs: list[dict[str, float]]) -> dict:
-    """Mean and spread (standard deviation over seeds) of each column; prints them."""
-    row, line = {"loss": name, "seeds": len(runs)}, f"{name:12}{len(runs):6}"
-    for column in (*COLUMNS, "seconds"):
-        values = [run[column] for run in runs]
-        spread = statistics.stdev(values) if len(values) > 1 else None
-        row[column] = {"mean": statistics.fmean(values), "spread": spread}
-        line += f"{row[column]['mean']:.3f}{'' if spread is None else f' ± {spread:.3f}'}".rjust(17)
-    print(line, flush=True)
-    return row
-
-
 def pipeline(args: argparse.Namespace) -> dict:
     """--preset r1: SFT on a few worked sums, RL; the best of 4 answers that pass; SFT of the base model on them, RL.
 
@@ -869,7 +836,8 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> dict:
     if args.loss == "all":
-        return compare(args)
+        return compare(lambda one: main(resolved(one)), args, LOSSES, Path(args.out or ROOT / "out" / "grpo"), COLUMNS,
+                       MAIN_LOSSES)  # fmt: skip
     if args.preset == "r1":
         return pipeline(args)
 

@@ -34,6 +34,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -42,11 +43,12 @@ import runpy
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -787,3 +789,39 @@ text { font: 12px system-ui, sans-serif; fill: #555 }
 PARTS
 </svg>
 """
+
+
+# 6. The table of variants
+
+
+def compare(train: Callable[[argparse.Namespace], object], args: argparse.Namespace, variants: Iterable[str], out: Path,
+            columns: tuple[str, ...], repeated: tuple[str, ...]) -> dict:  # fmt: skip
+    """--loss all: `train` every one of `variants`, as a table on the screen and in OUT/table.json, which is returned.
+
+    Variants that are `repeated` run with --seeds seeds. The first of `columns` is the metric of result.json, the others
+    are among its metrics. The row SFT is the first run before it began. --resume keeps the runs that are finished.
+    """
+    rows, wide = [], max(map(len, columns)) + 9
+    print(f"{'loss':12}{'seeds':>6}" + "".join(f"{name:>{wide}}" for name in (*columns, "seconds")))
+    for name in variants:
+        runs = []
+        for seed in range(args.seed, args.seed + (args.seeds if name in repeated else 1)):
+            folder = out / f"{name}-{seed}"
+            mine = {"loss": name, "seed": seed, "out": folder,
+                    "resume": args.resume and (folder / "checkpoint").exists()}  # fmt: skip
+            if not (args.resume and (folder / "result.json").exists()):
+                with contextlib.redirect_stdout(io.StringIO()):
+                    train(argparse.Namespace(**vars(args) | mine))
+            run = json.loads((folder / "result.json").read_text())
+            runs.append({columns[0]: run, "seconds": {"before": 0.0, "after": run["seconds"]}} | run["metrics"])
+        for label, moment, some in ([("SFT", "before", runs[:1])] if not rows else []) + [(name, "after", runs)]:
+            rows.append({"loss": label, "seeds": len(some)})
+            line = f"{label:12}{len(some):6}"
+            for column in (*columns, "seconds"):
+                values = [run[column][moment] for run in some]
+                mean, spread = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+                rows[-1][column] = {"mean": mean, "spread": spread}
+                line += f"{mean:.3f}{'' if spread is None else f' ± {spread:.3f}'}".rjust(wide)
+            print(line, flush=True)
+    _write(out / "table.json", json.dumps({"rows": rows}, indent=1) + "\n")
+    return {"rows": rows}

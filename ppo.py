@@ -18,7 +18,7 @@ An answer that is cut off ends there like any other, and its reward is --eos-pen
     critic: the reward model's weights, new head std 1/sqrt(D+1)   `new_critic`
     advantages whitened over real tokens, rewards not          `whitened`
     4 passes over a rollout, 1 minibatch                       --passes 4 --minibatches 1
-    gamma 1, lam 0.95, clip_eps 0.2, vf_coef 0.1, kl_coef 0.05    the defaults; in the generated world kl_coef is less
+    gamma 1, lam 0.95, clip_eps 0.2, vf_coef 0.1, kl_coef 0.05    the defaults; in the generated world kl_coef is 0.1
     temperature in sampling and in log-probs, no top-k         `score`
     no dropout, policy and critic step together, linear lr     there is none; one optimizer; --schedule linear
 
@@ -108,16 +108,21 @@ def whitened(x: Tensor, completion_mask: Tensor, loop: Loop) -> Tensor:
     return white.masked_fill(completion_mask == 0, 0.0).to(x.dtype)
 
 
+def clipped_surrogate(ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float) -> Tensor:
+    """min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) (1707.06347, equation 7): no gain from going further."""
+    return torch.min(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+
+
 def policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, completion_mask: Tensor, *, clip_eps: float
                 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """- min(ratio A, clip(ratio, 1 - clip_eps, 1 + clip_eps) A) (1707.06347, equation 7), and the ratio.
+    """- clipped_surrogate within +-clip_eps, and the ratio.
 
     clip_eps 0 does not clip: at ratio 1 the gradient is that of - A log pi, which is A2C (1602.01783).
     """
     dead = completion_mask == 0
     ratio, advantages = (logps - old_logps).masked_fill(dead, 0.0).exp(), advantages.masked_fill(dead, 0.0)
-    bounded = ratio.clamp(1 - clip_eps, 1 + clip_eps) if clip_eps else ratio
-    return -torch.min(ratio * advantages, bounded * advantages), ratio
+    clip_eps = clip_eps or math.inf
+    return -clipped_surrogate(ratio, advantages, clip_low=clip_eps, clip_high=clip_eps), ratio
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, completion_mask: Tensor, *, value_clip: float
@@ -407,8 +412,8 @@ DEFAULTS = {  # flag: (the generated world, --data)
     "warmup": (2, 10),
     "max_length": (128, 2048),
     "max_new_tokens": (72, 512),
-    "kl_coef": (0.05, 0.05),
-    "rm_pairs": (3000, 0),
+    "kl_coef": (0.1, 0.05),
+    "rm_pairs": (6000, 0),
 }
 PRESETS = {  # of the generated world
     "": {"reward": "model", "sft_steps": 0, "questions": None, "eos_penalty": -1.0},
@@ -457,7 +462,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--temperature", type=REAL, default=1.0, help="of sampling and of scoring (default: %(default)s)")
     cli.add_argument("--passes", type=COUNT, help="over the answers of a step (default: 4; a2c 1)")
     cli.add_argument("--minibatches", type=COUNT, default=1, help="updates in a pass (default: %(default)s)")
-    cli.add_argument("--kl-coef", type=REAL, help="weight of log pi / ref in the reward (default: 0.05)")
+    cli.add_argument("--kl-coef", type=REAL, help="of log pi / ref in the reward (default: 0.1; 0.05 with --data)")
     cli.add_argument("--kl-target", type=REAL, default=0.0, help="nats a sequence that kl_coef steers to; 0: fixed")
     cli.add_argument("--stop-kl", type=REAL, default=0.0, help="end a step's updates beyond this KL a token; 0: never")
     cli.add_argument("--gamma", type=REAL, default=1.0, help="discount (default: %(default)s)")
@@ -466,7 +471,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--value-clip", type=REAL, help="how far values may go in a step; 0 never clips (default: 0.2)")
     cli.add_argument("--vf-coef", type=REAL, default=0.1, help="weight of the value loss (default: %(default)s)")
     cli.add_argument("--rm-pairs", type=WHOLE, help="of the start's own answers that the world's annotator compares "
-                     "for the reward model before PPO (default: 3000; 0 with --data)")  # fmt: skip
+                     "for the reward model before PPO (default: 6000; 0 with --data)")  # fmt: skip
     cli.add_argument("--refresh-rm", type=WHOLE, default=0, help="steps between further lessons of it; 0: none")
     cli.add_argument("--rm-lr", type=REAL, default=1e-3, help="learning rate of these lessons (default: %(default)s)")
     cli.add_argument("--sft-steps", type=WHOLE, help="supervised steps before PPO (default: 0; reft 30)")

@@ -605,7 +605,6 @@ def test_flags_that_do_not_go_together_are_refused(flags, said):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="against the reward model of 8,000 comparisons the default --kl-coef over-optimizes")
 def test_the_default_run_is_liked_better_by_the_annotator(tmp_path):
     """At least 80% of best-of-4's gain in true utility, at a KL of at most 10 nats."""
     result = main(get_args(["--out", str(tmp_path / "out")]))

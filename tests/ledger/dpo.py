@@ -926,22 +926,10 @@ MUTANTS = [
             "test_credit_is_the_implicit_reward_of_each_token",
         ),
         (
-            "the table's seeds are all the same",
-            '"seed": seed, "out": folder',
-            '"seed": args.seed, "out": folder',
-            "test_a_table_of_all_losses",
-        ),
-        (
             "the table's hyperparameters are those of the first loss",
             "        if getattr(args, name) is None and name in defaults:",
             "        if getattr(args, name) is None and name in LOSSES['dpo'][2]:",
             ("test_settings_are_resolved_and_kept", "test_a_table_of_all_losses"),
-        ),
-        (
-            "the table runs what is finished again",
-            'if not (args.resume and (folder / "result.json").exists()):',
-            "if True:",
-            "test_a_table_of_all_losses",
         ),
         (
             "hyperparameters of other losses are taken and not used",

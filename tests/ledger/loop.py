@@ -598,4 +598,14 @@ MUTANTS = [
             "test_a_stale_stage_is_refused_with_the_command",
         ),
     ]
+] + [
+    Mutant(name, "loop.py", old, new, "tests/test_dpo.py::test_a_table_of_all_losses")
+    for name, old, new in [
+        ("the table's seeds are all the same", '"seed": seed, "out": folder', '"seed": args.seed, "out": folder'),
+        ("the table runs what is finished again", "if not (args.resume and (folder", "if not (False and (folder"),
+        ("the table has the start where the end belongs", '[(name, "after", runs)]', '[(name, "before", runs)]'),
+        ("the table's first row is the end", '("SFT", "before", runs[:1])', '("SFT", "after", runs[:1])'),
+        ("the table repeats every variant", "args.seeds if name in repeated else 1", "args.seeds"),
+        ("the spread of a population", "statistics.stdev(values)", "statistics.pstdev(values)"),
+    ]
 ]

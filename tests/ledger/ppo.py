@@ -113,18 +113,18 @@ MUTANTS = [
             "squares = 2 * (real - total / n).square().sum()",
             RANKS,
         ),
-        ("P10: max, not min", "return -torch.min(ratio * adv", "return -torch.max(ratio * adv", TABLE),
-        ("the policy's sign", "return -torch.min(ratio * adv", "return torch.min(ratio * adv", TABLE),
+        ("P10: max, not min", "return torch.min(ratio * adv", "return torch.max(ratio * adv", TABLE),
+        ("the policy's sign", "return -clipped_surrogate(", "return clipped_surrogate(", TABLE),
         (
             "the policy is not clipped",
-            "bounded = ratio.clamp(1 - clip_eps, 1 + clip_eps) if clip_eps else ratio",
-            "bounded = ratio",
+            "ratio.clamp(1 - clip_low, 1 + clip_high) * advantages",
+            "ratio * advantages",
             TABLE,
         ),
         (
             "a clip of 0 clips all",
-            "ratio.clamp(1 - clip_eps, 1 + clip_eps) if clip_eps else ratio",
-            "ratio.clamp(1 - clip_eps, 1 + clip_eps)",
+            "clip_eps = clip_eps or math.inf",
+            "pass",
             BRUTE,
         ),
         (
@@ -145,6 +145,7 @@ MUTANTS = [
             "advantages = (logps - old_logps).masked_fill(dead, 0.0).exp(), advantages",
             POISON,
         ),
+        ("the clipped term has no advantage", "1 + clip_high) * advantages)", "1 + clip_high))", TABLE),
         ("P11: min, not max", "0.5 * torch.max((values - returns)", "0.5 * torch.min((values - returns)", TABLE),
         ("the value loss is not halved", "return 0.5 * torch.max((values", "return torch.max((values", BRUTE),
         (
