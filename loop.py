@@ -22,7 +22,7 @@ It is not a trainer. Each script keeps its own training step in sight and calls 
         loop.log(step, loss=..., grad_norm=grad_norm, lr=lr, tokens=n_tokens)
         if loop.due("save", step):
             loop.save(step, model=model, optimizer=optimizer, tokenizer=tokenizer)
-    loop.finish("exact match", before, after, n=n, ci95=ci95)
+    loop.finish(before, after)                              # {metric: one number a held-out row}, each
 
 Three rules make a resume exact and the split into ranks and micro-batches irrelevant. The rows of step k are a pure
 function of (seed, k). Every generator (python, numpy, torch) is seeded anew at each step from (seed, step, rank), so
@@ -48,7 +48,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -569,14 +569,17 @@ class Loop:
 
     # The end
 
-    def finish(self, metric: str, before: float, after: float, *, n: int, ci95: float | None = None,
-               metrics: dict[str, dict] | None = None, baselines: dict[str, float] | None = None, variant: str = "",
-               higher_is_better: bool = True, series: tuple[str, ...] = ("loss",)) -> dict:  # fmt: skip
+    def finish(self, before: dict[str, list[float]], after: dict[str, list[float]], *,
+               baselines: dict[str, float] | None = None, variant: str = "", higher_is_better: bool = True,
+               series: tuple[str, ...] = ("loss",)) -> dict:  # fmt: skip
         """Write result.json and curve.svg (the `series` of metrics.jsonl), say the same in words, return the result.
 
-        `ci95` is the half-width of the 95% interval of the paired difference over `n` rows, `metrics` further numbers
-        as {name: {before, after, n, ci95}}, `baselines` what the method must beat.
+        before, after: {metric: one number a held-out row}, of the same rows in the same order; the first metric is what
+        the run is judged by. `baselines` is what the method must beat.
         """
+        metrics = {name: paired(before[name], values) for name, values in after.items()}
+        metric = next(iter(metrics))
+        primary = metrics.pop(metric)
         device, peak = self.device.type, None
         if device == "cuda":
             device, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 2**20
@@ -589,8 +592,7 @@ class Loop:
             git = found.stdout.decode().strip() or None
         result = {
             "script": self.script, "variant": variant, "metric": metric, "higher_is_better": higher_is_better,
-            "before": before, "after": after, "n": n, "ci95": ci95,
-            "metrics": metrics or {}, "baselines": baselines or {},
+            **primary, "metrics": metrics, "baselines": baselines or {},
             "seconds": round(self.seconds, 1), "tokens_per_second": speed, "peak_memory_mb": peak and round(peak, 1),
             "device": device, "seed": self.args.seed, "command": self.command, "torch": torch.__version__, "git": git,
         }  # fmt: skip
@@ -598,8 +600,9 @@ class Loop:
             return result
         _write(self.out / "curve.svg", curve(self._lines(), series, title=f"{self.script} {variant}".strip()))
         _write(self.out / "result.json", json.dumps(result, indent=1) + "\n")
-        interval = "" if ci95 is None else f" ± {ci95:.3f} (95%)"
-        print(f"\n{metric}: {before:.3f} before, {after:.3f} after: {after - before:+.3f}{interval} on {n} rows")
+        interval = "" if primary["ci95"] is None else f" ± {primary['ci95']:.3f} (95%)"
+        was, now = primary["before"], primary["after"]
+        print(f"\n{metric}: {was:.3f} before, {now:.3f} after: {now - was:+.3f}{interval} on {primary['n']} rows")
         for name, row in result["metrics"].items():
             print(f"  {name}: {row['before']:.3f} before, {row['after']:.3f} after")
         for name, value in result["baselines"].items():
@@ -650,6 +653,14 @@ class Loop:
 
 
 # 4. Devices, identities, shards, files
+
+
+def paired(before: Sequence[float], after: Sequence[float]) -> dict[str, float | int | None]:
+    """Means before and after, their n, and the half-width of the 95% interval of the mean difference of paired rows."""
+    differences = torch.tensor(after, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
+    n = len(differences)
+    half_width = 1.96 * differences.std().item() / math.sqrt(n) if n > 1 else None
+    return {"before": statistics.fmean(before), "after": statistics.fmean(after), "n": n, "ci95": half_width}
 
 
 def _device(name: str) -> torch.device:

@@ -375,12 +375,6 @@ def conclude(model: Transformer, ref_model: Transformer, tokenizer: Tokenizer, t
              before: dict[str, list[float]], after: dict[str, list[float]], baselines: dict[str, float],
              args: argparse.Namespace, loop: Loop) -> dict:  # fmt: skip
     """Print three answers before and after, draw reward and utility over the KL, write result.json."""
-    rows = {}
-    for name in after:
-        differences = torch.tensor(after[name]) - torch.tensor(before[name])
-        half_width = 1.96 * differences.std().item() / math.sqrt(len(differences)) if len(differences) > 1 else None
-        rows[name] = {"before": statistics.fmean(before[name]), "after": statistics.fmean(after[name]),
-                      "n": len(differences), "ci95": half_width}  # fmt: skip
     if loop.main:
         said = [answers_to(m, tasks[:3], tokenizer, 1, 1.0, (0,), args, loop)[1] for m in (ref_model, model)]
         for task, a, b in zip(tasks, *said, strict=False):
@@ -390,16 +384,13 @@ def conclude(model: Transformer, ref_model: Transformer, tokenizer: Tokenizer, t
         picture = curve([line | {"step": max(line["kl"], 0.0)} for line in lines], series,
                         title="reward as learned and utility as it is")  # fmt: skip
         Path(loop.out / "overoptimisation.svg").write_text(picture.replace(">step<", ">KL to the start, nats<"))
-    metric = next(iter(rows))
-    primary = rows.pop(metric)
+    was, now = (statistics.fmean(found[next(iter(after))]) for found in (before, after))
     for name, value in baselines.items():
-        if (theirs := value - primary["before"]) > 0:
-            share = (primary["after"] - primary["before"]) / theirs
-            loop.say(f"the gain is {share:.0%} of that of {name}, at a KL of {rows['KL']['after']:.1f} nats")
-    return loop.finish(
-        metric, primary["before"], primary["after"], n=primary["n"], ci95=primary["ci95"], metrics=rows,
-        baselines=baselines, variant=f"{args.loss} {args.preset or args.reward}", series=series if loop.main else (),
-    )
+        if value > was:
+            loop.say(f"the gain is {(now - was) / (value - was):.0%} of that of {name}, at a KL of "
+                     f"{statistics.fmean(after['KL']):.1f} nats")
+    return loop.finish(before, after, baselines=baselines, variant=f"{args.loss} {args.preset or args.reward}",
+                       series=series if loop.main else ())  # fmt: skip
 
 
 # 3. Config
