@@ -131,7 +131,8 @@ COMMON = {  # flag: (type or choices, default, help), in the order of every scri
     "--eval-every": (WHOLE, 0, "steps between measurements; 0: only at the end"),
     "--save-every": (WHOLE, 0, "steps between checkpoints; 0: only at the end"),
     "--resume": (bool, False, "continue the run in --out, which must have the same settings"),
-    "--adapter": (str, None, "LoRA adapter to put on --model first"),
+    "--adapter": (str, None, "train a small part on a frozen model: a method of lora.py (lora, or lora:rank=16) or the "
+                             "folder of a trained one"),
 }
 # What a resumed run may change: where and how it computes, never what.
 FREE = {"out", "micro_batch_size", "device", "compile", "parallel", "log_every", "eval_every", "save_every", "resume"}
@@ -210,10 +211,11 @@ def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW
     """AdamW on the trainable parameters of `model`, made fp32 in place; only matrices (2 or more dimensions) decay."""
     _reshard(model)
     _fp32_masters(model)
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    groups: dict[tuple, list[nn.Parameter]] = {}
+    for p in sorted((p for p in model.parameters() if p.requires_grad), key=lambda p: p.ndim < 2):  # matrices first
+        groups.setdefault((weight_decay if p.ndim >= 2 else 0.0, getattr(p, "lr_times", 1.0)), []).append(p)
+    settings = [{"params": ps, "weight_decay": decay, "lr_times": times} for (decay, times), ps in groups.items()]
+    return torch.optim.AdamW(settings, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
 def learning_rate(step: int, total: int, lr: float, warmup: int, schedule: str) -> float:
@@ -233,10 +235,13 @@ def learning_rate(step: int, total: int, lr: float, warmup: int, schedule: str) 
 
 
 def set_lr(optimizer: torch.optim.Optimizer, args: argparse.Namespace, step: int, total: int | None = None) -> float:
-    """Give every parameter group the learning rate of `step` of `total` (default --steps), and return it."""
+    """Give every parameter group the learning rate of `step` of `total` (default --steps), and return it.
+
+    A parameter that was marked with `lr_times` learns that many times as fast (lora.py).
+    """
     lr = learning_rate(step, args.steps if total is None else total, args.lr, args.warmup, args.schedule)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_times", 1.0)
     return lr
 
 
@@ -390,8 +395,9 @@ class Loop:
         kept = rows * a.max_length * c.depth * (16 * c.width + 3 * c.ffn_width) * self.dtype.itemsize  # for backward
         ranks = f" on {self.world_size} ranks ({a.parallel})" if self.world_size > 1 else ""
         kind = f"{self.device.type}{ranks}, {str(self.dtype)[6:]}{', compiled' if self.compiled else ''}"
-        self.say(f"{self.script}: {n / 1e6:.2f}M parameters, {kind}; about {state / 1e6:,.0f} MB for weights and "
-                 f"optimizer, up to {kept / 1e6:,.0f} MB for {rows} rows of {a.max_length} tokens")  # fmt: skip
+        share = f" ({trained / n:.1%} of them learn)" if trained < n else ""
+        self.say(f"{self.script}: {n / 1e6:.2f}M parameters{share}, {kind}; about {state / 1e6:,.0f} MB for weights "
+                 f"and optimizer, up to {kept / 1e6:,.0f} MB for {rows} rows of {a.max_length} tokens")  # fmt: skip
 
     # Steps
 
@@ -487,6 +493,8 @@ class Loop:
         extra, state = extra or {}, optimizer.state_dict()["state"] if optimizer else {}
         tensors = {f"optimizer.{i}.{key}": _whole(v) for i, values in state.items() for key, v in values.items()}
         tensors |= {f"extra.{key}": _whole(v) for key, v in extra.items() if isinstance(v, Tensor)}
+        if model is not None and model.adapter is not None:  # its own folder may hold what was made of them
+            tensors |= {f"model.{name}": _whole(p) for name, p in model.named_parameters() if p.requires_grad}
         notes = {"step": step, "seconds": self._elapsed(), "tokens": self.tokens, "identity": self.identity}
         notes["extra"] = {key: v for key, v in extra.items() if not isinstance(v, Tensor)}
         if isinstance(model, FSDPModule):
@@ -522,12 +530,16 @@ class Loop:
         notes, tensors = self._notes(), read_safetensors(self.checkpoint / "training.safetensors")
         if model is not None:
             _reshard(model)
-            own, saved = model.state_dict(), load(self.checkpoint, labels=None)[0].state_dict()
+            if model.adapter is None:
+                own, saved = model.state_dict(), load(self.checkpoint, labels=None)[0].state_dict()
+            else:  # the rest is frozen, and was loaded with the base
+                own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+                saved = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")}
             if own.keys() != saved.keys():
                 odd = sorted(own.keys() ^ saved.keys())
                 raise UserError(f"{self.checkpoint}: not the weights of this model ({', '.join(odd[:3])})")
             for name, tensor in own.items():
-                tensor.copy_(_split_like(tensor, saved[name]))
+                tensor.data.copy_(_split_like(tensor, saved[name]))
         if optimizer is not None:
             state: dict[int, dict[str, Tensor]] = {}
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -806,28 +818,29 @@ PARTS
 
 
 def compare(train: Callable[[argparse.Namespace], object], args: argparse.Namespace, variants: Iterable[str], out: Path,
-            columns: tuple[str, ...], repeated: tuple[str, ...]) -> dict:  # fmt: skip
-    """--loss all: `train` every one of `variants`, as a table on the screen and in OUT/table.json, which is returned.
+            columns: tuple[str, ...], repeated: tuple[str, ...], flag: str = "loss") -> dict:  # fmt: skip
+    """--loss (or another `flag`) all: `train` every one of `variants`, as a table on the screen and in OUT/table.json.
 
     Variants that are `repeated` run with --seeds seeds. The first of `columns` is the metric of result.json, the others
     are among its metrics. The row SFT is the first run before it began. --resume keeps the runs that are finished.
     """
     rows, wide = [], max(map(len, columns)) + 9
-    print(f"{'loss':12}{'seeds':>6}" + "".join(f"{name:>{wide}}" for name in (*columns, "seconds")))
+    print(f"{flag:16}{'seeds':>6}" + "".join(f"{name:>{wide}}" for name in (*columns, "seconds")))
     for name in variants:
         runs = []
         for seed in range(args.seed, args.seed + (args.seeds if name in repeated else 1)):
             folder = out / f"{name}-{seed}"
-            mine = {"loss": name, "seed": seed, "out": folder,
+            mine = {flag: name, "seed": seed, "out": folder,
                     "resume": args.resume and (folder / "checkpoint").exists()}  # fmt: skip
             if not (args.resume and (folder / "result.json").exists()):
                 with contextlib.redirect_stdout(io.StringIO()):
                     train(argparse.Namespace(**vars(args) | mine))
             run = json.loads((folder / "result.json").read_text())
-            runs.append({columns[0]: run, "seconds": {"before": 0.0, "after": run["seconds"]}} | run["metrics"])
+            whole = {"seconds": run["seconds"], "peak MB": run["peak_memory_mb"] or math.nan}  # 0 before
+            runs.append({columns[0]: run} | {k: {"before": 0.0, "after": v} for k, v in whole.items()} | run["metrics"])
         for label, moment, some in ([("SFT", "before", runs[:1])] if not rows else []) + [(name, "after", runs)]:
-            rows.append({"loss": label, "seeds": len(some)})
-            line = f"{label:12}{len(some):6}"
+            rows.append({flag: label, "seeds": len(some)})
+            line = f"{label:16}{len(some):6}"
             for column in (*columns, "seconds"):
                 values = [run[column][moment] for run in some]
                 mean, spread = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
