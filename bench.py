@@ -12,6 +12,7 @@ Areas
               same batch, both in fp32, on a CPU with denormals flushed for both
     dpo       the training step of dpo.py against trl's DPOTrainer, and its peak memory: the same in weights, pairs and
               precision
+    lora      the training step of lora.py against peft's LoRA, and its peak memory: same base, same rank, same matrices
     grpo      whole steps of grpo.py (rollout, rewards, update) against trl's GRPOTrainer with its own generate: same
               weights, questions, group size and lengths; a breakdown of ours is printed
     gpu       training (bf16, compiled) and decoding of a model of half a billion parameters against what the device
@@ -27,6 +28,7 @@ import importlib.util
 import itertools
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
@@ -48,6 +50,7 @@ from data.chat import Row
 from data.formats import UserError
 from data.tokenizer import save_hf, tiny
 from loop import COUNT, Loop, RunFailed, adamw, clip, run
+from lora import adapt
 from model import Config, Transformer, frozen, generate, load
 from sft import Batch, collate, pack, sft_loss
 
@@ -166,6 +169,19 @@ def kernel_case(
             inputs, rest = [normal(n, width), normal(vocab, width, scale=0.05)], (integers(vocab, n),)
         case "attention" | "attention over documents":
             inputs, rest = [normal(b, t, h, d), normal(b, t, h // 2, d), normal(b, t, h // 2, d)], ()
+        case "lora_linear" | "lora_linear on NF4":
+            inputs, rest = [normal(b, t, h * d), normal(3 * 8, h * d), normal(3 * h * d, 8)], ()
+            weight, rows = normal(3 * h * d, h * d).detach(), [(i * h * d, (i + 1) * h * d) for i in range(3)]
+            q = kernels.nf4_quantize(weight)
+
+            def frozen_first(kernel: Callable) -> Callable:
+                def call(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+                    whole = functools.partial(kernels.nf4_dequantize, q, x.dtype) if "NF4" in name else weight.to(x)
+                    return kernel(x, whole, None, down, up, rows, 2.0)
+
+                return call
+
+            ours, peer = frozen_first(ours), frozen_first(peer)
     options = {}
     if name == "attention over documents":
         options["documents"] = integers(2, b, t).cumsum(1) // 8
@@ -175,7 +191,8 @@ def kernel_case(
 
 
 KERNELS = ("rms_norm", "add_rms_norm", "rotary", "qk_norm_rotary", "swiglu", "attention", "attention over documents",
-           "linear_cross_entropy", "linear_logps", "linear_logps with entropy")  # fmt: skip
+           "lora_linear", "lora_linear on NF4", "linear_cross_entropy", "linear_logps",
+           "linear_logps with entropy")  # fmt: skip
 
 
 def gradients(kernel: Callable, inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -240,6 +257,8 @@ GOALS = {  # of the ratio, by the name of the row up to its first comma
     "reference computed before": 1.8,
     "trl.GRPOTrainer": 1.3,
     "peak memory of a step": 0.25,  # at most: less is better
+    "LoRA step": 1.0,
+    "memory of a LoRA step": 1.02,  # at most
 }
 
 
@@ -517,10 +536,34 @@ def dpo_trainer(name: str, args: argparse.Namespace, *, before: bool, batch: int
 
 def dpo_memory(which: str, device: str) -> float:
     """Peak MB above what is held before it: a step on 8 pairs of 128 tokens, half of them an answer's."""
+    return in_fresh_process(_dpo_memory, which, device)
+
+
+def in_fresh_process(measure: Callable, which: str, device: str) -> float:
+    """measure(which, device), on a CPU in a process of its own: its memory has no history there.
+
+    glibc gives every tensor of that process its own mapping, and so back when it is freed: else what one step leaves
+    in the heap hides what the next one needs.
+    """
     if device == "cuda":
-        return _dpo_memory(which, device)
+        return measure(which, device)
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh_process:
-        return fresh_process.submit(_dpo_memory, which, device).result()
+        return fresh_process.submit(measure, which, device).result()
+
+
+def peak_of(step: Callable[[], None], device: str) -> float:
+    """Peak MB of a step above what is held before it; one step has been made before."""
+    step()  # the optimizer's state and the libraries are there
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        step()
+        return (torch.cuda.max_memory_allocated() - held) / 1e6
+    Path("/proc/self/clear_refs").write_text("5")
+    held = resident("VmRSS")
+    step()
+    return resident("VmHWM") - held
 
 
 def _dpo_memory(which: str, device: str) -> float:
@@ -545,16 +588,51 @@ def _dpo_memory(which: str, device: str) -> float:
                 optimizer.step()
                 optimizer.zero_grad()
 
-        step()  # the optimizer's state and the libraries are there
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            held = torch.cuda.memory_allocated()
-            step()
-            return (torch.cuda.max_memory_allocated() - held) / 1e6
-        Path("/proc/self/clear_refs").write_text("5")
-        held = resident("VmRSS")
-        step()
-        return resident("VmHWM") - held
+        return peak_of(step, device)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# lora: adapters against peft
+
+
+def bench_lora(args: argparse.Namespace) -> list[dict]:
+    print(f"peft {library('peft').__version__}, torch {torch.__version__}, {args.device}, fp32, "
+          f"{torch.get_num_threads()} threads, medians of {args.repeats} alternating runs")  # fmt: skip
+    rows = []
+    for name, width in (("LoRA step, width 128, 64 x 64 tokens", 128), ("LoRA step, width 512, 16 x 64 tokens", 512)):
+        steps = lora_steps(width, (64 if width == 128 else 16, 64), args.device)
+        seconds = race(*steps, args.repeats, args.device)
+        rows.append(row(name, *((64 if width == 128 else 16) * 64 / s for s in seconds), "tokens/s", True))
+    if args.device == "cuda" or sys.platform == "linux":
+        memory = [in_fresh_process(_lora_memory, which, args.device) for which in ("ours", "theirs")]
+        rows.append(row("memory of a LoRA step, width 512", *memory, "MB", False))
+    return rows
+
+
+def lora_steps(width: int, shape: tuple[int, int], device: str) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Forward, loss, backward and AdamW of rank 8 on every matrix of every block, ours and peft's."""
+    peft = library("peft")
+    model, their_model = twins(width, 512, device)
+    adapt(model, "lora:rank=8,alpha=16", "")
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=names, task_type="CAUSAL_LM")
+    their_model = peft.get_peft_model(their_model, config)
+    if sum(p.numel() for p in model.parameters() if p.requires_grad) != their_model.get_nb_trainable_parameters()[0]:
+        raise RunFailed("there is nothing to compare: the two train different numbers of parameters")
+    input_ids = torch.tensor(random_ids(512, [shape[1]] * shape[0]), device=device)
+    optimizer = torch.optim.AdamW((p for p in their_model.parameters() if p.requires_grad), lr=1e-4)
+
+    def their_step() -> None:
+        their_model(input_ids=input_ids, labels=input_ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return our_step(model, input_ids, torch.float32), their_step
+
+
+def _lora_memory(which: str, device: str) -> float:
+    ours, theirs = lora_steps(512, (16, 64), device)
+    return peak_of(ours if which == "ours" else theirs, device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -761,7 +839,8 @@ def liger(args: argparse.Namespace) -> list[dict]:
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line
 
-AREAS = {"kernels": bench_kernels, "sft": bench_sft, "dpo": bench_dpo, "grpo": bench_grpo, "gpu": bench_gpu}
+AREAS = {"kernels": bench_kernels, "sft": bench_sft, "dpo": bench_dpo, "lora": bench_lora, "grpo": bench_grpo,
+         "gpu": bench_gpu}  # fmt: skip
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
