@@ -719,24 +719,14 @@ def conclude(model: Transformer, ref_model: Transformer | None, tokenizer: Token
              before: dict[str, list[float]], after: dict[str, list[float]], args: argparse.Namespace, loop: Loop
              ) -> dict:  # fmt: skip
     """Print three answers before and after, write result.json."""
-    rows = {}
-    for name in after:
-        differences = torch.tensor(after[name]) - torch.tensor(before[name])
-        half_width = 1.96 * differences.std().item() / math.sqrt(len(differences)) if len(differences) > 1 else None
-        rows[name] = {"before": statistics.fmean(before[name]), "after": statistics.fmean(after[name]),
-                      "n": len(differences), "ci95": half_width}  # fmt: skip
     if "requests" in test and loop.main:
         prompts = [ids for ids, _ in test["requests"][:3]]
         said = [sampled(m, tokenizer, prompts, 1, 1.0, 3, args, loop) for m in (ref_model, model)]
         for (_, row), *answers in zip(test["requests"], *said, strict=False):
             a, b = (chat.completion_text(answer.input_ids, tokenizer) for (answer,) in answers)
             print(f"\n  user    {row['prompt']}\n  before  {a}\n  after   {b}")
-    metric = next(iter(rows))
-    primary = rows.pop(metric)
-    return loop.finish(
-        metric, primary["before"], primary["after"], n=primary["n"], ci95=primary["ci95"], metrics=rows,
-        variant=args.loss + "-ai" * (args.judge == "ai"), series=("chosen_reward", "rejected_reward"),
-    )
+    return loop.finish(before, after, variant=args.loss + "-ai" * (args.judge == "ai"),
+                       series=("chosen_reward", "rejected_reward"))  # fmt: skip
 
 
 @torch.no_grad()

@@ -650,22 +650,12 @@ def conclude(model: Transformer, ref_model: Transformer, tokenizer: Tokenizer, t
              before: dict[str, list[float]], after: dict[str, list[float]], baselines: dict[str, float],
              args: argparse.Namespace, loop: Loop) -> dict:  # fmt: skip
     """Print three answers before and after, write result.json."""
-    rows = {}
-    for name in after:
-        differences = torch.tensor(after[name]) - torch.tensor(before[name])
-        half_width = 1.96 * differences.std().item() / math.sqrt(len(differences)) if len(differences) > 1 else None
-        rows[name] = {"before": statistics.fmean(before[name]), "after": statistics.fmean(after[name]),
-                      "n": len(differences), "ci95": half_width}  # fmt: skip
     if loop.main:
         said = [rollout_of(m, tokenizer, test["test"][:3], 1, 0.0, (0,), args).completions for m in (ref_model, model)]
         for task, a, b in zip(test["test"], *said, strict=False):
             print(f"\n  user    {prompt_text(task)}\n  before  {a}\n  after   {b}")
-    primary = rows.pop("accuracy")
-    return loop.finish(
-        "accuracy", primary["before"], primary["after"], n=primary["n"], ci95=primary["ci95"], metrics=rows,
-        baselines=baselines, variant=args.loss + f" {args.preset}" * bool(args.preset) + " tools" * args.tools,
-        series=("pass_rate", "reward"),
-    )
+    variant = args.loss + f" {args.preset}" * bool(args.preset) + " tools" * args.tools
+    return loop.finish(before, after, baselines=baselines, variant=variant, series=("pass_rate", "reward"))
 
 
 BASELINE = "SFT for as long on the annotation of the same questions"

@@ -18,8 +18,10 @@ Importing this file flushes denormal numbers to zero, which slow a small fp32 mo
 
 import contextlib
 import functools
+import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -251,6 +253,133 @@ class _SwiGLU(torch.autograd.Function):
         torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=d_gate)
         torch.mul(grad, activated, out=d_up)
         return d_gate_up
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A frozen matrix with a low-rank one beside it
+
+
+def lora_linear_reference(
+    x: Tensor, weight: Tensor | Callable[[], Tensor], bias: Tensor | None, down: Tensor, up: Tensor,
+    rows: Sequence[tuple[int, int]], scale: float, dropped: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    y = F.linear(x, weight() if callable(weight) else weight, bias)
+    states = F.linear(x if dropped is None else dropped, down).split(up.shape[1], dim=-1)
+    parts = up.split([end - start for start, end in rows])
+    for (start, end), h, part in zip(rows, states, parts, strict=True):
+        y = y + F.pad(scale * F.linear(h, part), (start, y.shape[-1] - end))
+    return y
+
+
+def lora_linear(
+    x: Tensor, weight: Tensor | Callable[[], Tensor], bias: Tensor | None, down: Tensor, up: Tensor,
+    rows: Sequence[tuple[int, int]], scale: float, dropped: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """x W^T + bias, and scale * (x A_p^T) B_p^T on the outputs start to end of each p in `rows` (arXiv 2106.09685).
+
+    x (..., in); weight (out, in) and bias (out,) without gradient, or a function that makes the weight anew in forward
+    and in backward, so that a quantized one is never kept whole; down (P r, in), the A_p below each other; up (sum of
+    end - start, r), the B_p. `rows` are apart: the q, k and v of one matrix, each with factors of its own. `dropped`
+    stands in for x before A.
+    """
+    if _compiling:
+        return lora_linear_reference(x, weight, bias, down, up, rows, scale, dropped)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        made = weight
+        weight = (lambda: made().to(dtype)) if callable(made) else made.to(dtype)
+        x, bias, down, up, dropped = (None if t is None else t.to(dtype) for t in (x, bias, down, up, dropped))
+    return _LoRALinear.apply(x, weight, bias, down, up, tuple(rows), scale, dropped)
+
+
+class _LoRALinear(torch.autograd.Function):
+    """No product is scaled, padded or added in a pass of its own, and nothing is computed for the frozen weight."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, down, up, rows, scale, dropped) -> Tensor:
+        seen = x if dropped is None else dropped
+        h = seen.reshape(-1, x.shape[-1]) @ down.T * scale  # (n, P r)
+        y = F.linear(x, weight() if callable(weight) else weight, bias)
+        flat, parts = y.view(-1, y.shape[-1]), up.split([end - start for start, end in rows])
+        for (start, end), h_p, up_p in zip(rows, h.split(up.shape[1], dim=-1), parts, strict=True):
+            flat[:, start:end].addmm_(h_p, up_p.T)
+        ctx.weight, ctx.rows, ctx.scale, ctx.with_dropped = weight, rows, scale, dropped is not None
+        ctx.save_for_backward(seen, h, down, up)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        seen, h, down, up = ctx.saved_tensors
+        g, r = grad.reshape(-1, grad.shape[-1]), up.shape[1]
+        gh, d_up, done = torch.empty_like(h), torch.empty_like(up), 0
+        for p, (start, end) in enumerate(ctx.rows):
+            g_p, at = g[:, start:end], slice(done, done + end - start)
+            torch.mm(g_p.T, h[:, p * r : (p + 1) * r], out=d_up[at])
+            torch.mm(g_p, up[at], out=gh[:, p * r : (p + 1) * r])
+            done += end - start
+        gh *= ctx.scale
+        dx = d_dropped = None
+        if ctx.needs_input_grad[0]:
+            dx = g @ (ctx.weight() if callable(ctx.weight) else ctx.weight)
+        if ctx.with_dropped:
+            d_dropped = (gh @ down).view_as(seen) if ctx.needs_input_grad[7] else None
+        elif dx is not None:
+            dx.addmm_(gh, down)
+        dx = None if dx is None else dx.view_as(seen)
+        return dx, None, None, gh.T @ seen.reshape(-1, seen.shape[-1]), d_up, None, None, d_dropped
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Four bits a weight
+
+
+class NF4(NamedTuple):
+    """A matrix in 4-bit NormalFloat, with its scales quantized too (QLoRA, arXiv 2305.14314): 4.13 bits a weight."""
+
+    codes: Tensor  # (n / 2,) uint8: two places in nf4_levels a byte, the earlier weight in the high half
+    scales: Tensor  # (n / 64,) int8: of each block of 64 weights its largest size, less `mean`, over steps / 127
+    steps: Tensor  # (n / 64 / 256, rounded up) fp32: of each 256 blocks
+    mean: Tensor  # () fp32
+    shape: tuple[int, ...]
+
+
+@functools.cache
+def nf4_levels(device: torch.device | str = "cpu") -> Tensor:
+    """(16,): quantiles of a normal distribution, 0 among them, from -1 to 1 (2305.14314, section 3 and appendix E).
+
+    They stay on the device: a copy to a GPU can be no part of a CUDA graph.
+    """
+    positive, negative = (torch.linspace(0.9677083, 0.5, n, dtype=torch.float64)[:-1] for n in (9, 8))
+    levels = torch.cat([-torch.special.ndtri(negative), torch.zeros(1, dtype=torch.float64),
+                        torch.special.ndtri(positive).flip(0)])  # fmt: skip
+    return (levels / levels.amax()).float().to(device)
+
+
+def nf4_quantize(weight: Tensor) -> NF4:
+    """The nearest level for each weight over the largest size in its block of 64; weights (of any shape) in a row."""
+    flat = weight.detach().float().flatten()
+    blocks = F.pad(flat, (0, -len(flat) % 64)).view(-1, 64)  # (N, 64)
+    largest = blocks.abs().amax(-1)
+    mean = largest.mean()
+    groups = F.pad(largest - mean, (0, -len(largest) % 256)).view(-1, 256)
+    steps = groups.abs().amax(-1)
+    scales = (groups / steps[:, None].clamp(min=1e-30) * 127).round().to(torch.int8).flatten()[: len(largest)]
+    size = _nf4_sizes(scales, steps, mean)[:, None]
+    levels = nf4_levels(flat.device)
+    codes = torch.bucketize(blocks / size.clamp(min=1e-30), (levels[1:] + levels[:-1]) / 2).to(torch.uint8).flatten()
+    return NF4(codes[::2] << 4 | codes[1::2], scales, steps, mean, tuple(weight.shape))
+
+
+def _nf4_sizes(scales: Tensor, steps: Tensor, mean: Tensor) -> Tensor:
+    return mean + scales * (steps / 127).repeat_interleave(256)[: len(scales)]  # (N,)
+
+
+def nf4_dequantize(q: NF4, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weights that `q` stands for, in their shape."""
+    codes = torch.stack([q.codes >> 4, q.codes & 15], dim=-1).int()  # (n / 2, 2)
+    blocks = nf4_levels(q.codes.device)[codes].view(-1, 64) * _nf4_sizes(q.scales, q.steps, q.mean)[:, None]
+    return blocks.flatten()[: math.prod(q.shape)].view(q.shape).to(dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

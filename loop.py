@@ -22,7 +22,7 @@ It is not a trainer. Each script keeps its own training step in sight and calls 
         loop.log(step, loss=..., grad_norm=grad_norm, lr=lr, tokens=n_tokens)
         if loop.due("save", step):
             loop.save(step, model=model, optimizer=optimizer, tokenizer=tokenizer)
-    loop.finish("exact match", before, after, n=n, ci95=ci95)
+    loop.finish(before, after)                              # {metric: one number a held-out row}, each
 
 Three rules make a resume exact and the split into ranks and micro-batches irrelevant. The rows of step k are a pure
 function of (seed, k). Every generator (python, numpy, torch) is seeded anew at each step from (seed, step, rank), so
@@ -48,7 +48,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -131,7 +131,8 @@ COMMON = {  # flag: (type or choices, default, help), in the order of every scri
     "--eval-every": (WHOLE, 0, "steps between measurements; 0: only at the end"),
     "--save-every": (WHOLE, 0, "steps between checkpoints; 0: only at the end"),
     "--resume": (bool, False, "continue the run in --out, which must have the same settings"),
-    "--adapter": (str, None, "LoRA adapter to put on --model first"),
+    "--adapter": (str, None, "train a small part on a frozen model: a method of lora.py (lora, or lora:rank=16) or the "
+                             "folder of a trained one"),
 }
 # What a resumed run may change: where and how it computes, never what.
 FREE = {"out", "micro_batch_size", "rollout_batch", "device", "compile", "parallel", "log_every", "eval_every",
@@ -211,10 +212,11 @@ def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW
     """AdamW on the trainable parameters of `model`, made fp32 in place; only matrices (2 or more dimensions) decay."""
     _reshard(model)
     _fp32_masters(model)
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    groups: dict[tuple, list[nn.Parameter]] = {}
+    for p in sorted((p for p in model.parameters() if p.requires_grad), key=lambda p: p.ndim < 2):  # matrices first
+        groups.setdefault((weight_decay if p.ndim >= 2 else 0.0, getattr(p, "lr_times", 1.0)), []).append(p)
+    settings = [{"params": ps, "weight_decay": decay, "lr_times": times} for (decay, times), ps in groups.items()]
+    return torch.optim.AdamW(settings, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
 def learning_rate(step: int, total: int, lr: float, warmup: int, schedule: str) -> float:
@@ -234,10 +236,13 @@ def learning_rate(step: int, total: int, lr: float, warmup: int, schedule: str) 
 
 
 def set_lr(optimizer: torch.optim.Optimizer, args: argparse.Namespace, step: int, total: int | None = None) -> float:
-    """Give every parameter group the learning rate of `step` of `total` (default --steps), and return it."""
+    """Give every parameter group the learning rate of `step` of `total` (default --steps), and return it.
+
+    A parameter that was marked with `lr_times` learns that many times as fast (lora.py).
+    """
     lr = learning_rate(step, args.steps if total is None else total, args.lr, args.warmup, args.schedule)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_times", 1.0)
     return lr
 
 
@@ -391,8 +396,9 @@ class Loop:
         kept = rows * a.max_length * c.depth * (16 * c.width + 3 * c.ffn_width) * self.dtype.itemsize  # for backward
         ranks = f" on {self.world_size} ranks ({a.parallel})" if self.world_size > 1 else ""
         kind = f"{self.device.type}{ranks}, {str(self.dtype)[6:]}{', compiled' if self.compiled else ''}"
-        self.say(f"{self.script}: {n / 1e6:.2f}M parameters, {kind}; about {state / 1e6:,.0f} MB for weights and "
-                 f"optimizer, up to {kept / 1e6:,.0f} MB for {rows} rows of {a.max_length} tokens")  # fmt: skip
+        share = f" ({trained / n:.1%} of them learn)" if trained < n else ""
+        self.say(f"{self.script}: {n / 1e6:.2f}M parameters{share}, {kind}; about {state / 1e6:,.0f} MB for weights "
+                 f"and optimizer, up to {kept / 1e6:,.0f} MB for {rows} rows of {a.max_length} tokens")  # fmt: skip
 
     # Steps
 
@@ -488,6 +494,8 @@ class Loop:
         extra, state = extra or {}, optimizer.state_dict()["state"] if optimizer else {}
         tensors = {f"optimizer.{i}.{key}": _whole(v) for i, values in state.items() for key, v in values.items()}
         tensors |= {f"extra.{key}": _whole(v) for key, v in extra.items() if isinstance(v, Tensor)}
+        if model is not None and model.adapter is not None:  # its own folder may hold what was made of them
+            tensors |= {f"model.{name}": _whole(p) for name, p in model.named_parameters() if p.requires_grad}
         notes = {"step": step, "seconds": self._elapsed(), "tokens": self.tokens, "identity": self.identity}
         notes["extra"] = {key: v for key, v in extra.items() if not isinstance(v, Tensor)}
         if isinstance(model, FSDPModule):
@@ -523,12 +531,16 @@ class Loop:
         notes, tensors = self._notes(), read_safetensors(self.checkpoint / "training.safetensors")
         if model is not None:
             _reshard(model)
-            own, saved = model.state_dict(), load(self.checkpoint, labels=None)[0].state_dict()
+            if model.adapter is None:
+                own, saved = model.state_dict(), load(self.checkpoint, labels=None)[0].state_dict()
+            else:  # the rest is frozen, and was loaded with the base
+                own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+                saved = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")}
             if own.keys() != saved.keys():
                 odd = sorted(own.keys() ^ saved.keys())
                 raise UserError(f"{self.checkpoint}: not the weights of this model ({', '.join(odd[:3])})")
             for name, tensor in own.items():
-                tensor.copy_(_split_like(tensor, saved[name]))
+                tensor.data.copy_(_split_like(tensor, saved[name]))
         if optimizer is not None:
             state: dict[int, dict[str, Tensor]] = {}
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -570,14 +582,17 @@ class Loop:
 
     # The end
 
-    def finish(self, metric: str, before: float, after: float, *, n: int, ci95: float | None = None,
-               metrics: dict[str, dict] | None = None, baselines: dict[str, float] | None = None, variant: str = "",
-               higher_is_better: bool = True, series: tuple[str, ...] = ("loss",)) -> dict:  # fmt: skip
+    def finish(self, before: dict[str, list[float]], after: dict[str, list[float]], *,
+               baselines: dict[str, float] | None = None, variant: str = "", higher_is_better: bool = True,
+               series: tuple[str, ...] = ("loss",)) -> dict:  # fmt: skip
         """Write result.json and curve.svg (the `series` of metrics.jsonl), say the same in words, return the result.
 
-        `ci95` is the half-width of the 95% interval of the paired difference over `n` rows, `metrics` further numbers
-        as {name: {before, after, n, ci95}}, `baselines` what the method must beat.
+        before, after: {metric: one number a held-out row}, of the same rows in the same order; the first metric is what
+        the run is judged by. `baselines` is what the method must beat.
         """
+        metrics = {name: paired(before[name], values) for name, values in after.items()}
+        metric = next(iter(metrics))
+        primary = metrics.pop(metric)
         device, peak = self.device.type, None
         if device == "cuda":
             device, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 2**20
@@ -590,8 +605,7 @@ class Loop:
             git = found.stdout.decode().strip() or None
         result = {
             "script": self.script, "variant": variant, "metric": metric, "higher_is_better": higher_is_better,
-            "before": before, "after": after, "n": n, "ci95": ci95,
-            "metrics": metrics or {}, "baselines": baselines or {},
+            **primary, "metrics": metrics, "baselines": baselines or {},
             "seconds": round(self.seconds, 1), "tokens_per_second": speed, "peak_memory_mb": peak and round(peak, 1),
             "device": device, "seed": self.args.seed, "command": self.command, "torch": torch.__version__, "git": git,
         }  # fmt: skip
@@ -599,8 +613,9 @@ class Loop:
             return result
         _write(self.out / "curve.svg", curve(self._lines(), series, title=f"{self.script} {variant}".strip()))
         _write(self.out / "result.json", json.dumps(result, indent=1) + "\n")
-        interval = "" if ci95 is None else f" ± {ci95:.3f} (95%)"
-        print(f"\n{metric}: {before:.3f} before, {after:.3f} after: {after - before:+.3f}{interval} on {n} rows")
+        interval = "" if primary["ci95"] is None else f" ± {primary['ci95']:.3f} (95%)"
+        was, now = primary["before"], primary["after"]
+        print(f"\n{metric}: {was:.3f} before, {now:.3f} after: {now - was:+.3f}{interval} on {primary['n']} rows")
         for name, row in result["metrics"].items():
             print(f"  {name}: {row['before']:.3f} before, {row['after']:.3f} after")
         for name, value in result["baselines"].items():
@@ -651,6 +666,14 @@ class Loop:
 
 
 # 4. Devices, identities, shards, files
+
+
+def paired(before: Sequence[float], after: Sequence[float]) -> dict[str, float | int | None]:
+    """Means before and after, their n, and the half-width of the 95% interval of the mean difference of paired rows."""
+    differences = torch.tensor(after, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
+    n = len(differences)
+    half_width = 1.96 * differences.std().item() / math.sqrt(n) if n > 1 else None
+    return {"before": statistics.fmean(before), "after": statistics.fmean(after), "n": n, "ci95": half_width}
 
 
 def _device(name: str) -> torch.device:
@@ -796,28 +819,29 @@ PARTS
 
 
 def compare(train: Callable[[argparse.Namespace], object], args: argparse.Namespace, variants: Iterable[str], out: Path,
-            columns: tuple[str, ...], repeated: tuple[str, ...]) -> dict:  # fmt: skip
-    """--loss all: `train` every one of `variants`, as a table on the screen and in OUT/table.json, which is returned.
+            columns: tuple[str, ...], repeated: tuple[str, ...], flag: str = "loss") -> dict:  # fmt: skip
+    """--loss (or another `flag`) all: `train` every one of `variants`, as a table on the screen and in OUT/table.json.
 
     Variants that are `repeated` run with --seeds seeds. The first of `columns` is the metric of result.json, the others
     are among its metrics. The row SFT is the first run before it began. --resume keeps the runs that are finished.
     """
     rows, wide = [], max(map(len, columns)) + 9
-    print(f"{'loss':12}{'seeds':>6}" + "".join(f"{name:>{wide}}" for name in (*columns, "seconds")))
+    print(f"{flag:16}{'seeds':>6}" + "".join(f"{name:>{wide}}" for name in (*columns, "seconds")))
     for name in variants:
         runs = []
         for seed in range(args.seed, args.seed + (args.seeds if name in repeated else 1)):
             folder = out / f"{name}-{seed}"
-            mine = {"loss": name, "seed": seed, "out": folder,
+            mine = {flag: name, "seed": seed, "out": folder,
                     "resume": args.resume and (folder / "checkpoint").exists()}  # fmt: skip
             if not (args.resume and (folder / "result.json").exists()):
                 with contextlib.redirect_stdout(io.StringIO()):
                     train(argparse.Namespace(**vars(args) | mine))
             run = json.loads((folder / "result.json").read_text())
-            runs.append({columns[0]: run, "seconds": {"before": 0.0, "after": run["seconds"]}} | run["metrics"])
+            whole = {"seconds": run["seconds"], "peak MB": run["peak_memory_mb"] or math.nan}  # 0 before
+            runs.append({columns[0]: run} | {k: {"before": 0.0, "after": v} for k, v in whole.items()} | run["metrics"])
         for label, moment, some in ([("SFT", "before", runs[:1])] if not rows else []) + [(name, "after", runs)]:
-            rows.append({"loss": label, "seeds": len(some)})
-            line = f"{label:12}{len(some):6}"
+            rows.append({flag: label, "seeds": len(some)})
+            line = f"{label:16}{len(some):6}"
             for column in (*columns, "seconds"):
                 values = [run[column][moment] for run in some]
                 mean, spread = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None

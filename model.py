@@ -92,6 +92,10 @@ class RMSNorm(nn.Module):
         return kernels.rms_norm(x, self.weight, self.eps)
 
 
+# keys, values, and the columns used of a cache, a tensor once it is pinned; None: of a prefix
+Past = tuple[Tensor, Tensor, int | Tensor | None] | None
+
+
 class Attention(nn.Module):
     """Grouped-query attention; q, k and v are one matrix, split only where a checkpoint is read or written."""
 
@@ -103,7 +107,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask, past: tuple | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask, past: Past) -> Tensor:
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_dim)  # (B, T, H + 2 Hkv, d)
         if self.q_norm is not None:
@@ -115,8 +119,10 @@ class Attention(nn.Module):
             q, k = kernels.rotary(qk, cos, sin).split_with_sizes(self.sizes[:2], dim=2)
         if past is not None:
             keys, values, used = past
-            if isinstance(used, Tensor):
-                k, v = keys.index_copy_(1, used, k), values.index_copy_(1, used, v)
+            if used is None:  # a learned prefix: the same before every row
+                k, v = (torch.cat([x.to(y.dtype).expand(B, *x.shape), y], dim=1) for x, y in ((keys, k), (values, v)))
+            elif isinstance(used, Tensor):
+                k, v = keys.index_copy_(1, used, k.to(keys.dtype)), values.index_copy_(1, used, v.to(keys.dtype))
             else:
                 keys[:, used : used + T], values[:, used : used + T] = k, v
                 if used:  # else k and v are all there is, and lie better
@@ -140,7 +146,7 @@ class Block(nn.Module):
         self.attention_norm, self.attention = RMSNorm(c.width, c.norm_eps), Attention(c)
         self.ffn_norm, self.ffn = RMSNorm(c.width, c.norm_eps), FeedForward(c)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask, past: tuple | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask, past: Past) -> Tensor:
         h = self.attention(self.attention_norm(x), cos, sin, mask, past)
         h, x = kernels.add_rms_norm(h, x, self.ffn_norm.weight, self.ffn_norm.eps)
         return x + self.ffn(h)
@@ -157,6 +163,9 @@ class Transformer(nn.Module):
         if config.tied:
             self.head.weight = self.embed.weight
         self.checkpoint_activations = False  # recompute each block in the backward pass (arXiv 1604.06174)
+        # lora.py may put these on: what writes the checkpoint in the place of `save`, and n positions before every row,
+        # () -> (n, D) embeddings or () -> (n, depth, 2, Hkv, d) keys and values
+        self.adapter, self.prompt, self.prefix, self.virtual = None, None, None, 0
         self._angles: tuple[Tensor, Tensor] | None = None
         self._init_weights()
 
@@ -193,28 +202,36 @@ class Transformer(nn.Module):
         """The state (B, T, D) after the final norm, which has seen the tokens up to and including t.
 
         input_ids (B, T). documents (B, T) of integers: a token sees earlier tokens of its own document only.
-        embeddings (B, T, D) stand in for the tokens' own. With a cache, the tokens follow those that it holds.
+        embeddings (B, T, D) stand in for the tokens' own. With a cache, the tokens follow those that it holds. A
+        learned prompt or prefix stands before the first token; no state of it is returned.
         """
         x = self.embed(input_ids) if embeddings is None else embeddings
+        n_tokens = x.shape[1]
+        if self.virtual and documents is not None:
+            raise ValueError("a learned prompt or prefix stands before a row, not before each of its packed documents")
+        n = self.virtual if cache is None or cache.used == 0 else 0  # positions before x; a prefix is in the cache
+        if self.prompt is not None and n:
+            x, n = torch.cat([self.prompt().to(x.dtype).expand(len(x), -1, -1), x], dim=1), 0
         T, used = x.shape[1], cache.used if cache else 0
         if cache:
             cache.reserve(T)
-        cos, sin = self._rotary_table(used + T, x.device)
+        cos, sin = self._rotary_table(n + used + T, x.device)
         if cache is None or used == 0:
-            cos, sin = cos[None, :T], sin[None, :T]  # (1, T, d)
+            cos, sin = cos[None, n : n + T], sin[None, n : n + T]  # (1, T, d)
         else:
             positions = cache.lengths[:, None] + torch.arange(T, device=x.device)
             cos, sin = cos[positions], sin[positions]  # (B, T, d): rows may be of different lengths
         mask = kernels.document_mask(documents) if documents is not None else cache.mask(T) if cache else None
+        prefix = self.prefix() if self.prefix is not None and cache is None else None
         for i, block in enumerate(self.blocks):
-            past = cache.block(i) if cache else None
+            past = cache.block(i) if cache else None if prefix is None else (*prefix[:, i].transpose(0, 1), None)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, mask, past, use_reentrant=False)
             else:
                 x = block(x, cos, sin, mask, past)
         if cache:
             cache.advance(T)
-        return self.norm(x)
+        return self.norm(x[:, T - n_tokens :])
 
     def _rotary_table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin (at least `length`, d), kept from call to call, in fp32."""
@@ -252,8 +269,12 @@ def token_logps(
 
 
 def frozen(model: Transformer) -> Transformer:
-    """A copy in eval mode that takes no gradient: a reference model or a teacher."""
-    return copy.deepcopy(model).eval().requires_grad_(False)
+    """A copy in eval mode that takes no gradient: a reference model or a teacher.
+
+    Weights that are frozen already are shared: under an adapter the reference needs the memory of the adapter alone.
+    """
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad}
+    return copy.deepcopy(model, shared).eval().requires_grad_(False)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -273,8 +294,8 @@ class KVCache:
     """
 
     def __init__(self, model: Transformer, rows: int, capacity: int, dtype: torch.dtype):
-        c, device = model.config, model.embed.weight.device
-        of_row = c.depth, rows, c.kv_heads
+        c, device, self.virtual = model.config, model.embed.weight.device, model.virtual
+        of_row, capacity = (c.depth, rows, c.kv_heads), capacity + model.virtual
         self.transposed = device.type == "cpu"  # the product of queries and keys is then twice as fast
         size = (c.head_dim, capacity) if self.transposed else (capacity, c.head_dim)
         self.keys = torch.zeros(*of_row, *size, dtype=dtype, device=device)
@@ -282,6 +303,12 @@ class KVCache:
         self.bias = torch.zeros(rows, c.kv_heads, 1, capacity, dtype=dtype, device=device)  # of scores: -inf is hidden
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # tokens that each row holds
         self.column: int | Tensor = 0  # columns written; (1,) once pinned
+        if model.prefix is not None:
+            prefix, n = model.prefix().to(dtype), model.virtual
+            for i in range(c.depth):
+                (keys, values, _), (k, v) = self.block(i), prefix[:, i].transpose(0, 1)
+                keys[:, :n], values[:, :n] = k, v
+            self.advance(n)
 
     @property
     def used(self) -> int:
@@ -327,8 +354,8 @@ class KVCache:
 
     def cut(self, lengths: Tensor) -> None:
         """After right-padded prompts: row b holds `lengths[b]` tokens, and its padding is never seen."""
-        self.lengths = lengths.clone()
-        padding = torch.arange(self.used, device=lengths.device) >= lengths[:, None, None, None]
+        self.lengths = lengths + self.virtual
+        padding = torch.arange(self.used, device=lengths.device) >= self.lengths[:, None, None, None]
         self.bias[..., : self.used].masked_fill_(padding, -torch.inf)
 
     def select(self, rows: Tensor) -> None:
@@ -387,7 +414,7 @@ def generate(
     longest = max(map(len, prompts))
     if min(map(len, prompts)) == 0:
         raise ValueError("an empty prompt: there is nothing to predict the first token from")
-    if longest + max_new_tokens > model.config.max_length:
+    if model.virtual + longest + max_new_tokens > model.config.max_length:
         raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of "
                          f"{model.config.max_length}")  # fmt: skip
     device, starts = model.embed.weight.device, [tuple(prompt) for prompt in prompts for _ in range(samples)]
@@ -436,11 +463,11 @@ def _decode(model: Transformer, prompts: list[tuple[int, ...]], uniforms: Tensor
     lengths = lengths.to(device)
     narrow = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if narrow else model.embed.weight.dtype
-    whole_lines = -(-(longest + max_new_tokens) // ALIGNED) * ALIGNED
-    capacity = whole_lines if capture else longest + min(max_new_tokens, GROWTH)
-    cache = KVCache(model, len(place), capacity, dtype)
+    capacity = longest + (max_new_tokens if capture else min(max_new_tokens, GROWTH))
+    cache = KVCache(model, len(place), capacity + (-(model.virtual + capacity) % ALIGNED if capture else 0), dtype)
     state = model.hidden(ids.to(device), cache=cache)[torch.arange(len(place), device=device), lengths - 1]
     cache.cut(lengths)
+    begun = cache.column
     if len(place) < rows:
         source = torch.tensor([place[prompt] for prompt in prompts], device=device)
         state = state[source]
@@ -461,7 +488,7 @@ def _decode(model: Transformer, prompts: list[tuple[int, ...]], uniforms: Tensor
 
     def step() -> None:
         state = model.hidden(token[:, None], cache=cache)[:, 0]
-        say(state, cache.column - longest)
+        say(state, cache.column - begun)
 
     say(state, 0)
     if capture:
@@ -645,7 +672,7 @@ PARTS = {  # of a block, here: there, where q, k, v and gate, up are matrices of
 }
 
 
-def _their_names(config: Config, name: str) -> tuple[tuple[str, ...], list[int]]:
+def their_names(config: Config, name: str) -> tuple[tuple[str, ...], list[int]]:
     """The Hugging Face names of the rows of parameter `name`, and how many rows each has (none if it is one alone)."""
     if name in ENDS:
         return ("score.weight" if config.labels and name == "head.weight" else ENDS[name],), []
@@ -674,7 +701,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.d
         model = Transformer(config)
     state = {}
     for name, parameter in model.named_parameters():  # a tied head is named once, as the embedding
-        theirs, sizes = _their_names(config, name)
+        theirs, sizes = their_names(config, name)
         if missing := [key for key in theirs if key not in tensors]:
             raise UserError(f"{path}: the weights lack {missing[0]}")
         parts = [tensors.pop(key) for key in theirs]
@@ -701,9 +728,12 @@ def save(model: Transformer, tokenizer: Tokenizer | None, path: str | Path) -> N
     """Write a Hugging Face directory that `load` and transformers read: config, weights and, if given, tokenizer."""
     path, c = Path(path), model.config
     path.mkdir(parents=True, exist_ok=True)
+    if model.adapter is not None:
+        model.adapter.save(model, tokenizer, path)
+        return
     state = {}
     for name, parameter in model.named_parameters():
-        theirs, sizes = _their_names(c, name)
+        theirs, sizes = their_names(c, name)
         state.update(zip(theirs, parameter.detach().split(sizes) if sizes else (parameter.detach(),), strict=True))
     write_safetensors(path / "model.safetensors", state)
     eos = {"eos_token_id": list(tokenizer.eos_ids), "pad_token_id": tokenizer.pad_id} if tokenizer else {}

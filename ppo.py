@@ -27,7 +27,8 @@ An answer that is cut off ends there like any other, and its reward is --eos-pen
     --reward exact     or another rule of data/checkers.py, or FILE.py:function; --preset reft: SFT, then PPO on the
                        same questions with a rule's reward (ReFT, 2401.08967)
     --rm-pairs N       comparisons of the start's own answers that the reward model learns from first
-    --refresh-rm N     and every N steps it learns from the annotator's view of new answers (2204.05862)
+    --refresh-rm N     and every N steps it learns from comparisons of new answers (2204.05862)
+    --judge ai         the start itself compares them, by the constitution (RLAIF, 2309.00267)
     --kl-target X      kl_coef follows the KL (1909.08593, section 2.2)      --loss a2c   one pass, no clip (1602.01783)
 
 In the generated world the annotator's true utility is known, and OUT/overoptimisation.svg draws it and the learned
@@ -60,7 +61,7 @@ from data.tokenizer import Tokenizer
 from kernels import IGNORED, linear_logps
 from loop import COUNT, REAL, WHOLE, Loop, RunFailed, adamw, clip, curve, parser, run, set_lr
 from model import Generation, Transformer, frozen, generate, load
-from reward import bradley_terry, rewards_of, with_scalar_head
+from reward import CONSTITUTION, bradley_terry, opinions, rewards_of, with_scalar_head, worth
 
 # 1. The objective
 
@@ -247,14 +248,18 @@ def scores_of(found: Generation, texts: list[str], tasks: Sequence[Task], tokeni
                 parts.append(rewards_of(reward_model, found.input_ids[rows], found.completion_mask[rows]).float())
         return torch.cat(parts)
     if args.reward == "judge":
-        import reward
-
-        yes = reward.opinions(reward_model, tokenizer, texts, list(reward.CONSTITUTION), args, loop)
-        values = [reward.worth(yes[text], list(reward.CONSTITUTION)) for text in texts]
+        values = opinions_of(reward_model, tokenizer, texts, args, loop)
     else:
         rule = checkers.load_reward(args.reward)
         values = [rule(prompt_text(tasks[i // each]), text, tasks[i // each].row) for i, text in enumerate(texts)]
     return torch.tensor(values, device=loop.device)
+
+
+def opinions_of(judge: Transformer, tokenizer: Tokenizer, texts: list[str], args: argparse.Namespace, loop: Loop
+                ) -> list[float]:  # fmt: skip
+    """What the chat model `judge` thinks of each text by the constitution of reward.py."""
+    yes = opinions(judge, tokenizer, texts, list(CONSTITUTION), args, loop)
+    return [worth(yes[text], list(CONSTITUTION)) for text in texts]
 
 
 def prompt_text(task: Task) -> str:
@@ -285,21 +290,27 @@ def scored(model: Transformer, critic: nn.Module | None, found: Generation, toke
     return logps, values
 
 
-def lesson(reward_model: Transformer, model: Transformer, tasks: Sequence[Task], tokenizer: Tokenizer, step: int,
-           args: argparse.Namespace, loop: Loop) -> None:  # fmt: skip
-    """One pass of Bradley-Terry over two answers of the policy to each task, labelled by the annotator, in place.
+def lesson(reward_model: Transformer, model: Transformer, judge: Transformer, tasks: Sequence[Task],
+           tokenizer: Tokenizer, step: int, args: argparse.Namespace, loop: Loop) -> None:  # fmt: skip
+    """One pass of Bradley-Terry over two answers of the policy to each task, labelled by --judge, in place.
 
     A reward model that has only seen what others wrote is blind to what this policy gets wrong (InstructGPT, section
-    3.2, compares samples of its SFT model; 2204.05862, section 4.5, goes on with those of each new policy).
+    3.2, compares samples of its SFT model; 2204.05862, section 4.5, goes on with those of each new policy). `judge` is
+    the chat model of --judge ai, whose labels are chances; the annotator's are coins.
     """
     parts = []
     for i in range(0, len(tasks), 128):
         seed = (args.seed, step, "lesson", i)
         parts.append(answers_to(model, tasks[i : i + 128], tokenizer, 2, args.temperature, seed, args, loop))
-    worth = [x for i, (_, texts) in enumerate(parts) for x in utilities(texts, tasks[128 * i : 128 * (i + 1)])]
-    rng = world.rng_for("coin", args.seed, step)
-    better = torch.tensor([float(rng.random() < manners.prefers_first(a, b))
-                           for a, b in zip(worth[::2], worth[1::2], strict=True)], device=loop.device)  # fmt: skip
+    if args.judge == "ai":
+        liked = [x for _, texts in parts for x in opinions_of(judge, tokenizer, texts, args, loop)]
+    else:
+        liked = [x for i, (_, texts) in enumerate(parts) for x in utilities(texts, tasks[128 * i : 128 * (i + 1)])]
+    chances = [manners.prefers_first(a, b) for a, b in zip(liked[::2], liked[1::2], strict=True)]
+    if args.judge == "annotator":
+        rng = world.rng_for("coin", args.seed, step)
+        chances = [float(rng.random() < chance) for chance in chances]
+    better = torch.tensor(chances, device=loop.device)
     optimizer = adamw(reward_model.requires_grad_(True), args.rm_lr, 0.0)
     total = len(tasks) // 16
     for n, start in enumerate(range(0, 16 * total, 16)):
@@ -375,12 +386,6 @@ def conclude(model: Transformer, ref_model: Transformer, tokenizer: Tokenizer, t
              before: dict[str, list[float]], after: dict[str, list[float]], baselines: dict[str, float],
              args: argparse.Namespace, loop: Loop) -> dict:  # fmt: skip
     """Print three answers before and after, draw reward and utility over the KL, write result.json."""
-    rows = {}
-    for name in after:
-        differences = torch.tensor(after[name]) - torch.tensor(before[name])
-        half_width = 1.96 * differences.std().item() / math.sqrt(len(differences)) if len(differences) > 1 else None
-        rows[name] = {"before": statistics.fmean(before[name]), "after": statistics.fmean(after[name]),
-                      "n": len(differences), "ci95": half_width}  # fmt: skip
     if loop.main:
         said = [answers_to(m, tasks[:3], tokenizer, 1, 1.0, (0,), args, loop)[1] for m in (ref_model, model)]
         for task, a, b in zip(tasks, *said, strict=False):
@@ -390,16 +395,13 @@ def conclude(model: Transformer, ref_model: Transformer, tokenizer: Tokenizer, t
         picture = curve([line | {"step": max(line["kl"], 0.0)} for line in lines], series,
                         title="reward as learned and utility as it is")  # fmt: skip
         Path(loop.out / "overoptimisation.svg").write_text(picture.replace(">step<", ">KL to the start, nats<"))
-    metric = next(iter(rows))
-    primary = rows.pop(metric)
+    was, now = (statistics.fmean(found[next(iter(after))]) for found in (before, after))
     for name, value in baselines.items():
-        if (theirs := value - primary["before"]) > 0:
-            share = (primary["after"] - primary["before"]) / theirs
-            loop.say(f"the gain is {share:.0%} of that of {name}, at a KL of {rows['KL']['after']:.1f} nats")
-    return loop.finish(
-        metric, primary["before"], primary["after"], n=primary["n"], ci95=primary["ci95"], metrics=rows,
-        baselines=baselines, variant=f"{args.loss} {args.preset or args.reward}", series=series if loop.main else (),
-    )
+        if value > was:
+            loop.say(f"the gain is {(now - was) / (value - was):.0%} of that of {name}, at a KL of "
+                     f"{statistics.fmean(after['KL']):.1f} nats")
+    return loop.finish(before, after, baselines=baselines, variant=f"{args.loss} {args.preset or args.reward}",
+                       series=series if loop.main else ())  # fmt: skip
 
 
 # 3. Config
@@ -471,9 +473,11 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--clip-eps", type=REAL, help="how far the ratio may go from 1; 0 never clips (default: 0.2)")
     cli.add_argument("--value-clip", type=REAL, help="how far values may go in a step; 0 never clips (default: 0.2)")
     cli.add_argument("--vf-coef", type=REAL, default=0.1, help="weight of the value loss (default: %(default)s)")
-    cli.add_argument("--rm-pairs", type=WHOLE, help="of the start's own answers that the world's annotator compares "
+    cli.add_argument("--rm-pairs", type=WHOLE, help="of the start's own answers that --judge compares "
                      "for the reward model before PPO (default: 6000; 0 with --data)")  # fmt: skip
     cli.add_argument("--refresh-rm", type=WHOLE, default=0, help="steps between further lessons of it; 0: none")
+    cli.add_argument("--judge", choices=("annotator", "ai"), default="annotator", help="who compares in these lessons; "
+                     "ai: the start itself, by the constitution of reward.py (RLAIF)")  # fmt: skip
     cli.add_argument("--rm-lr", type=REAL, default=1e-3, help="learning rate of these lessons (default: %(default)s)")
     cli.add_argument("--sft-steps", type=WHOLE, help="supervised steps before PPO (default: 0; reft 30)")
     cli.add_argument("--sft-lr", type=REAL, default=1e-3, help="their learning rate (default: %(default)s)")
@@ -497,8 +501,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         (args.data and args.preset, "--preset is a recipe of the generated world: it takes no --data"),
         (args.data and args.sft_steps, "--sft-steps learns from the generated world: it takes no --data"),
         (args.refresh_rm and args.reward != "model", "--refresh-rm teaches a reward model: it needs --reward model"),
-        (args.data and (args.rm_pairs or args.refresh_rm), "--rm-pairs and --refresh-rm ask the world's "
-         "annotator: they take no --data"),
+        (args.data and (args.rm_pairs or args.refresh_rm), "--rm-pairs and --refresh-rm ask for the "
+         "generated world's manners: they take no --data"),
         (args.sft_steps and args.reward in ("model", "judge"), "--sft-steps needs annotated sums: --preset reft"),
         (args.data and args.reward == "model" and not args.reward_model, "--data needs --reward-model or --reward"),
     ):  # fmt: skip
@@ -543,7 +547,7 @@ def main(args: argparse.Namespace) -> dict:
     if args.reward == "model" and args.rm_pairs and not args.resume:
         rows = (world_row(("lesson", args.seed, i), "train", args) for i in range(args.rm_pairs))
         own = [task_of(row, tokenizer, args) for row in rows]
-        lesson(reward_model, model, own, tokenizer, 0, args, loop)
+        lesson(reward_model, model, ref_model, own, tokenizer, 0, args, loop)
     before = extra.get("before") or evaluate(model, None, reward_model, test, tokenizer, args, loop)
     scale = {"mean": 0.0, "std": 1.0}  # of the scores of the start
     if args.reward in ("model", "judge"):
@@ -560,7 +564,7 @@ def main(args: argparse.Namespace) -> dict:
         # rollout and reward
         some = [tasks[i] for i in loop.batch_indices(len(tasks), step)[loop.rank :: loop.world_size]]
         if args.refresh_rm and step % args.refresh_rm == 0:
-            lesson(reward_model, model, some, tokenizer, step, args, loop)
+            lesson(reward_model, model, ref_model, some, tokenizer, step, args, loop)
         found, texts = answers_to(model, some, tokenizer, 1, args.temperature, (args.seed, step, loop.rank), args, loop)
         scores = scores_of(found, texts, some, tokenizer, reward_model, args, loop)
         reward = final_reward(scores, found.finished.to(loop.device), clip_at=args.reward_clip,

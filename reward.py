@@ -608,16 +608,8 @@ def conclude(before: dict[str, list[float]], after: dict[str, list[float]], base
     if "margin" in after:
         for says, true, n in calibration(after["margin"]):
             loop.say(f"where it says {says:.2f}, {true:.2f} come true ({n} rows)")
-    rows = {}
-    for name, values in after.items():
-        differences = torch.tensor(values) - torch.tensor(before[name])
-        half_width = 1.96 * differences.std().item() / math.sqrt(len(values)) if len(values) > 1 else None
-        rows[name] = {"before": mean(before[name]), "after": mean(values), "n": len(values), "ci95": half_width}
-    metric = next(iter(rows))
-    primary = rows.pop(metric)
     kind = "revise" if args.revise else args.feedback + "-ai" * (args.labels == "ai")
-    return loop.finish(metric, primary["before"], primary["after"], n=primary["n"], ci95=primary["ci95"], metrics=rows,
-                       baselines=baselines, variant=kind)  # fmt: skip
+    return loop.finish(before, after, baselines=baselines, variant=kind)
 
 
 def baselines(test: dict[str, list], tokenizer: Tokenizer, args: argparse.Namespace) -> dict[str, float]:

@@ -437,12 +437,6 @@ def mean(values: Sequence[float]) -> float:
 def conclude(model: Transformer, tokenizer: Tokenizer, test: dict[str, list], before: dict[str, list[float]],
              after: dict[str, list[float]], args: argparse.Namespace, loop: Loop) -> dict:
     """Measure the baseline, print three exchanges, write result.json."""
-    rows = {}
-    for name in after:
-        differences = torch.tensor(after[name]) - torch.tensor(before[name])
-        half_width = 1.96 * differences.std().item() / math.sqrt(len(differences)) if len(differences) > 1 else None
-        means = {"before": mean(before[name]), "after": mean(after[name])}
-        rows[name] = means | {"n": len(differences), "ci95": half_width}
     baselines = {}
     if args.stage == "sft" and not (args.data or args.model or args.from_scratch):
         loop.say("\nthe same with random weights in place of the base model:")
@@ -456,13 +450,8 @@ def conclude(model: Transformer, tokenizer: Tokenizer, test: dict[str, list], be
             texts = answer(model, tokenizer, chats, args, samples=1, temperature=0.0, seed=0)
         for row, (text,) in zip(some, texts, strict=True) if loop.main else ():
             print(f"\n  user       {row['messages'][0]['content']}\n  assistant  {text}")
-    metric = next(iter(rows))
-    primary = rows.pop(metric)
-    return loop.finish(
-        metric, primary["before"], primary["after"], n=primary["n"], ci95=primary["ci95"], metrics=rows,
-        baselines=baselines, variant=args.stage if not args.data else Path(args.data).stem,
-        higher_is_better=metric != "loss",
-    )
+    return loop.finish(before, after, baselines=baselines, higher_is_better=next(iter(after)) != "loss",
+                       variant=args.stage if not args.data else Path(args.data).stem)  # fmt: skip
 
 
 # 3. Config

@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- results -->", "<!-- /results -->"
-LOSSES_START, LOSSES_END = "<!-- losses -->", "<!-- /losses -->"
+TABLES = ("dpo", "grpo")  # of --loss all, in results/tables, each between marks of its own
 BENCH_START, BENCH_END = "<!-- bench -->", "<!-- /bench -->"
 ORDER = ("sft", "reward", "dpo", "ppo", "grpo", "lora", "distill", "quantize", "prune", "reason", "merge", "edit",
          "rag", "vlm")  # fmt: skip
@@ -38,7 +38,11 @@ def table(rows: list[dict]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def losses_table(path: Path = ROOT / "results" / "tables" / "dpo.json") -> str:
+def marks(name: str) -> tuple[str, str]:
+    return f"<!-- {name} losses -->", f"<!-- /{name} losses -->"
+
+
+def losses_table(path: Path) -> str:
     """The table.json of `--loss all` as a Markdown table: means, and ± the spread over seeds if there are several."""
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
     columns = [name for name in rows[0] if name not in ("loss", "seeds")]
@@ -77,5 +81,6 @@ def fill(text: str, made: str, start: str = START, end: str = END) -> str:
 if __name__ == "__main__":
     readme = ROOT / "README.md"
     filled = fill(readme.read_text(encoding="utf-8"), table(results()))
-    filled = fill(filled, losses_table(), LOSSES_START, LOSSES_END)
+    for name in TABLES:
+        filled = fill(filled, losses_table(ROOT / "results" / "tables" / f"{name}.json"), *marks(name))
     readme.write_text(fill(filled, bench_table(), BENCH_START, BENCH_END), encoding="utf-8")

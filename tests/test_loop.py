@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import socket
+import statistics
 import sys
 import xml.etree.ElementTree as ElementTree
 from argparse import Namespace
@@ -23,7 +24,7 @@ import loop as loop_module
 from data.formats import UserError
 from data.tokenizer import tiny
 from kernels import linear_cross_entropy
-from loop import COMMON, Loop, RunFailed, adamw, clip, curve, learning_rate, parser, run, set_lr
+from loop import COMMON, Loop, RunFailed, adamw, clip, curve, learning_rate, paired, parser, run, set_lr
 from model import Config, Transformer, load
 
 DEFAULTS = {
@@ -641,22 +642,31 @@ def test_finish_writes_the_result_and_says_it(tmp_path, capsys):
     args = get_args("--out", tmp_path)
     train(args)
     loop = Loop(args, "toy")
-    metrics = {"sorting": {"before": 0.0, "after": 0.75, "n": 20, "ci95": 0.1}}
+    before = {"exact match": [0.0] * 56 + [1.0] * 8, "sorting": [0.0] * 4}
+    after = {"exact match": [1.0] * 60 + [0.0] * 4, "sorting": [1.0, 1.0, 1.0, 0.0]}
     baselines = {"random": 0.25}
-    loop.finish("exact match", 0.125, 0.9375, n=64, ci95=0.0625, metrics=metrics, baselines=baselines, variant="x")
+    loop.finish(before, after, baselines=baselines, variant="x")
     result = json.loads((tmp_path / "result.json").read_text())
     assert list(result) == [
         "script", "variant", "metric", "higher_is_better", "before", "after", "n", "ci95", "metrics", "baselines",
         "seconds", "tokens_per_second", "peak_memory_mb", "device", "seed", "command", "torch", "git",
     ]  # fmt: skip
     expected = {"script": "toy", "variant": "x", "metric": "exact match", "before": 0.125, "after": 0.9375, "n": 64}
-    expected |= {"ci95": 0.0625, "metrics": metrics, "baselines": baselines, "higher_is_better": True, "seed": 0}
-    assert expected.items() <= result.items()
+    expected |= {"ci95": paired(*(found["exact match"] for found in (before, after)))["ci95"], "seed": 0}
+    expected |= {"metrics": {"sorting": paired(before["sorting"], after["sorting"])}, "baselines": baselines}
+    assert (expected | {"higher_is_better": True}).items() <= result.items()
     assert 10 < result["peak_memory_mb"] < 1e5 and result["device"] == "cpu" and result["torch"] == torch.__version__
     said = capsys.readouterr().out
-    words = ("0.125 before", "0.938 after", "+0.812 ± 0.06", "64 rows", "sorting", "random", str(tmp_path))
+    words = ("0.125 before", "0.938 after", "+0.812 ± 0.1", "64 rows", "sorting", "random", str(tmp_path))
     assert all(word in said for word in words)
     ElementTree.parse(tmp_path / "curve.svg")
+
+
+def test_the_interval_is_that_of_the_paired_difference():
+    found = paired([3.0, 1.0, 2.0, 5.0], [2.0, 1.5, 1.0, 1.0])
+    assert (found["before"], found["after"], found["n"]) == (2.75, 1.375, 4)
+    assert found["ci95"] == pytest.approx(1.96 * statistics.stdev((-1.0, 0.5, -1.0, -4.0)) / 2)
+    assert paired([0.0], [1.0]) == {"before": 0.0, "after": 1.0, "n": 1, "ci95": None}
 
 
 def test_curve_puts_points_where_the_axes_say():

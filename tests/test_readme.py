@@ -12,14 +12,14 @@ from tests.readme import (
     BENCH_START,
     END,
     FIELDS,
-    LOSSES_END,
-    LOSSES_START,
     ROOT,
     START,
+    TABLES,
     bench_table,
     between,
     fill,
     losses_table,
+    marks,
     results,
     table,
 )
@@ -57,10 +57,12 @@ def test_bench_table_is_the_generated_one():
     assert text[start:end].count("\n") > 10, "there are figures of speed"
 
 
-def test_losses_table_is_the_generated_one():
+@pytest.mark.parametrize("name", TABLES)
+def test_losses_table_is_the_generated_one(name):
     text = readme()
-    start, end = between(text, LOSSES_START, LOSSES_END)
-    assert text[start:end].strip() == losses_table(), "run: python -m tests.readme"
+    start, end = between(text, *marks(name))
+    path = ROOT / "results" / "tables" / f"{name}.json"
+    assert text[start:end].strip() == losses_table(path), "run: python -m tests.readme"
 
 
 def test_losses_have_means_and_spreads(tmp_path):

@@ -466,9 +466,45 @@ MUTANTS = [
         ),
         (
             "before and after exchanged",
-            '"before": before, "after": after, "n": n, "ci95": ci95,\n',
-            '"before": after, "after": before, "n": n, "ci95": ci95,\n',
+            "{name: paired(before[name], values) for",
+            "{name: paired(values, before[name]) for",
             "test_finish_writes_the_result_and_says_it",
+        ),
+        (
+            "the primary metric is listed once more",
+            "primary = metrics.pop(metric)",
+            "primary = metrics[metric]",
+            "test_finish_writes_the_result_and_says_it",
+        ),
+        (
+            "the interval of independent means: the pairs are lost",
+            "dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)",
+            "dtype=torch.float64)",
+            "test_the_interval_is_that_of_the_paired_difference",
+        ),
+        (
+            "the interval is a standard error",
+            "1.96 * differences.std()",
+            "1.0 * differences.std()",
+            "test_the_interval_is_that_of_the_paired_difference",
+        ),
+        (
+            "the interval does not shrink with the rows",
+            "differences.std().item() / math.sqrt(n)",
+            "differences.std().item()",
+            "test_the_interval_is_that_of_the_paired_difference",
+        ),
+        (
+            "the deviation of these rows, not an estimate for others",
+            "differences.std().item()",
+            "differences.std(correction=0).item()",
+            "test_the_interval_is_that_of_the_paired_difference",
+        ),
+        (
+            "the interval of one row is NaN",
+            "if n > 1 else None\n    return",
+            "if n > 0 else None\n    return",
+            "test_the_interval_is_that_of_the_paired_difference",
         ),
         (
             "peak memory a thousand times too large",

@@ -20,6 +20,8 @@ SPLIT = "test_rows_do_not_depend_on_how_many_are_decoded_at_once"
 BLOCKS = "test_the_cache_holds_no_more_than_what_was_said_and_a_block"
 SAID = "test_a_model_that_generated_is_trained_on_what_it_said"
 PINNED = "test_decoding_on_a_gpu_says_the_same"
+VIRTUAL = "test_what_stands_before_every_row_is_read_on_a_gpu"
+NARROW = "test_decoding_on_a_gpu_under_autocast"
 DRAWING = "test_every_way_of_drawing_is_the_same_on_a_gpu"
 CAPTURED = "test_a_step_on_a_gpu_is_captured_once_a_size"
 EAGER = "test_generation_is_eager_where_training_is_compiled"
@@ -247,8 +249,8 @@ MUTANTS = [
         ("a cache grows too little", "-(-missing // GROWTH) * GROWTH", "missing // GROWTH * GROWTH", CACHE),
         (
             "all that there could be is held",
-            "longest + min(max_new_tokens, GROWTH)",
-            "longest + max_new_tokens",
+            "else min(max_new_tokens, GROWTH))",
+            "else max_new_tokens)",
             BLOCKS,
         ),
         (
@@ -404,8 +406,10 @@ MUTANTS = [
         ("pinned: no token sees itself", "fill_(-1, self.column, 0.0)", "fill_(-1, self.column - 1, 0.0)", PINNED),
         ("pinned: a key a column early", "keys.index_copy_(1, used,", "keys.index_copy_(1, used - 1,", PINNED),
         ("pinned: a value a column early", "values.index_copy_(1, used,", "values.index_copy_(1, used - 1,", PINNED),
+        ("pinned: keys as wide as an adapter makes them", "k.to(keys.dtype)", "k", NARROW),
         ("pinned: columns are read as if it grew", "self.bias.shape[-1] - 1", "self.bias.shape[-1] - 2", PINNED),
-        ("pinned: uniforms of the step before", "cache.column - longest", "cache.column - longest - 1", PINNED),
+        ("pinned: uniforms of the step before", "cache.column - begun", "cache.column - begun - 1", PINNED),
+        ("pinned: uniforms of later steps behind a prefix", "begun = cache.column", "begun = longest", VIRTUAL),
         ("pinned: the column is another tensor", "self.column += T", "self.column = self.column + T", PINNED),
         (
             "pinned: lengths are another tensor",
@@ -426,7 +430,7 @@ MUTANTS = [
             PINNED,
         ),
         ("pinned: what FSDP gathers is captured", 'None if hasattr(model, "unshard") else CAPTURE', "CAPTURE", SAID),
-        ("pinned: rows of the mask that begin anywhere", "// ALIGNED) * ALIGNED", "// 1)", CAPTURED),
+        ("pinned: rows of the mask that begin anywhere", "-(model.virtual + capacity) % ALIGNED", "0", CAPTURED),
         ("pinned: no step is replayed", "        graph.replay()\n", "        step()\n", CAPTURED),
         (
             "pinned: the capture counts as a step",

@@ -236,6 +236,8 @@ MUTANTS = [
             LESSON,
         ),
         ("the lesson's labels are of other pairs", "better[start : start + 16]", "better[:16]", LESSON),
+        ("the annotator labels whoever is asked to", 'if args.judge == "ai":\n', 'if args.judge == "":\n', LESSON),
+        ("the policy judges itself", "for x in opinions_of(judge,", "for x in opinions_of(model,", LESSON),
         ("the reward model is not frozen again", "    reward_model.requires_grad_(False)\n", "", LESSON),
         (
             "P8: old log-probs are those of now",
