@@ -20,7 +20,7 @@ stands in its place (LOSSES). `accuracy`: how often it is above 0. `chosen_rewar
 `win rate` against a sample of the SFT model by the annotator's true utility, ties half; `utility` itself; `KL`, the
 mean of log pi / ref over these samples, in nats a sequence; `length` in tokens; `skills`, exact match on the questions
 of sft.py: what falls there is the alignment tax. On held-out rows of --data: `pair accuracy` of the implicit reward,
-and `loss`. Not here: PCO, DNO, UNA; adapters, under which the reference will be the same model without one (lora.py).
+and `loss`. With --adapter the reference is the same model, but for the adapter (lora.py). Not here: PCO, DNO, UNA.
 
     python dpo.py                                                         the tiny model, the annotator's comparisons
     python dpo.py --model DIR --data preferences.jsonl --precompute-ref   a real model, real rows
@@ -48,6 +48,7 @@ from data.formats import UserError
 from data.tokenizer import Tokenizer
 from kernels import IGNORED, linear_logps
 from loop import COUNT, REAL, ROOT, Loop, adamw, clip, compare, parser, run, set_lr
+from lora import adapt, lr_of
 from model import Transformer, frozen, generate, load, token_logps
 
 # 1. The objective
@@ -374,15 +375,14 @@ def logps_and_kls(model: Transformer, ref_model: Transformer, batch: Batch) -> t
 
 
 def reference(model: Transformer, loop: Loop) -> Transformer:
-    """A frozen copy. Under an adapter it will be the same model without it: nothing below needs more than a model.
+    """A frozen copy; under an adapter it shares the base, and holds an adapter of its own.
 
     Matrices of the blocks are kept in --dtype, to which autocast rounds those of the policy at each use: the margin of
     the first step is exactly 0.
     """
     ref_model = frozen(model)
     if loop.world_size == 1 or loop.args.parallel != "fsdp":
-        for p in ref_model.blocks.parameters():
-            p.data = p.data.to(loop.dtype) if p.ndim == 2 else p.data
+        loop.narrow(ref_model)
     return loop.shard(ref_model)
 
 
@@ -785,7 +785,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         flags=("--model", "--data", "--out", "--steps", "--epochs", "--batch-size", "--micro-batch-size", "--lr",
                "--warmup", "--schedule", "--weight-decay", "--grad-clip", "--max-length", "--max-new-tokens",
                "--eval-data", "--seed", "--device", "--dtype", "--compile", "--parallel", "--log-every", "--eval-every",
-               "--save-every", "--resume"),
+               "--save-every", "--resume", "--adapter"),
         defaults=dict.fromkeys((*DEFAULTS, "lr", "steps"))
         | {"epochs": 1.0, "schedule": "linear", "weight_decay": 0.0, "grad_clip": 1.0},
     )
@@ -832,7 +832,8 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
     defaults, needs_reference = {"sft_weight": (0.0, 0.0)} | defaults, of_answers in WITH_REFERENCE
     for name in HYPER:
         if getattr(args, name) is None and name in defaults:
-            setattr(args, name, defaults[name][args.data is not None])
+            value = defaults[name][args.data is not None]
+            setattr(args, name, lr_of(args, value) if name == "lr" else value)
         elif getattr(args, name) is not None and name not in defaults:
             raise UserError(f"--{name.replace('_', '-')}: --loss {args.loss} has none")
     for is_wrong, text in (
@@ -844,6 +845,7 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
         (args.precompute_ref and (args.online or args.ref == "last"),
          "--precompute-ref is for rows and a reference that stay: no --online, no --ref last"),
         (args.ref == "last" and args.parallel == "fsdp", "--ref last copies whole models: no --parallel fsdp"),
+        (args.adapter and args.parallel == "fsdp", "--adapter: too small to shard; choose --parallel replicas"),
         (args.online and args.pairs == "written", "--online samples its answers: no --pairs written"),
         (args.online and args.data and args.judge == "annotator", "--judge annotator knows the generated world only"),
     ):
@@ -864,6 +866,8 @@ def main(args: argparse.Namespace) -> dict:
     if args.max_length > model.config.max_length:
         raise UserError(f"--max-length {args.max_length}: the model reads at most {model.config.max_length} tokens")
     model.to(loop.device).checkpoint_activations = args.checkpoint_activations
+    if args.adapter:
+        adapt(model, args.adapter, start, loop)
     resolved_values = (f"{name} {value:g}" for name in HYPER if (value := getattr(args, name)) is not None)
     loop.say(f"--loss {args.loss}: {', '.join(resolved_values)}")
     rows, test = examples(args, model, tokenizer, loop)
@@ -933,7 +937,11 @@ def main(args: argparse.Namespace) -> dict:
 
     # 6. Evaluate
     if ("requests" in test or args.credit) and (ref_model is None or args.ref == "last"):
-        ref_model = reference(load(start)[0].to(loop.device), loop)  # the model that the run began with
+        ref_model = load(start)[0].to(loop.device)  # the model that the run began with
+        loop.seed(0)  # with what is random in an adapter
+        if args.adapter:
+            adapt(ref_model, args.adapter, start)
+        ref_model = reference(ref_model, loop)
     after = evaluate(model, ref_model, tokenizer, test, before, args, loop)
     if args.credit:
         show_credit(model, ref_model, tokenizer, test, args, loop)

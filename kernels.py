@@ -264,10 +264,10 @@ def lora_linear_reference(
     rows: Sequence[tuple[int, int]], scale: float, dropped: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     y = F.linear(x, weight() if callable(weight) else weight, bias)
-    states = F.linear(x if dropped is None else dropped, down).split(up.shape[1], dim=-1)
-    parts = up.split([end - start for start, end in rows])
-    for (start, end), h, part in zip(rows, states, parts, strict=True):
-        y = y + F.pad(scale * F.linear(h, part), (start, y.shape[-1] - end))
+    h, done = F.linear(x if dropped is None else dropped, down).unflatten(-1, (len(rows), up.shape[1])), 0
+    for p, (start, end) in enumerate(rows):
+        part, done = up[done : done + end - start], done + end - start
+        y = y + F.pad(scale * F.linear(h[..., p, :], part), (start, y.shape[-1] - end))
     return y
 
 
@@ -300,9 +300,10 @@ class _LoRALinear(torch.autograd.Function):
         seen = x if dropped is None else dropped
         h = seen.reshape(-1, x.shape[-1]) @ down.T * scale  # (n, P r)
         y = F.linear(x, weight() if callable(weight) else weight, bias)
-        flat, parts = y.view(-1, y.shape[-1]), up.split([end - start for start, end in rows])
-        for (start, end), h_p, up_p in zip(rows, h.split(up.shape[1], dim=-1), parts, strict=True):
-            flat[:, start:end].addmm_(h_p, up_p.T)
+        flat, r, done = y.view(-1, y.shape[-1]), up.shape[1], 0
+        for p, (start, end) in enumerate(rows):
+            flat[:, start:end].addmm_(h[:, p * r : (p + 1) * r], up[done : done + end - start].T)
+            done += end - start
         ctx.weight, ctx.rows, ctx.scale, ctx.with_dropped = weight, rows, scale, dropped is not None
         ctx.save_for_backward(seen, h, down, up)
         return y

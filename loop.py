@@ -373,6 +373,12 @@ class Loop:
         """The forward pass in --dtype; weights, gradients and optimizer stay fp32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
+    def narrow(self, model: nn.Module) -> None:
+        """Keep the frozen matrices of the blocks in --dtype, to which autocast would round them at each use."""
+        for p in model.blocks.parameters():
+            if p.ndim == 2 and not p.requires_grad:
+                p.data = p.data.to(self.dtype)
+
     def compile(self, model: nn.Module) -> None:
         """Compile kernels.py and the blocks of `model`, in place, if --compile says so; auto means on CUDA.
 

@@ -9,7 +9,7 @@ part onto a frozen model below, each with its paper; their defaults are in METHO
     additive        adapter, parallel (modules between or beside the layers), prompt, p-tuning (embeddings before every
                     row), prefix, p-tuning-v2 (keys and values before every row), ia3 (factors)
     selective       bitfit (biases), fishmask (the weights that matter most)
-    reparameterized lora, dora, vera, qlora (on a base of 4 bits a weight); --rslora, --init pissa, --lora-plus
+    reparameterized lora (rslora=true, init=pissa, lora_plus=16), dora, vera, qlora (on a base of 4 bits a weight)
     hybrid          mam: a prefix in the attention, a parallel adapter at the feed-forward network
 
 sft.py, dpo.py, ppo.py and grpo.py take --adapter: a method ("lora"), one with other values ("lora:rank=16,alpha=32"),
@@ -60,6 +60,11 @@ from model import Transformer, load, read_safetensors, save, their_names, write_
 # It is that of sft.py. What is new is of which numbers it is a function: of those of the modules below.
 
 
+def wide(x: Tensor) -> Tensor:
+    """x in fp32, if it is not in fp64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class NF4Linear(nn.Module):
     """A frozen matrix in 4-bit NormalFloat, made whole for each product and not kept (QLoRA, 2305.14314, section 3)."""
 
@@ -105,27 +110,35 @@ class LowRank(nn.Module):
         rows = tuple(self.rows.values())
         return kernels.lora_linear(x, weight, self.base.bias, self.down, self.up, rows, self.scale, dropped)
 
-    def factors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """(name, A, B) of each of the rows: what is added to the base as it was loaded is scale * B A."""
+    def parts(self) -> Iterator[tuple[str, slice, Tensor, Tensor]]:
+        """(name, its rows, A, B) of each; A and B are views."""
         sizes = [end - start for start, end in self.rows.values()]
-        yield from zip(self.rows, self.down.split(self.rank), self.up.split(sizes), strict=True)
+        parts = zip(self.rows.items(), self.down.split(self.rank), self.up.split(sizes), strict=True)
+        for (name, span), down, up in parts:
+            yield name, slice(*span), down, up
+
+    def factors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(name, A, B) of each: what is added to the base as it was loaded is scale * B A."""
+        for name, _, down, up in self.parts():
+            yield name, down, up
 
     def base_weight(self) -> Tensor:
-        return (self.base.dequantized() if isinstance(self.base, NF4Linear) else self.base.weight).detach().float()
+        return wide((self.base.dequantized() if isinstance(self.base, NF4Linear) else self.base.weight).detach())
 
     @torch.no_grad()
     def weight(self) -> Tensor:
         """W + scale * B A (out, in), in fp32."""
-        weight, sizes = self.base_weight().clone(), [end - start for start, end in self.rows.values()]
-        parts = zip(self.rows.values(), self.down.split(self.rank), self.up.split(sizes), strict=True)
-        for (start, end), down, up in parts:
-            weight[start:end] += self.scale * (up.float() @ down.float())
+        weight = self.base_weight().clone()
+        for _, rows, down, up in self.parts():
+            weight[rows] += self.scale * (wide(up) @ wide(down))
         return weight
 
 
 class LoRA(LowRank):
-    """A normal and B zero (2106.09685), or of --init pissa the r largest singular directions of W, which the base then
-    lacks (2404.02948, equations 2 to 4). B learns --lora-plus times as fast as A (2402.12354)."""
+    """A normal and B zero (2106.09685); B may learn lora_plus times as fast as A (LoRA+, 2402.12354).
+
+    init=pissa: both begin as the r largest singular directions of W, which the base then lacks (2404.02948, eq. 2-4).
+    """
 
     def __init__(self, base: nn.Linear | NF4Linear, rows: dict[str, tuple[int, int]], c: "Adapter"):
         super().__init__(base, rows, c)
@@ -133,31 +146,27 @@ class LoRA(LowRank):
         down = torch.randn(len(rows) * c.rank, base.in_features, device=device) / math.sqrt(base.in_features)
         self.down, self.up = nn.Parameter(down), nn.Parameter(torch.zeros(self.n_out, c.rank, device=device))
         self.up.lr_times = c.lora_plus
-        self.first: tuple[Tensor, Tensor] | None = None  # of pissa, A and B as they began
+        self.first: list[tuple[Tensor, Tensor]] = []  # of pissa, each A and B as it began
         if c.init == "pissa":
             self._take_principal_directions()
 
     @torch.no_grad()
     def _take_principal_directions(self) -> None:
-        r, done, weight = self.rank, 0, self.base_weight()
-        for p, (start, end) in enumerate(self.rows.values()):
-            u, s, vt = torch.linalg.svd(weight[start:end], full_matrices=False)
-            root = (s[:r] / self.scale).sqrt()
-            self.up[done : done + end - start] = u[:, :r] * root
-            self.down[p * r : (p + 1) * r] = root[:, None] * vt[:r]
-            done += end - start
+        weight = self.base_weight()
+        for _, rows, down, up in self.parts():
+            u, s, vt = torch.linalg.svd(weight[rows], full_matrices=False)
+            root = (s[: self.rank] / self.scale).sqrt()
+            up.copy_(u[:, : self.rank] * root)
+            down.copy_(root[:, None] * vt[: self.rank])
         rest = 2 * weight - self.weight()
         self.base.weight = nn.Parameter(rest.to(self.base.weight.dtype), requires_grad=False)
-        self.first = self.down.detach().clone(), self.up.detach().clone()
+        self.first = [(down.clone(), up.clone()) for _, _, down, up in self.parts()]
 
     def factors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Of pissa twice the rank, for a base that lacks nothing: B A - B_first A_first."""
-        if self.first is None:
+        if not self.first:
             yield from super().factors()
-            return
-        sizes = [end - start for start, end in self.rows.values()]
-        then = zip(self.first[0].split(self.rank), self.first[1].split(sizes), strict=True)
-        for (name, down, up), (down0, up0) in zip(super().factors(), then, strict=True):
+        for (name, _, down, up), (down0, up0) in zip(self.parts(), self.first, strict=bool(self.first)):
             yield name, torch.cat([down, -down0]), torch.cat([up, up0], dim=1)
 
 
@@ -236,8 +245,14 @@ class IA3(nn.Module):
 
     @torch.no_grad()
     def weight(self) -> Tensor:
-        weight = self.base.weight.float()
+        weight = wide(self.base.weight)
         return weight * self.factor() if self.of_input else weight * self.factor()[:, None]
+
+    @torch.no_grad()
+    def bias(self) -> Tensor | None:
+        if self.base.bias is None or self.of_input:
+            return self.base.bias
+        return (self.base.bias * self.factor()).to(self.base.bias.dtype)
 
 
 class Bottleneck(nn.Module):
@@ -402,7 +417,8 @@ class Adapter:
         config, tensors = to_peft(model, self)
         write_safetensors(path / "adapter_model.safetensors", {name: t.detach() for name, t in tensors.items()})
         (path / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
-        (path / "base.json").write_text(json.dumps({"fingerprint": self.fingerprint}) + "\n")
+        own = {"fingerprint": self.fingerprint} | ({"method": "qlora"} if self.method == "qlora" else {})
+        (path / "base.json").write_text(json.dumps(own) + "\n")  # what peft has no place for
         if tokenizer:
             save_hf(tokenizer, path)
 
@@ -455,16 +471,19 @@ def parse(text: str) -> Adapter:
     return Adapter(method, **found)
 
 
-def adapt(model: Transformer, text: str, base: str | Path = "") -> Adapter:
+def adapt(model: Transformer, text: str, base: str | Path, loop: Loop | None = None) -> Adapter:
     """Put the adapter `text` (see `parse`), or the trained one in that folder, onto `model`, and freeze the rest.
 
-    base: where the model came from, for the adapter's own folder. UserError if the folder's is of another base.
+    base: where the model came from, for the adapter's own folder. UserError if the folder's is of another base. With a
+    `loop`, what is frozen is kept in --dtype, and a line says what learns.
     """
     if model.adapter is not None:
         raise UserError(f"adapter {text}: the model has one already; merge that first")
     tensors, mark = None, fingerprint(model)
     if (Path(text) / "adapter_config.json").exists():
-        c, tensors = from_peft(Path(text), mark)
+        c, tensors = from_peft(Path(text))
+        if c.fingerprint not in ("", mark):  # a folder of peft itself has none
+            raise UserError(f"{text}: was trained on another base than this model, {c.base}")
     else:
         c = parse(text)
     c = replace(c, base=str(base), fingerprint=mark)
@@ -480,7 +499,19 @@ def adapt(model: Transformer, text: str, base: str | Path = "") -> Adapter:
                 tensor.copy_(tensors.pop(name))
         if tensors:
             raise UserError(f"{text}: no place for {min(tensors)} in this model")
+    if loop:
+        loop.narrow(model)
+        loop.say(described(model, c))
     return c
+
+
+def lr_of(args: argparse.Namespace, lr: float) -> float:
+    """The default learning rate of a script, `lr`, or as many times that as its --adapter asks for."""
+    if not args.adapter:
+        return lr
+    if (Path(args.adapter) / "adapter_config.json").exists():
+        return lr * from_peft(Path(args.adapter))[0].lr
+    return lr * parse(args.adapter).lr
 
 
 def fingerprint(model: Transformer) -> str:
@@ -510,10 +541,11 @@ def merge(model: Transformer) -> dict[str, nn.Module]:
         why = f"{model.adapter.method} is no matrix" if model.adapter else "there is none, or it was merged before"
         raise UserError(f"the adapter cannot be merged: {why}")
     for path, module in adapted.items():
-        weight, bias = module.weight(), module.base.bias
+        weight, bias = module.weight(), module.bias() if isinstance(module, IA3) else module.base.bias
         dtype = module.base.dtype if isinstance(module.base, NF4Linear) else module.base.weight.dtype
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-        linear.weight, linear.bias = nn.Parameter(weight.to(dtype), requires_grad=False), bias
+        linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         put_at(model, path, linear)
     for path, module in list(model.named_modules()):  # of qlora, matrices without factors
         if isinstance(module, NF4Linear):
@@ -581,15 +613,13 @@ def to_peft(model: Transformer, c: Adapter) -> tuple[dict, dict[str, Tensor]]:
     return config, tensors
 
 
-def from_peft(path: Path, mark: str) -> tuple[Adapter, dict[str, Tensor]]:
-    """The adapter in the folder `path` and its tensors; UserError if it is of another base than the one of `mark`."""
+def from_peft(path: Path) -> tuple[Adapter, dict[str, Tensor]]:
+    """The adapter in the folder `path`, and its tensors."""
     try:
         config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
         kind = config["peft_type"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path / 'adapter_config.json'}: no configuration of an adapter") from None
-    if (path / "base.json").exists() and json.loads((path / "base.json").read_text())["fingerprint"] != mark:
-        raise UserError(f"{path}: was trained on another base than this model ({config['base_model_name_or_path']})")
     tensors = read_safetensors(path / "adapter_model.safetensors")
     for name in ("alpha_pattern", "rank_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias"):
         if config.get(name):
@@ -611,7 +641,8 @@ def from_peft(path: Path, mark: str) -> tuple[Adapter, dict[str, Tensor]]:
         c = Adapter(kind.lower(), **config["hyperparameters"])
     else:
         raise UserError(f"{path}: peft_type {kind} is not supported")
-    return replace(c, lr=METHODS[c.method][1]["lr"]), tensors
+    own = json.loads((path / "base.json").read_text()) if (path / "base.json").exists() else {}
+    return replace(c, lr=METHODS[c.method][1]["lr"], base=str(config.get("base_model_name_or_path")), **own), tensors
 
 
 def fish_mask(model: Transformer, losses: Iterator[Tensor], share: float) -> None:
@@ -803,8 +834,7 @@ def main(args: argparse.Namespace) -> dict:
         raise UserError(f"--max-length {args.max_length}: the model reads at most {model.config.max_length} tokens")
     model.to(loop.device)
     n_whole = sum(p.numel() for p in model.parameters())
-    adapter = adapt(model, args.adapter or args.method, start)
-    loop.say(described(model, adapter))
+    adapter = adapt(model, args.adapter or args.method, start, loop)
     if args.merge:
         return merged_checkpoint(model, tokenizer, args, loop)
     rows, test = examples(args, tokenizer, loop)

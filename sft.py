@@ -42,6 +42,7 @@ from data.formats import UserError
 from data.tokenizer import Tokenizer, tiny
 from kernels import IGNORED, linear_cross_entropy
 from loop import COUNT, REAL, Loop, adamw, clip, parser, run, set_lr
+from lora import adapt, lr_of
 from model import Config, Transformer, generate, load, token_logps
 
 # 1. The objective
@@ -438,7 +439,7 @@ def conclude(model: Transformer, tokenizer: Tokenizer, test: dict[str, list], be
              after: dict[str, list[float]], args: argparse.Namespace, loop: Loop) -> dict:
     """Measure the baseline, print three exchanges, write result.json."""
     baselines = {}
-    if args.stage == "sft" and not (args.data or args.model or args.from_scratch):
+    if args.stage == "sft" and not (args.data or args.model or args.from_scratch or args.adapter):
         loop.say("\nthe same with random weights in place of the base model:")
         changes = {"from_scratch": True, "resume": False, "out": loop.out / "scratch"}
         scratch = argparse.Namespace(**vars(args) | changes)
@@ -472,7 +473,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         flags=("--model", "--data", "--out", "--depth", "--steps", "--epochs", "--batch-size", "--micro-batch-size",
                "--lr", "--warmup", "--schedule", "--weight-decay", "--grad-clip", "--max-length", "--max-new-tokens",
                "--eval-data", "--seed", "--device", "--dtype", "--compile", "--parallel", "--log-every", "--eval-every",
-               "--save-every", "--resume"),
+               "--save-every", "--resume", "--adapter"),
         defaults=dict.fromkeys(DEFAULTS) | {"steps": None, "epochs": 1.0, "depth": 4, "schedule": "wsd",
                                                       "weight_decay": 0.1, "grad_clip": 1.0, "max_new_tokens": 64},
     )
@@ -498,7 +499,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = cli.parse_args(argv)
     for name, values in DEFAULTS.items():
         if getattr(args, name) is None:
-            setattr(args, name, values[2 if args.model else 0 if args.stage == "base" else 1])
+            value = values[2 if args.model else 0 if args.stage == "base" else 1]
+            setattr(args, name, lr_of(args, value) if name == "lr" else value)
     if args.steps is None and args.data is None:
         args.steps = WORLD_STEPS[args.stage]
     args.too_long = args.too_long or ("split" if args.stage == "base" else "refuse")
@@ -516,6 +518,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                         "--batch-size, and --grad-clip 0")
     if args.neftune and args.parallel == "fsdp":
         raise UserError("--neftune reads the embeddings outside the model, which --parallel fsdp does not allow")
+    if args.adapter and (args.from_scratch or args.parallel == "fsdp" or args.optimizer == "lomo"):
+        raise UserError("--adapter trains a small part on a frozen model: no --from-scratch, --parallel fsdp or lomo")
     if args.from_scratch and args.model:
         raise UserError("--from-scratch trains random weights and --model names others: choose one")
     if args.replay >= 1:
@@ -530,13 +534,13 @@ def main(args: argparse.Namespace) -> dict:
     loop = Loop(args, "sft", out="base" if args.stage == "base" else None)
     if args.optimizer == "lomo" and loop.world_size > 1:
         raise UserError("--optimizer lomo updates inside the backward pass: it cannot sum gradients over ranks")
-    if args.model:
-        model, tokenizer = load(args.model)
-    elif args.stage == "base" or args.from_scratch:
+    start = args.model
+    if not start and (args.stage == "base" or args.from_scratch):
         tokenizer = tiny()
         model = Transformer(Config.from_depth(args.depth, tokenizer.vocab_size, 512))
     else:
-        model, tokenizer = load(loop.require("sft" if args.data in OWN_ROWS else "base"))
+        start = start or loop.require("sft" if args.data in OWN_ROWS else "base")
+        model, tokenizer = load(start)
     if tokenizer is None:
         raise UserError(f"{args.model}: no tokenizer.json in it")
     if args.chat_format:
@@ -544,6 +548,10 @@ def main(args: argparse.Namespace) -> dict:
     if args.max_length > model.config.max_length:
         raise UserError(f"--max-length {args.max_length}: the model reads at most {model.config.max_length} tokens")
     model.to(loop.device).checkpoint_activations = args.checkpoint_activations
+    if args.adapter:
+        adapt(model, args.adapter, start, loop)
+        if model.virtual and args.pack:
+            raise UserError(f"--adapter {args.adapter} stands before a row, not before each document in it: --no-pack")
     rows, test = examples(args, model, tokenizer, loop)
     rows = fitting(rows, "rows", args, loop)
     groups = list(pack(rows, args.max_length) if args.pack else ([row] for row in rows))
