@@ -9,7 +9,8 @@ Areas
     kernels   each kernel of kernels.py, forward and backward, against its eager reference: time, memory, and the error
               of value and gradient against the reference in float64
     sft       training and sampling against transformers, and training against trl, if that is installed: same weights,
-              same batch, both in fp32, on a CPU with denormals flushed for both
+              same batch, both in fp32, on a CPU with denormals flushed for both; there also where our time goes, and
+              rows "floor: ..." of what it would be if only the products with the weights, or these and attention, did
     dpo       the training step of dpo.py against trl's DPOTrainer, and its peak memory: the same in weights, pairs and
               precision
     lora      the training step of lora.py against peft's LoRA, and its peak memory: same base, same rank, same matrices
@@ -41,6 +42,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dpo
 import grpo
@@ -72,14 +74,18 @@ def row(name: str, ours: float, peer: float, unit: str, higher_is_better: bool) 
 
 def race(ours: Callable[[], object], peer: Callable[[], object], repeats: int, device: str) -> tuple[float, float]:
     """Median seconds of each, run alternately after one warm-up."""
-    seconds = {ours: [], peer: []}
+    return tuple(medians([ours, peer], repeats, device))
+
+
+def medians(calls: Sequence[Callable[[], object]], repeats: int, device: str) -> list[float]:
+    seconds = {call: [] for call in calls}
     for i in range(repeats + 1):
         for call, times in seconds.items():
             start = now(device)
             call()
             if i:
                 times.append(now(device) - start)
-    return statistics.median(seconds[ours]), statistics.median(seconds[peer])
+    return [statistics.median(times) for times in seconds.values()]
 
 
 def now(device: str) -> float:
@@ -268,14 +274,71 @@ def bench_sft(args: argparse.Namespace) -> list[dict]:
           f"{torch.get_num_threads()} threads, medians of {args.repeats} alternating runs")  # fmt: skip
     narrow, wide = twins(128, 512, args.device), twins(512, 512, args.device)
     equal, ragged = random_ids(512, [32] * 64), random_ids(512, range(3, 32, 4))
+    ends = {"samples": 8, "eos_ids": range(1, 17)}
     rows = [
         sampling("sampling, 64 prompts x 64 tokens", narrow, equal, args),
-        sampling("sampling to natural ends, 8 ragged prompts x 8", narrow, ragged, args, samples=8,
-                 eos_ids=range(1, 17)),
+        sampling("sampling to natural ends, 8 ragged prompts x 8", narrow, ragged, args, **ends),
         sampling("sampling at width 512, 1 prompt x 64 tokens", wide, equal[:1], args),
-        training("training step, 64 x 64 tokens", narrow, (64, 64), args),  # last: it changes the weights of both
-    ]  # fmt: skip
+    ]
+    seen = args.device == "cpu" and not args.compile  # operations are not seen in a CUDA graph or a compiled block
+    if seen:
+        rows += floor(rows[0], lambda: generate(narrow[0], equal, max_new_tokens=64, eos_ids=()), args)
+        rows += floor(rows[1], lambda: generate(narrow[0], ragged, max_new_tokens=64, **ends), args)
+    rows.append(training("training step, 64 x 64 tokens", narrow, (64, 64), args))  # last: it changes both's weights
+    if seen:
+        input_ids = torch.tensor(random_ids(512, [64] * 64))
+        rows += floor(rows[-1], our_step(narrow[0], input_ids, torch.float32), args)
     return rows + ([sft_trainer("trl.SFTTrainer, 256 short rows a step", args)] if installed("trl") else [])
+
+
+KINDS = ("products", "attention", "norms", "other operations")
+
+
+class Operations(TorchDispatchMode):
+    """Notes every operation and its arguments, by kind: products are those with weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.of_kind: dict[str, list[tuple]] = {kind: [] for kind in KINDS}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        frame, callers = sys._getframe(), set()
+        while frame := frame.f_back:
+            if frame.f_code.co_filename == kernels.__file__:
+                callers.add(frame.f_code.co_qualname.split(".")[0])
+        name, kind = func.name(), "other operations"
+        if "scaled_dot_product" in name or callers & {"attention"}:
+            kind = "attention"
+        elif callers & {"rms_norm", "_RMSNorm"}:
+            kind = "norms"
+        elif name.split(".")[0] in ("aten::linear", "aten::mm", "aten::addmm", "aten::addmm_"):
+            kind = "products"
+        self.of_kind[kind].append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@torch.inference_mode()
+def again(operations: list[tuple]) -> None:
+    """The same on the same tensors, without the code that asked for it; what is changed in place goes on changing."""
+    for func, args, kwargs in operations:
+        func(*args, **kwargs)
+
+
+def floor(of: dict, step: Callable[[], object], args: argparse.Namespace) -> list[dict]:
+    """The row `of`, of `step`, as it would be if its products took all of the time, and if they and attention did.
+
+    Prints what takes how much. The operations of a kind run again by themselves; what no kind accounts for is Python,
+    autograd and PyTorch's way to its operations.
+    """
+    step()
+    with Operations() as noted:
+        step()
+    calls = [step, *(functools.partial(again, noted.of_kind[kind]) for kind in KINDS)]
+    whole, *parts = medians(calls, args.repeats, args.device)
+    shares = zip((*KINDS, "between them"), (*parts, whole - sum(parts)), strict=True)
+    print(f"{of['name']}: of our {1e3 * whole:.1f} ms, " + ", ".join(f"{kind} {s / whole:.0%}" for kind, s in shares))
+    return [row(f"floor: {of['name']}: {name}", of["ours"] * whole / sum(parts[:n]), of["peer"], of["unit"], True)
+            for n, name in ((1, "products"), (2, "products, attention"))]  # fmt: skip
 
 
 def twins(width: int, vocab_size: int, device: str, depth: int = 4) -> tuple[Transformer, nn.Module]:
@@ -880,6 +943,8 @@ def verdict(r: dict) -> str:
     """In a word or two, how a row came out, and how it should have."""
     if CEILING in r["name"]:
         return f"{r['ratio']:.0%} of the ceiling"
+    if r["name"].startswith("floor: "):
+        return "if nothing else took time"
     better = "" if r["ratio"] == 1 else "better" if (r["ratio"] > 1) == r["higher_is_better"] else "worse"
     goal = GOALS.get(r["name"].split(",")[0])
     met = goal and (r["ratio"] >= goal if r["higher_is_better"] else r["ratio"] <= goal)

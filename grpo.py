@@ -324,7 +324,8 @@ def rollout_of(model: Transformer, tokenizer: Tokenizer, tasks: Sequence[Task], 
     """`samples` answers to each task, sampled from the same distribution that is scored: no top-k, no top-p."""
     seed = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1)
     rows = [task for task in tasks for _ in range(samples)] if args.tools else tasks
-    common = {"eos_ids": tokenizer.eos_ids, "temperature": temperature, "vocab_size": tokenizer.vocab_size}
+    common = {"eos_ids": tokenizer.eos_ids, "temperature": temperature, "vocab_size": tokenizer.vocab_size,
+              "rollout_batch": args.rollout_batch}  # fmt: skip
     found = generate(model, [task.prompt for task in rows], max_new_tokens=args.max_new_tokens,
                      samples=1 if args.tools else samples, seed=seed, **common)  # fmt: skip
     texts = [chat.completion_text(ids, tokenizer) for ids in found.completions]
@@ -739,6 +740,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--reward", nargs="+", metavar="NAME[=WEIGHT]",
                      help="exact, number, reft, boxed, format, majority, prm, FILE.py:function (default: exact)")
     cli.add_argument("--group-size", type=COUNT, default=8, help="answers to a prompt (default: %(default)s)")
+    cli.add_argument("--rollout-batch", type=COUNT, help="answers decoded at a time, to save memory (default: all)")
     cli.add_argument("--temperature", type=REAL, default=1.0, help="of sampling and of scoring (default: %(default)s)")
     cli.add_argument("--passes", type=COUNT, default=1, help="over the answers of a step (default: %(default)s)")
     cli.add_argument("--minibatches", type=COUNT, default=1, help="updates in a pass (default: %(default)s)")

@@ -346,12 +346,15 @@ class NF4(NamedTuple):
 
 
 @functools.cache
-def nf4_levels() -> Tensor:
-    """(16,): quantiles of a normal distribution, 0 among them, from -1 to 1 (2305.14314, section 3 and appendix E)."""
+def nf4_levels(device: torch.device | str = "cpu") -> Tensor:
+    """(16,): quantiles of a normal distribution, 0 among them, from -1 to 1 (2305.14314, section 3 and appendix E).
+
+    They stay on the device: a copy to a GPU can be no part of a CUDA graph.
+    """
     positive, negative = (torch.linspace(0.9677083, 0.5, n, dtype=torch.float64)[:-1] for n in (9, 8))
     levels = torch.cat([-torch.special.ndtri(negative), torch.zeros(1, dtype=torch.float64),
                         torch.special.ndtri(positive).flip(0)])  # fmt: skip
-    return (levels / levels.amax()).float()
+    return (levels / levels.amax()).float().to(device)
 
 
 def nf4_quantize(weight: Tensor) -> NF4:
@@ -364,7 +367,7 @@ def nf4_quantize(weight: Tensor) -> NF4:
     steps = groups.abs().amax(-1)
     scales = (groups / steps[:, None].clamp(min=1e-30) * 127).round().to(torch.int8).flatten()[: len(largest)]
     size = _nf4_sizes(scales, steps, mean)[:, None]
-    levels = nf4_levels().to(flat.device)
+    levels = nf4_levels(flat.device)
     codes = torch.bucketize(blocks / size.clamp(min=1e-30), (levels[1:] + levels[:-1]) / 2).to(torch.uint8).flatten()
     return NF4(codes[::2] << 4 | codes[1::2], scales, steps, mean, tuple(weight.shape))
 
@@ -376,7 +379,7 @@ def _nf4_sizes(scales: Tensor, steps: Tensor, mean: Tensor) -> Tensor:
 def nf4_dequantize(q: NF4, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weights that `q` stands for, in their shape."""
     codes = torch.stack([q.codes >> 4, q.codes & 15], dim=-1).int()  # (n / 2, 2)
-    blocks = nf4_levels().to(q.codes.device)[codes].view(-1, 64) * _nf4_sizes(q.scales, q.steps, q.mean)[:, None]
+    blocks = nf4_levels(q.codes.device)[codes].view(-1, 64) * _nf4_sizes(q.scales, q.steps, q.mean)[:, None]
     return blocks.flatten()[: math.prod(q.shape)].view(q.shape).to(dtype)
 
 

@@ -135,7 +135,8 @@ COMMON = {  # flag: (type or choices, default, help), in the order of every scri
                              "folder of a trained one"),
 }
 # What a resumed run may change: where and how it computes, never what.
-FREE = {"out", "micro_batch_size", "device", "compile", "parallel", "log_every", "eval_every", "save_every", "resume"}
+FREE = {"out", "micro_batch_size", "rollout_batch", "device", "compile", "parallel", "log_every", "eval_every",
+        "save_every", "resume"}  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):

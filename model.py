@@ -18,12 +18,13 @@ no mask. `hidden_before(input_ids)[:, t]` is the state that predicts token t: th
 
 import argparse
 import copy
+import functools
 import json
 import math
 import os
 import struct
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -91,7 +92,8 @@ class RMSNorm(nn.Module):
         return kernels.rms_norm(x, self.weight, self.eps)
 
 
-Past = tuple[Tensor, Tensor, int | None] | None  # keys, values, and the columns used of a cache; None: of a prefix
+# keys, values, and the columns used of a cache, a tensor once it is pinned; None: of a prefix
+Past = tuple[Tensor, Tensor, int | Tensor | None] | None
 
 
 class Attention(nn.Module):
@@ -119,6 +121,8 @@ class Attention(nn.Module):
             keys, values, used = past
             if used is None:  # a learned prefix: the same before every row
                 k, v = (torch.cat([x.to(y.dtype).expand(B, *x.shape), y], dim=1) for x, y in ((keys, k), (values, v)))
+            elif isinstance(used, Tensor):
+                k, v = keys.index_copy_(1, used, k.to(keys.dtype)), values.index_copy_(1, used, v.to(keys.dtype))
             else:
                 keys[:, used : used + T], values[:, used : used + T] = k, v
                 if used:  # else k and v are all there is, and lie better
@@ -278,14 +282,15 @@ def frozen(model: Transformer) -> Transformer:
 
 
 GROWTH = 64  # columns that a cache grows by
+ALIGNED = 16  # columns: a GPU's attention copies a mask whose rows begin between
 PATIENCE = {"cpu": 1, "cuda": 16}  # steps between looks at which rows ended: each makes the CPU wait for the GPU
 
 
 class KVCache:
     """Keys and values of every block for rows of different lengths, with room for `capacity` tokens that grows.
 
-    All rows write at one column, `used`: a short prompt is followed by columns that stay hidden from its row, which
-    costs nothing beyond what the longest row needs and makes every write a slice. Positions are each row's own.
+    All rows write at one column: a short prompt is followed by columns that stay hidden from its row, which costs
+    nothing beyond what the longest row needs and makes every write a slice. Positions are each row's own.
     """
 
     def __init__(self, model: Transformer, rows: int, capacity: int, dtype: torch.dtype):
@@ -297,7 +302,7 @@ class KVCache:
         self.values = torch.zeros(*of_row, capacity, c.head_dim, dtype=dtype, device=device)
         self.bias = torch.zeros(rows, c.kv_heads, 1, capacity, dtype=dtype, device=device)  # of scores: -inf is hidden
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # tokens that each row holds
-        self.used = 0  # columns written
+        self.column: int | Tensor = 0  # columns written; (1,) once pinned
         if model.prefix is not None:
             prefix, n = model.prefix().to(dtype), model.virtual
             for i in range(c.depth):
@@ -305,10 +310,15 @@ class KVCache:
                 keys[:, :n], values[:, :n] = k, v
             self.advance(n)
 
-    def block(self, i: int) -> tuple[Tensor, Tensor, int]:
-        """Keys and values (B, capacity, Hkv, d) of block i, to be written from column `used` on."""
+    @property
+    def used(self) -> int:
+        """Columns to read before those of the next tokens: the ones written, of a pinned cache all but one."""
+        return self.column if isinstance(self.column, int) else self.bias.shape[-1] - 1
+
+    def block(self, i: int) -> tuple[Tensor, Tensor, int | Tensor]:
+        """Keys and values (B, capacity, Hkv, d) of block i, and the column from which on they are to be written."""
         keys = self.keys[i].permute(0, 3, 1, 2) if self.transposed else self.keys[i].transpose(1, 2)
-        return keys, self.values[i].transpose(1, 2), self.used
+        return keys, self.values[i].transpose(1, 2), self.column
 
     def mask(self, T: int) -> Tensor | None:
         """What is added to the scores of T more tokens, (B, Hkv, 1, used + 1) or (B, 1, T, used + T); None: causal."""
@@ -320,7 +330,9 @@ class KVCache:
         return bias[:, :1] + bias.new_full((T, self.used + T), -torch.inf).triu(self.used + 1)
 
     def reserve(self, T: int) -> None:
-        """Make room for T more tokens."""
+        """Make room for T more tokens; of a pinned cache, show the column of the next one."""
+        if isinstance(self.column, Tensor):
+            self.bias.index_fill_(-1, self.column, 0.0)
         missing = self.used + T - self.bias.shape[-1]
         if missing > 0:
             more = -(-missing // GROWTH) * GROWTH
@@ -329,7 +341,16 @@ class KVCache:
 
     def advance(self, T: int) -> None:
         self.lengths += T
-        self.used += T
+        self.column += T
+
+    def pin(self) -> None:
+        """From here on each token is the same work on the same memory, which a CUDA graph can repeat.
+
+        Nothing grows, all columns are read, a bias of -inf hides those that are not written, and what is written next
+        is a tensor: of shape (1,), since the CPU would wait for one of shape () that is an index.
+        """
+        self.bias[..., self.column :] = -torch.inf
+        self.column = torch.full((1,), self.column, device=self.bias.device)
 
     def cut(self, lengths: Tensor) -> None:
         """After right-padded prompts: row b holds `lengths[b]` tokens, and its padding is never seen."""
@@ -387,8 +408,8 @@ def generate(
     temperature 0 takes the most probable token; top_k 0 and top_p 1 keep all. Ids from `vocab_size` on (padding of the
     checkpoint's vocabulary) are never sampled. A row depends on its own prompt and on its own row of uniforms, drawn
     from `seed`: not on the rows beside it, nor on how many are decoded at once, `rollout_batch` (None: all). A prompt
-    is prefilled once for all its rows among those. Nothing is compiled, on a GPU neither. Raises ValueError for an
-    empty prompt or one that leaves no room.
+    is prefilled once for all its rows among those. Nothing is compiled; on a GPU a step is one CUDA graph, and room for
+    max_new_tokens is taken at the start. Raises ValueError for an empty prompt or one that leaves no room.
     """
     longest = max(map(len, prompts))
     if min(map(len, prompts)) == 0:
@@ -411,10 +432,10 @@ def generate(
         parts = [_decode(model, starts[i : i + size], uniforms[i : i + size], eos, draw) for i in range(0, rows, size)]
     tokens, logps = (torch.cat(part) for part in zip(*parts, strict=True))
 
-    is_end = torch.isin(tokens, eos)
+    is_end = torch.isin(tokens, eos.cpu())
     finished = is_end.any(-1)
     n_new = torch.where(finished, is_end.int().argmax(-1) + 1, max_new_tokens).tolist()
-    tokens, logps, completions = tokens.cpu(), logps.cpu(), []
+    completions = []
     width = max(len(start) + n for start, n in zip(starts, n_new, strict=True))
     input_ids, completion_mask = torch.zeros(2, rows, width, dtype=torch.long)
     aligned_logps = torch.zeros(rows, width)
@@ -424,13 +445,15 @@ def generate(
         input_ids[r, :end] = torch.tensor([*prompt, *completions[-1]])
         completion_mask[r, start:end] = 1
         aligned_logps[r, start:end] = logps[r, :n]
-    return Generation(input_ids.to(device), completion_mask.to(device), aligned_logps.to(device), completions, finished)
+    return Generation(input_ids.to(device), completion_mask.to(device), aligned_logps.to(device), completions,
+                      finished.to(device))  # fmt: skip
 
 
 def _decode(model: Transformer, prompts: list[tuple[int, ...]], uniforms: Tensor, eos: Tensor, draw: Callable
             ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A token and its log-prob (rows, max_new_tokens) for each of `uniforms`; arbitrary after a row's ending token."""
     device, (rows, max_new_tokens) = uniforms.device, uniforms.shape
+    capture = None if hasattr(model, "unshard") else CAPTURE.get(device.type)  # what FSDP gathers moves
 
     # Prefill every distinct prompt once.
     place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
@@ -440,33 +463,80 @@ def _decode(model: Transformer, prompts: list[tuple[int, ...]], uniforms: Tensor
     lengths = lengths.to(device)
     narrow = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if narrow else model.embed.weight.dtype
-    cache = KVCache(model, len(place), longest + min(max_new_tokens, GROWTH), dtype)
+    capacity = longest + (max_new_tokens if capture else min(max_new_tokens, GROWTH))
+    cache = KVCache(model, len(place), capacity + (-(model.virtual + capacity) % ALIGNED if capture else 0), dtype)
     state = model.hidden(ids.to(device), cache=cache)[torch.arange(len(place), device=device), lengths - 1]
     cache.cut(lengths)
+    begun = cache.column
     if len(place) < rows:
         source = torch.tensor([place[prompt] for prompt in prompts], device=device)
         state = state[source]
         cache.select(source)
 
     # Go on one token at a time. Rows that ended are computed until the next look at them; what they say after their
-    # ending token is to be cut off.
+    # ending token is to be cut off. All that a step changes it changes in place.
     tokens = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
     logps = torch.zeros(rows, max_new_tokens, device=device)
     alive = torch.arange(rows, device=device)
-    ended = torch.zeros(rows, dtype=torch.bool, device=device)
-    for t in range(max_new_tokens):
-        token, logp = draw(state, uniforms[alive, t])
-        tokens[alive, t], logps[alive, t] = token, logp
-        ended |= torch.isin(token, eos)
-        if t + 1 == max_new_tokens:
-            break
-        if (t + 1) % PATIENCE.get(device.type, 1) == 0 and ended.any():
-            kept = cache.drop(ended)
-            token, alive, ended = token[kept], alive[kept], ended[kept]
-            if len(alive) == 0:
-                break
+    token, ended = torch.zeros_like(alive), torch.zeros_like(alive, dtype=torch.bool)
+
+    def say(state: Tensor, t: int | Tensor) -> None:
+        new, logp = draw(state, uniforms[alive, t])
+        tokens[alive, t], logps[alive, t] = new, logp
+        token.copy_(new)
+        ended.logical_or_((new[:, None] == eos).any(-1))  # isin sorts where there are many, and the CPU waits for it
+
+    def step() -> None:
         state = model.hidden(token[:, None], cache=cache)[:, 0]
-    return tokens, logps
+        say(state, cache.column - begun)
+
+    say(state, 0)
+    if capture:
+        cache.pin()
+    run = None
+    for t in range(1, max_new_tokens):
+        if t % PATIENCE.get(device.type, 1) == 0 and ended.any():
+            n = int((~ended).sum())
+            if n == 0:
+                break
+            if capture:  # rows that ended fill a power of two: few sizes, a graph each
+                n = 1 << (n - 1).bit_length()
+            if n < len(ended):
+                kept = cache.drop(ended & (ended.cumsum(0) <= len(ended) - n))
+                token, alive, ended = token[kept], alive[kept], ended[kept]
+                run = None
+        run = run or (capture(step, device).__next__ if capture else step)
+        run()
+    return tokens.cpu(), logps.cpu()  # which waits for the graph, before it is gone
+
+
+def _captured(step: Callable[[], None], device: torch.device) -> Iterator[None]:
+    """Does `step` each time it is asked for the next one: at first as it is, then as one CUDA graph of its kernels.
+
+    The first time is a real step and the warm-up that a capture needs: no weight is cast for autocast, no workspace of
+    cuBLAS made and no kernel loaded while it captures. The capture itself computes nothing.
+    """
+    side = _side_stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream(device).wait_stream(side)
+    yield
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):  # NCCL's thread may ask its events
+        step()
+    while True:
+        graph.replay()
+        yield
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps a workspace for every stream that it has seen."""
+    return torch.cuda.Stream(device)
+
+
+CAPTURE = {"cuda": _captured}  # devices on which launching a step's kernels one by one takes longer than they do
 
 
 def sample(logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:

@@ -230,7 +230,7 @@ def answers_to(model: Transformer, tasks: Sequence[Task], tokenizer: Tokenizer, 
         found = generate(
             model, [task.prompt for task in tasks], max_new_tokens=args.max_new_tokens, eos_ids=tokenizer.eos_ids,
             samples=samples, temperature=temperature, vocab_size=tokenizer.vocab_size,
-            seed=world.rng_for("rollout", *seed).getrandbits(60),
+            seed=world.rng_for("rollout", *seed).getrandbits(60), rollout_batch=args.rollout_batch,
         )  # fmt: skip
     return found, [chat.completion_text(ids, tokenizer) for ids in found.completions]
 
@@ -461,6 +461,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--eos-penalty", type=float, help="reward of an answer that is cut off (default: -1; reft 0)")
     cli.add_argument("--critic", choices=("own", "shared"), default="own", help="a network, or a head on the policy")
     cli.add_argument("--critic-warmup", type=WHOLE, default=0, help="first steps in which only the critic learns")
+    cli.add_argument("--rollout-batch", type=COUNT, help="answers decoded at a time, to save memory (default: all)")
     cli.add_argument("--temperature", type=REAL, default=1.0, help="of sampling and of scoring (default: %(default)s)")
     cli.add_argument("--passes", type=COUNT, help="over the answers of a step (default: 4; a2c 1)")
     cli.add_argument("--minibatches", type=COUNT, default=1, help="updates in a pass (default: %(default)s)")

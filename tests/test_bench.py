@@ -193,6 +193,64 @@ def test_tokens_after_an_end_do_not_count():
     assert bench.n_sampled(completions, ()) == 16
 
 
+def products(operations: list[tuple]) -> int:
+    """FLOPs of products that are noted: the last two arguments are (..., m, k) and (k, n), or of linear (n, k)."""
+    total = 0
+    for func, args, _ in operations:
+        a, b = [x for x in args if isinstance(x, torch.Tensor)][-2:]
+        total += 2 * a.numel() * b.shape[0 if "linear" in func.name() else -1]
+    return total
+
+
+def test_operations_of_a_training_step_by_kind():
+    """All products with weights and no others are products; forward and backward of attention and norms are theirs."""
+    model = tiny_model(tied=False)
+    head, B, T = model.head.weight.numel(), 3, 8
+    step = bench.our_step(model, torch.tensor(bench.random_ids(64, [T] * B)), torch.float32)
+    with bench.Operations() as noted:
+        step()
+    assert products(noted.of_kind["products"]) == 6 * bench.n_weights(model) * B * T - 6 * head * B
+    names = {kind: [func.name() for func, _, _ in operations] for kind, operations in noted.of_kind.items()}
+    assert [sum("scaled_dot_product" in name for name in names[kind]) for kind in bench.KINDS] == [0, 2 * 4, 0, 0]
+    assert names["norms"].count("aten::linalg_vector_norm") == names["norms"].count("aten::mv") == 4 * 4 + 1
+    assert not any(word in name for name in names["other operations"] for word in ("mm", "mv", "norm", "bmm"))
+
+
+def test_operations_of_sampling_by_kind():
+    model = tiny_model(tied=False)
+    head, B, P, N = model.head.weight.numel(), 3, 5, 6
+    with bench.Operations() as noted:
+        bench.generate(model, bench.random_ids(64, [P] * B), max_new_tokens=N, eos_ids=())
+    blocks = bench.n_weights(model) - head
+    assert products(noted.of_kind["products"]) == 2 * B * (blocks * (P + N - 1) + head * N)
+    names = {kind: [func.name() for func, _, _ in operations] for kind, operations in noted.of_kind.items()}
+    assert names["attention"].count("aten::baddbmm") == names["attention"].count("aten::bmm") == 4 * (N - 1)
+    assert sum(name.endswith("rms_norm") for name in names["norms"]) == (4 * 4 + 1) * N
+    assert not any(word in name for name in names["other operations"] for word in ("mm", "linear", "rms_norm"))
+
+
+def test_floor_leaves_the_time_of_products_and_of_attention(monkeypatch, capsys):
+    def medians(calls, repeats, device):
+        return [(call(), seconds)[1] for call, seconds in zip(calls, (10.0, 4.0, 3.0, 1.0, 0.5), strict=True)]
+
+    monkeypatch.setattr(bench, "medians", medians)
+    rows = bench.floor(bench.row("sampling, 3 x 4", 7.0, 5.0, "tokens/s", True), lambda: torch.ones(2).exp(), ARGS)
+    assert rows == [bench.row("floor: sampling, 3 x 4: products", 7.0 * 10 / 4, 5.0, "tokens/s", True),
+                    bench.row("floor: sampling, 3 x 4: products, attention", 7.0 * 10 / 7, 5.0, "tokens/s", True)]
+    assert bench.verdict(rows[0]) == "if nothing else took time"
+    wanted = "products 40%, attention 30%, norms 10%, other operations 5%, between them 15%\n"
+    assert capsys.readouterr().out == f"sampling, 3 x 4: of our 10000.0 ms, {wanted}"
+
+
+def test_floor_at_toy_size():
+    model, prompts = tiny_model(), bench.random_ids(64, [8] * 3)
+    for step in (bench.our_step(model, torch.tensor(prompts), torch.float32),
+                 lambda: bench.generate(model, prompts, max_new_tokens=4, eos_ids=range(9))):  # fmt: skip
+        for row in bench.floor(bench.row("x", 6.0, 5.0, "tokens/s", True), step, ARGS):
+            check(row)
+            assert row["peer"] == 5.0 and row["unit"] == "tokens/s"
+
+
 def test_trl_trains_on_the_same_tokens_at_toy_size(tmp_path):
     oracle("trl")
     oracle("transformers")
@@ -351,9 +409,11 @@ def test_every_goal_belongs_to_a_row(monkeypatch):
     named = []
     monkeypatch.setattr(bench, "library", lambda name: SimpleNamespace(__version__="0"))
     monkeypatch.setattr(bench, "installed", lambda name: True)
-    monkeypatch.setattr(bench, "twins", lambda *x: None)
+    monkeypatch.setattr(bench, "twins", lambda *x: (None, None))
     for function in ("sampling", "training", "sft_trainer", "dpo_trainer", "grpo_trainer"):
         monkeypatch.setattr(bench, function, lambda name, *x, **options: named.append(name.split(",")[0]))
+    monkeypatch.setattr(bench, "our_step", lambda *x: None)
+    monkeypatch.setattr(bench, "floor", lambda *x: [])
     monkeypatch.setattr(bench, "dpo_memory", lambda *x: 1.0)
     bench.bench_sft(ARGS)
     bench.bench_grpo(ARGS)

@@ -667,12 +667,13 @@ def test_steps_are_scored_where_they_end(checkpoint, tmp_path, monkeypatch):
 
 def test_tools_are_called_and_masked(checkpoint, tmp_path, monkeypatch):
     """The model says <tool>12 * 3</tool>, reads 36, says 36: rendered as a conversation; only its own words count."""
-    args, loop, model, _ = asked(checkpoint, tmp_path, "--tools")
+    args, loop, model, _ = asked(checkpoint, tmp_path, "--tools", "--rollout-batch", 5)
     tasks = [grpo.task_of({"prompt": f"What is {a} * 3?", "answer": str(3 * a)}, tiny(), args) for a in (12, 5)]
     end = tiny().eos_ids[0]
     said = iter([["<tool>12 * 3</tool>", "15"], ["<tool>1 / 0</tool>"], ["36"]])
 
     def generate(model, prompts, **options):
+        assert options["rollout_batch"] == 5
         completions = [tiny().encode_with(text, chat.OF_ASSISTANT) + [end] for text in next(said)]
         T = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
         ids, mask = torch.zeros(2, len(prompts), T, dtype=torch.long)
@@ -846,6 +847,16 @@ def test_resuming_is_exact(checkpoint, tmp_path, mine, monkeypatch, flags):
              for name in ("whole", "parts")]  # fmt: skip
     assert lines[0] == lines[1] and [line["step"] for line in lines[0]] == [1, 2, 3, 4]
     assert all(parts[name] == whole[name] for name in ("before", "after", "metrics"))
+
+
+def test_answers_are_decoded_as_many_at_a_time_as_asked(checkpoint, tmp_path, mine, monkeypatch):
+    """In training and in all that is measured; a run may go on with another number."""
+    asked, generate, flags = [], grpo.generate, ("--reward", mine, "--steps", 1, "--rollout-batch")
+    monkeypatch.setattr(grpo, "generate", lambda *x, **y: (asked.append(y["rollout_batch"]), generate(*x, **y))[1])
+    parts = run(checkpoint, tmp_path / "out", *flags, 5)
+    assert len(asked) > 2 and set(asked) == {5}
+    assert run(checkpoint, tmp_path / "out", *flags, 3, "--resume")["after"] == pytest.approx(parts["after"])
+    assert args_for(checkpoint, tmp_path).rollout_batch is None
 
 
 def test_dynamic_sampling_takes_groups_with_spread(checkpoint, tmp_path, monkeypatch):

@@ -9,9 +9,11 @@ import runpy
 import struct
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -293,6 +295,153 @@ def test_the_cache_holds_no_more_than_what_was_said_and_a_block(monkeypatch):
     close(found.logps, wanted.logps, 1e-6)
 
 
+class Tape(TorchDispatchMode):
+    """A CUDA graph on a CPU: in its `with` nothing has an effect, and replay() does the same operations on the same
+    memory, without the code that asked for them. What a GPU refuses there fails: what the CPU would have to wait for.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.before = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name() in ("aten::index.Tensor", "aten::index_put_"):
+            assert not any(x.dtype == torch.bool for x in args[1]), "a mask as an index"
+        else:
+            assert not {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output} & set(func.tags), func
+        assert func.name() not in ("aten::isin.Tensor_Tensor", "aten::lift_fresh"), func
+        if func._schema.is_mutable:
+            self.before.append((args[0], args[0].clone()))
+        self.calls.append((func, args, kwargs or {}, func(*args, **(kwargs or {}))))
+        return self.calls[-1][-1]
+
+    def __exit__(self, *exception):
+        super().__exit__(*exception)
+        for tensor, before in reversed(self.before):
+            tensor.copy_(before)
+
+    def replay(self) -> None:
+        for func, args, kwargs, out in self.calls:
+            again = func(*args, **kwargs)
+            for x, y in zip(*(z if isinstance(z, (tuple, list)) else [z] for z in (out, again)), strict=True):
+                if isinstance(x, Tensor) and x.data_ptr() != y.data_ptr():  # else a view, or changed in place
+                    x.copy_(y)
+
+
+@pytest.fixture(params=["as it is", "replayed"])
+def pinned(request, monkeypatch) -> list[int]:
+    """Decoding as on a GPU, with steps as they are or as a graph of them; how many rows were left at each look."""
+    monkeypatch.setitem(model.PATIENCE, "cpu", 4)
+    monkeypatch.setitem(model.CAPTURE, "cpu", lambda step, device: iter(step, "never"))
+    if request.param == "replayed":
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        for name, fake in {"CUDAGraph": Tape, "graph": lambda tape, **options: tape, "stream": nullcontext,
+                           "Stream": lambda device: stream, "current_stream": lambda device: stream}.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setitem(model.CAPTURE, "cpu", model._captured)
+        model._side_stream.cache_clear()
+    left, drop = [], model.KVCache.drop
+    monkeypatch.setattr(model.KVCache, "drop", lambda self, ended: (left.append(drop(self, ended)), left[-1])[1])
+    yield left
+    model._side_stream.cache_clear()
+
+
+SORTS = {
+    "llama": replace(TINY, family="llama", qkv_bias=False, qk_norm=False),
+    "qwen2": replace(TINY, family="qwen2", qk_norm=False, rope_scaling=None, tied=True),
+    "qwen3": replace(TINY, qkv_bias=False),
+}
+
+
+@pytest.mark.parametrize("sort", SORTS)
+def test_decoding_on_a_gpu_says_the_same(sort, pinned, monkeypatch):
+    """Ragged prompts, rows that end at all times and leave from the middle, more than are decoded at once."""
+    net, options = random_net(SORTS[sort]), {"max_new_tokens": 40, "eos_ids": [2, 11], "samples": 13}
+    found = [generate(net, PROMPTS, rollout_batch=n, **options) for n in (None, 20)]
+    sizes = {*map(len, pinned)}
+    assert {32, 16, 8} <= sizes <= {32, 16, 8, 4, 2, 1}
+    monkeypatch.delitem(model.CAPTURE, "cpu")
+    wanted = generate(net, PROMPTS, **options)
+    for again in found:
+        assert again.completions == wanted.completions and torch.equal(again.finished, wanted.finished)
+        close(again.logps, wanted.logps, 1e-5)
+
+
+def test_decoding_on_a_gpu_under_autocast(pinned, monkeypatch):
+    """As much as other sizes of batches and other kernels round alike; an adapter may widen what the cache narrows."""
+    net, options = random_net(dtype=torch.float32), {"max_new_tokens": 40, "eos_ids": [2, 11], "samples": 13}
+    net.blocks[1].attention.qkv.register_forward_hook(lambda module, x, qkv: qkv.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = generate(net, PROMPTS, **options)
+        scored = token_logps(net, found.input_ids) * found.completion_mask
+        monkeypatch.delitem(model.CAPTURE, "cpu")
+        wanted = generate(net, PROMPTS, **options)
+    assert sum(a == b for a, b in zip(found.completions, wanted.completions, strict=True)) > 0.8 * 52
+    assert (found.logps - scored).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 1.3, "top_k": 9, "top_p": 0.8}])
+def test_every_way_of_drawing_is_the_same_on_a_gpu(options, pinned, monkeypatch):
+    """With more ending tokens than torch.isin compares one by one, and a vocabulary with padding."""
+    options |= {"max_new_tokens": 12, "eos_ids": range(40, 60), "vocab_size": 23, "samples": 5}
+    found = generate(random_net(), PROMPTS, **options)
+    monkeypatch.delitem(model.CAPTURE, "cpu")
+    wanted = generate(random_net(), PROMPTS, **options)
+    assert found.completions == wanted.completions and len(found.completions[0]) == 12
+    close(found.logps, wanted.logps, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_what_stands_before_every_row_is_read_on_a_gpu(kind, pinned, monkeypatch):
+    net, options = random_net(), {"max_new_tokens": 12, "eos_ids": [2], "samples": 5}
+    shape = (3, TINY.width) if kind == "prompt" else (3, TINY.depth, 2, TINY.kv_heads, TINY.head_dim)
+    learned = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    net.virtual = 3
+    setattr(net, kind, lambda: learned)
+    found = generate(net, PROMPTS, **options)
+    monkeypatch.delitem(model.CAPTURE, "cpu")
+    wanted = generate(net, PROMPTS, **options)
+    assert found.completions == wanted.completions
+    close(found.logps, wanted.logps, 1e-5)
+
+
+def test_a_step_on_a_gpu_is_captured_once_a_size(pinned, monkeypatch, request):
+    """After a real one, which warms up; then no code of ours runs. All memory is there before, in whole lines."""
+    calls, hidden = [], Transformer.hidden
+
+    def counted(self, ids, cache):
+        calls.append((len(ids), cache.keys.shape[-1], cache.keys.untyped_storage().data_ptr()))
+        return hidden(self, ids, cache=cache)
+
+    monkeypatch.setattr(Transformer, "hidden", counted)
+    generate(random_net(), PROMPTS, max_new_tokens=40, eos_ids=[2, 11], samples=13)
+    sizes = [4, 52, *map(len, pinned)]
+    if "replayed" in request.node.name:
+        assert [n for n, _, _ in calls] == [4, *(n for n in sizes[1:] for _ in range(2))]
+    assert {n for n, _, _ in calls} == {*sizes} and {capacity for _, capacity, _ in calls} == {48}
+    assert len({place for _, _, place in calls[1:]}) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"top_k": 9, "top_p": 0.8}])
+@pytest.mark.parametrize("narrow", [False, True], ids=["float64", "autocast"])
+def test_captured_steps_equal_eager_ones(options, narrow, monkeypatch):
+    net = random_net(SORTS["qwen3"], torch.float32 if narrow else torch.float64).cuda()
+    options = {"max_new_tokens": 80, "eos_ids": [2], "samples": 13, **options}
+    with torch.autocast("cuda", torch.bfloat16, enabled=narrow):
+        found = [generate(net, PROMPTS, rollout_batch=n, **options) for n in (None, 20)]
+        if narrow:  # the same kernels: others round in their own way, and draw other tokens
+            monkeypatch.setitem(model.CAPTURE, "cuda", lambda step, device: iter(step, "never"))
+        else:
+            monkeypatch.delitem(model.CAPTURE, "cuda")
+        wanted = [generate(net, PROMPTS, rollout_batch=n, **options) for n in (None, 20)]
+    for one, other in zip(found, wanted, strict=True):
+        assert one.completions == other.completions
+        close(one.logps, other.logps, 1e-5)
+    token_logps(net, found[0].input_ids).sum().backward()  # what was captured is in nobody's way
+    assert all(p.grad.any() for p in net.parameters())
+
+
 def test_generation_is_eager_where_training_is_compiled(monkeypatch):
     net = random_net()
     wanted = generate(net, PROMPTS, max_new_tokens=5, eos_ids=[])
@@ -303,8 +452,11 @@ def test_generation_is_eager_where_training_is_compiled(monkeypatch):
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_a_model_that_generated_is_trained_on_what_it_said(sharded):
-    """Nothing that generation leaves in the model or returns is closed to autograd: angles, shards, log-probs."""
+def test_a_model_that_generated_is_trained_on_what_it_said(sharded, monkeypatch):
+    """Nothing that generation leaves in the model or returns is closed to autograd: angles, shards, log-probs.
+
+    Shards are gathered anew at every step: of that nothing is captured.
+    """
     net = random_net(replace(Config.from_depth(1, 31, 96), tied=False), torch.float32)
     if sharded:
         distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
@@ -312,6 +464,7 @@ def test_a_model_that_generated_is_trained_on_what_it_said(sharded):
         if sharded:
             fully_shard(net)
             register_fsdp_forward_method(net, "hidden")
+            monkeypatch.setitem(model.CAPTURE, "cpu", lambda step, device: pytest.fail("captured"))
         for _ in range(2):
             found = generate(net, PROMPTS, max_new_tokens=9, eos_ids=[2], samples=2)
             (token_logps(net, found.input_ids) * found.logps).sum().backward()

@@ -485,6 +485,16 @@ def test_resuming_is_exact(checkpoint, tmp_path, monkeypatch, flags):
     assert all(parts[name] == whole[name] for name in ("before", "after", "metrics", "baselines"))
 
 
+def test_answers_are_decoded_as_many_at_a_time_as_asked(checkpoint, tmp_path, monkeypatch):
+    """In training, lessons and all that is measured; a run may go on with another number."""
+    asked, generate, flags = [], ppo.generate, ("--rm-pairs", 32, "--steps", 1, "--rollout-batch")
+    monkeypatch.setattr(ppo, "generate", lambda *x, **y: (asked.append(y["rollout_batch"]), generate(*x, **y))[1])
+    parts = run(checkpoint, tmp_path / "out", *flags, 5)
+    assert len(asked) > 4 and set(asked) == {5}
+    assert run(checkpoint, tmp_path / "out", *flags, 3, "--resume")["after"] == pytest.approx(parts["after"])
+    assert args_for(checkpoint, tmp_path).rollout_batch is None
+
+
 def test_the_ratio_moves_after_the_first_pass_only(checkpoint, tmp_path):
     """P8: with one update the ratio is 1 up to rounding; old log-probs stay, so that with more it is not."""
     run(checkpoint, tmp_path / "one", "--passes", 1)

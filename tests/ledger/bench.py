@@ -3,6 +3,7 @@
 from tests.mutants import Mutant
 
 TESTS = "tests/test_bench.py::"
+FLOOR = "test_floor_leaves_the_time_of_products_and_of_attention"
 
 MUTANTS = [
     Mutant(name, "bench.py", old, new, TESTS + test)
@@ -64,6 +65,37 @@ MUTANTS = [
             "completion_only_loss=True",
             "completion_only_loss=False",
             "test_trl_trains_on_the_same_tokens_at_toy_size",
+        ),
+        (
+            "floor: attention among the rest",
+            'callers & {"attention"}',
+            "False",
+            "test_operations_of_sampling_by_kind",
+        ),
+        (
+            "floor: what a norm multiplies is a product",
+            '{"rms_norm", "_RMSNorm"}',
+            '{"rms_norm"}',
+            "test_operations_of_a_training_step_by_kind",
+        ),
+        (
+            "floor: the head's gradient is no product",
+            '"aten::addmm", "aten::addmm_")',
+            '"aten::addmm")',
+            "test_operations_of_a_training_step_by_kind",
+        ),
+        (
+            "floor: a part of the whole is more than it",
+            "whole / sum(parts[:n])",
+            "sum(parts[:n]) / whole",
+            FLOOR,
+        ),
+        ("floor: norms are attention", "sum(parts[:n])", "sum(parts[: 2 * n - 1])", FLOOR),
+        (
+            "floor: what is not an operation takes no time",
+            "whole - sum(parts))",
+            "0.0)",
+            FLOOR,
         ),
         # dpo
         (

@@ -604,6 +604,12 @@ MUTANTS = [
             "loss = score(model, ids, mask, tokenizer, 1.0)[0].sum()",
             "test_imitation_lowers_the_loss_of_its_rows",
         ),
+        (
+            "all answers are decoded at once",
+            '"rollout_batch": args.rollout_batch',
+            '"rollout_batch": None',
+            "test_answers_are_decoded_as_many_at_a_time_as_asked",
+        ),
         ("r1: the longest of the right ones", "min(right, key=len)", "max(right, key=len)", "test_the_pipeline_of_r1"),
         (
             "r1: wrong ones, too",

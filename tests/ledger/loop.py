@@ -325,7 +325,13 @@ MUTANTS = [
         ),
         (
             "smaller micro-batches count as another run",
-            '"micro_batch_size", "device"',
+            '"micro_batch_size", "rollout_batch"',
+            '"rollout_batch"',
+            "test_resume_refuses_other_settings",
+        ),
+        (
+            "answers decoded in parts count as another run",
+            '"rollout_batch", "device"',
             '"device"',
             "test_resume_refuses_other_settings",
         ),

@@ -19,6 +19,11 @@ ROWS = "test_rows_are_prompt_completion_padding"
 SPLIT = "test_rows_do_not_depend_on_how_many_are_decoded_at_once"
 BLOCKS = "test_the_cache_holds_no_more_than_what_was_said_and_a_block"
 SAID = "test_a_model_that_generated_is_trained_on_what_it_said"
+PINNED = "test_decoding_on_a_gpu_says_the_same"
+VIRTUAL = "test_what_stands_before_every_row_is_read_on_a_gpu"
+NARROW = "test_decoding_on_a_gpu_under_autocast"
+DRAWING = "test_every_way_of_drawing_is_the_same_on_a_gpu"
+CAPTURED = "test_a_step_on_a_gpu_is_captured_once_a_size"
 EAGER = "test_generation_is_eager_where_training_is_compiled"
 CANNOT = "test_prompts_that_cannot_be_continued_are_refused"
 SHARE = "test_each_token_gets_its_share_of_the_uniforms"
@@ -215,7 +220,7 @@ MUTANTS = [
         ("the feed-forward rounded down", "math.ceil(width * 8 / 3 / 64)", "math.floor(width * 8 / 3 / 64)", DEPTH),
         # cache and generation
         ("M2: positions do not advance", "        self.lengths += T\n", "", CACHE),
-        ("M2: columns do not advance", "        self.used += T\n", "", CACHE),
+        ("M2: columns do not advance", "        self.column += T\n", "", CACHE),
         (
             "M2: positions are columns, not the row's own",
             "cache.lengths[:, None] + torch.arange(T, device=x.device)",
@@ -244,8 +249,8 @@ MUTANTS = [
         ("a cache grows too little", "-(-missing // GROWTH) * GROWTH", "missing // GROWTH * GROWTH", CACHE),
         (
             "all that there could be is held",
-            "longest + min(max_new_tokens, GROWTH)",
-            "longest + max_new_tokens",
+            "else min(max_new_tokens, GROWTH))",
+            "else max_new_tokens)",
             BLOCKS,
         ),
         (
@@ -315,15 +320,20 @@ MUTANTS = [
             "tokens[: len(alive), t], logps[: len(alive),",
             ENDED,
         ),
-        ("the cache keeps rows that left", "kept = cache.drop(ended)", "kept = (~ended).nonzero().squeeze(-1)", ENDED),
+        (
+            "the cache keeps rows that left",
+            "kept = cache.drop(ended & (ended.cumsum(0) <= len(ended) - n))",
+            "kept = (~ended).nonzero().squeeze(-1)",
+            ENDED,
+        ),
         ("rows are never dropped", "== 0 and ended.any():", "== 0 and ended.all():", ENDED),
         (
             "N3: it goes on when all have ended",
-            "if len(alive) == 0:",
-            "if len(alive) < 0:",
+            "if n == 0:",
+            "if n < 0:",
             "test_it_stops_when_all_rows_have_ended",
         ),
-        ("N3: it stops when one has ended", "if len(alive) == 0:", "if len(alive) < rows:", ENDED),
+        ("N3: it stops when one has ended", "if n == 0:", "if n < rows:", ENDED),
         (
             "G13: the ending token is no part of the completion",
             "is_end.int().argmax(-1) + 1,",
@@ -391,6 +401,43 @@ MUTANTS = [
         ("no room for the prompt", "if longest + max_new_tokens > model", "if longest > model", CANNOT),
         ("no room for the last token", "if longest + max_new_tokens >", "if longest + max_new_tokens >=", CANNOT),
         ("an empty prompt", "if min(map(len, prompts)) == 0:", "if max(map(len, prompts)) == 0:", CANNOT),
+        # a pinned cache and CUDA graphs
+        ("pinned: what is not written is seen", "self.column :] = -torch.inf", "self.column :] = 0.0", PINNED),
+        ("pinned: no token sees itself", "fill_(-1, self.column, 0.0)", "fill_(-1, self.column - 1, 0.0)", PINNED),
+        ("pinned: a key a column early", "keys.index_copy_(1, used,", "keys.index_copy_(1, used - 1,", PINNED),
+        ("pinned: a value a column early", "values.index_copy_(1, used,", "values.index_copy_(1, used - 1,", PINNED),
+        ("pinned: keys as wide as an adapter makes them", "k.to(keys.dtype)", "k", NARROW),
+        ("pinned: columns are read as if it grew", "self.bias.shape[-1] - 1", "self.bias.shape[-1] - 2", PINNED),
+        ("pinned: uniforms of the step before", "cache.column - begun", "cache.column - begun - 1", PINNED),
+        ("pinned: uniforms of later steps behind a prefix", "begun = cache.column", "begun = longest", VIRTUAL),
+        ("pinned: the column is another tensor", "self.column += T", "self.column = self.column + T", PINNED),
+        (
+            "pinned: lengths are another tensor",
+            "        self.lengths += T\n",
+            "        self.lengths = self.lengths + T\n",
+            PINNED,
+        ),
+        ("pinned: the CPU reads the column", "torch.full((1,), self.column,", "torch.full((), self.column,", PINNED),
+        ("pinned: the CPU waits for isin", "(new[:, None] == eos).any(-1)", "torch.isin(new, eos)", DRAWING),
+        ("pinned: rows that go on leave", "drop(ended & (ended.cumsum(0) <=", "drop((ended.cumsum(0) <=", PINNED),
+        ("pinned: rows change their places", "alive[kept], ended[kept]", "alive[:n], ended[kept]", PINNED),
+        ("pinned: who has ended changes places", "alive[kept], ended[kept]", "alive[kept], ended[:n]", PINNED),
+        ("pinned: any number of rows", "n = 1 << (n - 1).bit_length()", "pass", PINNED),
+        (
+            "pinned: the graph of more rows goes on",
+            "                run = None\n        run = run or",
+            "        run = run or",
+            PINNED,
+        ),
+        ("pinned: what FSDP gathers is captured", 'None if hasattr(model, "unshard") else CAPTURE', "CAPTURE", SAID),
+        ("pinned: rows of the mask that begin anywhere", "-(model.virtual + capacity) % ALIGNED", "0", CAPTURED),
+        ("pinned: no step is replayed", "        graph.replay()\n", "        step()\n", CAPTURED),
+        (
+            "pinned: the capture counts as a step",
+            "    while True:\n        graph",
+            "    yield\n    while True:\n        graph",
+            PINNED,
+        ),
         # sampling
         ("temperature is ignored", "logits / temperature if temperature else", "logits if temperature else", SHARE),
         ("logps at temperature 1", "token, logps.gather", "token, torch.log_softmax(logits, -1).gather", LOGPS),

@@ -354,6 +354,12 @@ MUTANTS = [
             "((now - then) / found.completion_mask.sum(-1)).tolist()",
             "test_kl_is_the_log_ratio_of_whole_answers",
         ),
+        (
+            "all answers are decoded at once",
+            "rollout_batch=args.rollout_batch,",
+            "rollout_batch=None,",
+            "test_answers_are_decoded_as_many_at_a_time_as_asked",
+        ),
         ("a2c clips", '"a2c": {"clip_eps": 0.0,', '"a2c": {"clip_eps": 0.2,', "test_a2c_is_one_pass_without_a_clip"),
     ]
 ]
