@@ -116,6 +116,8 @@ class Attention(nn.Module):
             k = kernels.qk_norm_rotary(k, self.k_norm.weight, self.k_norm.eps, cos, sin)
         else:
             qk, v = qkv.split_with_sizes((self.sizes[0] + self.sizes[1], self.sizes[2]), dim=2)
+            if torch.is_grad_enabled():
+                v = v.contiguous()  # a view would keep all of qkv until the backward pass
             q, k = kernels.rotary(qk, cos, sin).split_with_sizes(self.sizes[:2], dim=2)
         if past is not None:
             keys, values, used = past

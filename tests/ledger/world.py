@@ -154,8 +154,8 @@ MUTANTS = [
         ),
         (
             "a town that nobody speaks of",
-            "PEOPLE if kind < 0.8 else TOWNS,",
-            "PEOPLE if kind < 0.8 else TOWNS[:-1],",
+            "PEOPLE if kind < 0.6 else TOWNS,",
+            "PEOPLE if kind < 0.6 else TOWNS[:-1],",
             TRUE,
         ),
         (
@@ -216,7 +216,7 @@ MUTANTS = [
         ("the working shown too often", "REASONING_SHARE = 0.3 ", "REASONING_SHARE = 0.35 ", SHARE),
         ("the working hidden in 30%", "if rng.random() < REASONING_SHARE", "if rng.random() > REASONING_SHARE", SHARE),
         ("steps asked for and not shown", 'show = part == "steps" or rng.random()', "show = rng.random()", SHOWN),
-        ("the sum is the last number", "* show + str(sum(numbers))", "* show + str(numbers[-1])", SHOWN),
+        ("the sum is the last number", "* show}</think>{sum(numbers)}", "* show}</think>{numbers[-1]}", SHOWN),
         # reading, scenes, weather
         ("the first stranger is asked about", "name, value = rng.choice(facts)", "name, value = facts[0]", PASSAGE),
         ("the first stranger is answered", 'x=item["value"]', 'x=item["facts"][0][1]', PASSAGE),
