@@ -501,7 +501,8 @@ def adapt(model: Transformer, text: str, base: str | Path, loop: Loop | None = N
             raise UserError(f"{text}: no place for {min(tensors)} in this model")
     if loop:
         loop.narrow(model)
-        loop.say(described(model, c))
+        if c.method != "fishmask":  # which has not seen its data yet
+            loop.say(described(model, c))
     return c
 
 
@@ -524,9 +525,13 @@ def fingerprint(model: Transformer) -> str:
     return found.hexdigest()
 
 
+def n_learning(model: Transformer) -> int:
+    return sum(getattr(p, "learns", p.numel()) for p in model.parameters() if p.requires_grad)
+
+
 def described(model: Transformer, c: Adapter) -> str:
     """Which modules were adapted, the share of parameters that learn, and the optimizer's memory."""
-    trained, whole = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True))
+    whole, trained = sum(p.numel() for p in model.parameters()), n_learning(model)
     whole += sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, NF4Linear))
     kinds = (LowRank, IA3, Bottleneck, Prompt, Prefix)
     where = sorted({re.sub(r"\.\d+\.", ".*.", name) for name, m in model.named_modules() if isinstance(m, kinds)})
@@ -540,6 +545,9 @@ def merge(model: Transformer) -> dict[str, nn.Module]:
     if not adapted:
         why = f"{model.adapter.method} is no matrix" if model.adapter else "there is none, or it was merged before"
         raise UserError(f"the adapter cannot be merged: {why}")
+    bases = {f"{path}.base" for path in adapted}
+    if left := [path for path, m in model.named_modules() if isinstance(m, NF4Linear) and path not in bases]:
+        raise UserError(f"the adapter cannot be merged: {left[0]} is quantized, and in none of its targets")
     for path, module in adapted.items():
         weight, bias = module.weight(), module.bias() if isinstance(module, IA3) else module.base.bias
         dtype = module.base.dtype if isinstance(module.base, NF4Linear) else module.base.weight.dtype
@@ -547,9 +555,6 @@ def merge(model: Transformer) -> dict[str, nn.Module]:
         linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
         linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         put_at(model, path, linear)
-    for path, module in list(model.named_modules()):  # of qlora, matrices without factors
-        if isinstance(module, NF4Linear):
-            raise UserError(f"{path} is quantized and not adapted: targets must cover all matrices to merge qlora")
     adapted[""], model.adapter = model.adapter, None
     return adapted
 
@@ -614,35 +619,36 @@ def to_peft(model: Transformer, c: Adapter) -> tuple[dict, dict[str, Tensor]]:
 
 
 def from_peft(path: Path) -> tuple[Adapter, dict[str, Tensor]]:
-    """The adapter in the folder `path`, and its tensors."""
-    try:
-        config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-        kind = config["peft_type"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path / 'adapter_config.json'}: no configuration of an adapter") from None
+    """The adapter in the folder `path`, and its tensors; UserError for what lora.py cannot represent."""
     tensors = read_safetensors(path / "adapter_model.safetensors")
-    for name in ("alpha_pattern", "rank_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias"):
-        if config.get(name):
-            raise UserError(f"{path}: {name} is not supported")
-    if config.get("bias", "none") != "none":
-        raise UserError(f"{path}: bias {config['bias']} is not supported")
     names = {re.sub(r"\.(lora_.*|ia3_l)$", "", name.removeprefix(ROOT_NAME)) for name in tensors}
     targets = f"^({'|'.join(map(re.escape, sorted(names)))})$"
-    if kind == "LORA":
-        c = Adapter("dora" if config.get("use_dora") else "lora", rank=config["r"], alpha=float(config["lora_alpha"]),
-                    rslora=bool(config.get("use_rslora")), dropout=float(config.get("lora_dropout", 0.0)),
-                    targets=targets)  # fmt: skip
-    elif kind == "IA3":
-        c = Adapter("ia3", targets=targets)
-    elif kind in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"):
-        method = "p-tuning-v2" if kind == "PREFIX_TUNING" else "prompt"
-        c = Adapter(method, tokens=config["num_virtual_tokens"])
-    elif kind.lower() in METHODS:
-        c = Adapter(kind.lower(), **config["hyperparameters"])
-    else:
-        raise UserError(f"{path}: peft_type {kind} is not supported")
-    own = json.loads((path / "base.json").read_text()) if (path / "base.json").exists() else {}
-    return replace(c, lr=METHODS[c.method][1]["lr"], base=str(config.get("base_model_name_or_path")), **own), tensors
+    try:
+        config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        own = json.loads((path / "base.json").read_text()) if (path / "base.json").exists() else {}
+        kind = str(config["peft_type"])
+        for name in ("alpha_pattern", "rank_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias"):
+            if config.get(name):
+                raise UserError(f"{path}: {name} is not supported")
+        if config.get("bias", "none") != "none":
+            raise UserError(f"{path}: bias {config['bias']} is not supported")
+        if kind == "LORA":
+            c = Adapter("dora" if config.get("use_dora") else "lora", rank=int(config["r"]), targets=targets,
+                        alpha=float(config["lora_alpha"]), rslora=bool(config.get("use_rslora")),
+                        dropout=float(config.get("lora_dropout", 0.0)))  # fmt: skip
+        elif kind == "IA3":
+            c = Adapter("ia3", targets=targets)
+        elif kind in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"):
+            method = "p-tuning-v2" if kind == "PREFIX_TUNING" else "prompt"
+            c = Adapter(method, tokens=int(config["num_virtual_tokens"]))
+        elif kind.lower() in METHODS:
+            c = Adapter(kind.lower(), **config["hyperparameters"])
+        else:
+            raise UserError(f"{path}: peft_type {kind} is not supported")
+        c = replace(c, lr=METHODS[c.method][1]["lr"], base=str(config.get("base_model_name_or_path")), **own)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path / 'adapter_config.json'}: no configuration of an adapter ({error!r})") from None
+    return c, tensors
 
 
 def fish_mask(model: Transformer, losses: Iterator[Tensor], share: float) -> None:
@@ -842,6 +848,7 @@ def main(args: argparse.Namespace) -> dict:
     if adapter.method == "fishmask":
         some = (sft_loss(model, collate([[row]], loop.device)) for row in rows[:64])
         fish_mask(model, some, adapter.share)
+        loop.say(described(model, adapter))
     optimizer = adamw(model, args.lr, args.weight_decay)
     loop.compile(model)
     extra = loop.restore(model, optimizer)
@@ -874,8 +881,8 @@ def main(args: argparse.Namespace) -> dict:
 
     # 6. Evaluate
     after = measured(model, tokenizer, test, args, loop)
-    learns = sum(getattr(p, "learns", p.numel()) for p in model.parameters() if p.requires_grad)
-    sizes = ("trainable %", 100.0, 100 * learns / n_whole), ("optimizer MB", 8 * n_whole / 1e6, 8 * learns / 1e6)
+    n = n_learning(model)
+    sizes = ("trainable %", 100.0, 100 * n / n_whole), ("optimizer MB", 8 * n_whole / 1e6, 8 * n / 1e6)
     before |= {name: [whole] for name, whole, _ in sizes}
     after |= {name: [part] for name, _, part in sizes}
     return loop.finish(before, after, variant=args.method, baselines=stored(args), higher_is_better=not args.data)

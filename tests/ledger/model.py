@@ -83,7 +83,12 @@ MUTANTS = [
             PAR + "[qwen3]",
         ),
         ("the epsilon of the last norm", "RMSNorm(config.width, config.norm_eps)", "RMSNorm(config.width, 1e-5)", PAR),
-        ("P13: no final norm", "return self.norm(x[:, T - n_tokens :])", "return x[:, T - n_tokens :]", PAR + "[llama]"),
+        (
+            "P13: no final norm",
+            "return self.norm(x[:, T - n_tokens :])",
+            "return x[:, T - n_tokens :]",
+            PAR + "[llama]",
+        ),
         (
             "v takes the place of k",
             "            qk, v = qkv.split_with_sizes((self.sizes[0] + self.sizes[1], self.sizes[2]), dim=2)",
@@ -195,7 +200,12 @@ MUTANTS = [
         ("the embedding starts like the others", 'in ("embed.weight", "head.weight")', 'in ("head.weight",)', FRESH),
         ("the head starts like the others", 'in ("embed.weight", "head.weight")', 'in ("embed.weight",)', FRESH),
         ("biases start at random", "nn.init.zeros_(p)", "nn.init.ones_(p)", FRESH),
-        ("D4: the frozen model is the model", "return copy.deepcopy(model, shared).eval()", "return model.eval()", FROZEN),
+        (
+            "D4: the frozen model is the model",
+            "return copy.deepcopy(model, shared).eval()",
+            "return model.eval()",
+            FROZEN,
+        ),
         ("the frozen model takes gradients", ".eval().requires_grad_(False)", ".eval()", FROZEN),
         ("K8: the frozen model trains", "copy.deepcopy(model, shared).eval()", "copy.deepcopy(model, shared)", FROZEN),
         (
@@ -398,8 +408,18 @@ MUTANTS = [
             "test_a_bf16_model_samples_from_fp32_logits",
         ),
         ("values stay where they were", "self.values[:, rows]", "self.values[:, : len(rows)]", CACHE),
-        ("no room for the prompt", "if model.virtual + longest + max_new_tokens > model", "if model.virtual + longest > model", CANNOT),
-        ("no room for the last token", "if model.virtual + longest + max_new_tokens >", "if model.virtual + longest + max_new_tokens >=", CANNOT),
+        (
+            "no room for the prompt",
+            "if model.virtual + longest + max_new_tokens > model",
+            "if model.virtual + longest > model",
+            CANNOT,
+        ),
+        (
+            "no room for the last token",
+            "if model.virtual + longest + max_new_tokens >",
+            "if model.virtual + longest + max_new_tokens >=",
+            CANNOT,
+        ),
         ("an empty prompt", "if min(map(len, prompts)) == 0:", "if max(map(len, prompts)) == 0:", CANNOT),
         # a pinned cache and CUDA graphs
         ("pinned: what is not written is seen", "self.column :] = -torch.inf", "self.column :] = 0.0", PINNED),
