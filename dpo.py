@@ -35,6 +35,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,7 +48,7 @@ from data import chat, formats, manners, world
 from data.formats import UserError
 from data.tokenizer import Tokenizer
 from kernels import IGNORED, linear_logps
-from loop import COUNT, REAL, ROOT, Loop, adamw, clip, compare, parser, run, set_lr
+from loop import COUNT, REAL, ROOT, Loop, adamw, clip, compare, fill, parser, run, set_lr
 from model import Transformer, frozen, generate, load, token_logps
 
 # 1. The objective
@@ -414,7 +415,7 @@ def collate(examples: Sequence[Example], device: torch.device, multiple_of: int 
 def encode(prompt: str | list[dict], answers: Sequence[str | list[dict]], scores: Sequence[float], tokenizer: Tokenizer,
            args: argparse.Namespace) -> Example:  # fmt: skip
     """The answers share the ids of the prompt. What the assistant said within the prompt is not trained on."""
-    start, rows = prompt_ids(prompt, tokenizer, args), []
+    start, rows = chat.prompt_ids(prompt, tokenizer, args.chat_format), []
     for answer in answers:
         messages = formats.to_messages({"prompt": prompt, "completion": answer})
         ids, mask = chat.render(messages, tokenizer, chat_format=args.chat_format)
@@ -423,11 +424,6 @@ def encode(prompt: str | list[dict], answers: Sequence[str | list[dict]], scores
         end = len(mask) - mask[::-1].index(1)  # without the line break after the turn
         rows.append(chat.Row(ids[len(start) : end], mask[len(start) : end]))
     return Example(start, rows, list(scores))
-
-
-def prompt_ids(prompt: str | list[dict], tokenizer: Tokenizer, args: argparse.Namespace) -> list[int]:
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return chat.render(messages, tokenizer, add_generation_prompt=True, chat_format=args.chat_format).input_ids
 
 
 def fit(examples: Iterable[Example], args: argparse.Namespace, counts: Counter) -> list[Example]:
@@ -480,14 +476,15 @@ def written_rows(args: argparse.Namespace, tokenizer: Tokenizer) -> list[Example
     return [encode(row["prompt"], [row["chosen"], row["rejected"]], [1.0, 0.0], tokenizer, args) for row in rows]
 
 
-def file_rows(args: argparse.Namespace, tokenizer: Tokenizer, path: str, counts: Counter) -> list[dict]:
+def file_rows(args: argparse.Namespace, counts: Counter, path: str) -> list[dict]:
     """The rows of a JSONL file as examples; those that compare nothing are dropped and counted."""
     schemas = ("preference", "scores", "label") if args.loss in UNPAIRED else ("preference", "scores")
     rows = formats.read_jsonl(path, schemas, mapping=formats.parse_map(args.map))
     if args.loss in OF_BAD:
-        counts[f"good, which --loss {args.loss} has no use for: dropped"] = sum(row.get("label", False) for row in rows)
-        rows = [row for row in rows if not row.get("label")]
-    counts["with equal scores: dropped"] = sum(len(set(row.get("scores", "ab"))) == 1 for row in rows)
+        bad = [row for row in rows if not row.get("label")]
+        counts[f"good, which --loss {args.loss} has no use for: dropped"] += len(rows) - len(bad)
+        rows = bad
+    counts["with equal scores: dropped"] += sum(len(set(row.get("scores", "ab"))) == 1 for row in rows)
     rows = [row for row in rows if len(set(row.get("scores", "ab"))) > 1]
     if args.loss in LISTWISE and len({len(row.get("scores", "ab")) for row in rows}) > 1:
         raise UserError(f"{path}: --loss {args.loss} needs the same number of answers in every row")
@@ -507,26 +504,22 @@ def examples(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer,
     """The rows to train on (with --online their prompts), and what `evaluate` measures."""
     counts, test = Counter(), {}
     if args.data:
-        rows, held_out = file_rows(args, tokenizer, args.data, counts), []
-        if not args.eval_data:
-            rows, held_out = formats.hold_out(rows)
-        elif args.eval_data != "world":
-            held_out = file_rows(args, tokenizer, args.eval_data, Counter())
-        if not held_out and args.eval_data != "world":
-            loop.say(f"only {len(rows)} rows: none are held out, and what is measured are the training rows")
-            held_out = rows
+        read = partial(file_rows, args, counts)
+        if args.eval_data == "world":
+            rows = read(args.data)
+        else:
+            (rows,), held_out = formats.split([args.data], args.eval_data, read, loop.say)
+            test["pairs"] = fit((from_file(row, tokenizer, args) for row in held_out), args, Counter())
         bar = tqdm(rows, "encoding", unit="row", disable=None, leave=False)
         rows = fit((from_file(row, tokenizer, args) for row in bar), args, counts)
-        if held_out:
-            test["pairs"] = fit((from_file(row, tokenizer, args) for row in held_out), args, Counter())
     if not args.data or args.eval_data == "world":
         requests = [manners.draw_request(world.rng_for("dpo test", i), "test") for i in range(REQUESTS)]
-        test = {"requests": [(prompt_ids(row["prompt"], tokenizer, args), row) for row in requests]}
+        test = {"requests": [(chat.prompt_ids(row["prompt"], tokenizer, args.chat_format), row) for row in requests]}
         test["skills"] = world.sft_test(10)
     if not args.data and args.pairs == "sampled":
         requests = [manners.draw_request(world.rng_for("dpo", args.seed, i), "train")
-                    for i in range(args.steps * args.batch_size)]  # fmt: skip
-        prompts = [(prompt_ids(row["prompt"], tokenizer, args), row) for row in requests]
+                    for i in range(max(1, args.steps) * args.batch_size)]  # fmt: skip
+        prompts = [(chat.prompt_ids(row["prompt"], tokenizer, args.chat_format), row) for row in requests]
         return (prompts if args.online else sampled_rows(model, tokenizer, prompts, args, loop)), test
     if not args.data:
         rows = fit(written_rows(args, tokenizer), args, counts)
@@ -707,7 +700,7 @@ def evaluate(model: Transformer, ref_model: Transformer | None, tokenizer: Token
             groups = scored(model, ref_model, in_groups(rows, args.micro_batch_size), as_dpo, loop)
             found["KL"] = [x for s in groups for x in log_ratio(s)[:, 0].tolist()]
         found["length"] = [float(len(answer.input_ids)) for (answer,) in answers]
-        asked = [prompt_ids(row["messages"][:1], tokenizer, args) for row in test["skills"]]
+        asked = [chat.prompt_ids(row["messages"][:1], tokenizer, args.chat_format) for row in test["skills"]]
         said = sampled(model, tokenizer, asked, 1, 0.0, 0, args, loop)
         found["skills"] = [float(world.is_correct(chat.completion_text(answer.input_ids, tokenizer), row["answer"]))
                            for (answer,), row in zip(said, test["skills"], strict=True)]  # fmt: skip

@@ -161,6 +161,13 @@ def parser(doc: str, *, flags: tuple[str, ...], defaults: dict[str, object]) -> 
     return made
 
 
+def fill(args: argparse.Namespace, table: dict[str, tuple], column: int) -> None:
+    """Give every flag of `table` ({name: its value in each kind of run}) that was not set the value of `column`."""
+    for name, values in table.items():
+        if getattr(args, name) is None:
+            setattr(args, name, values[column])
+
+
 def run(main: Callable, get_args: Callable) -> None:
     """`main(get_args())` with the exit codes of every script: 0 done, 1 run failed, 2 bad input, 130 interrupted."""
     args = None
@@ -379,6 +386,11 @@ class Loop:
             torch._dynamo.config.recompile_limit = 64  # one graph for each padded length
             for block in model.blocks:
                 block.compile(dynamic=False)
+
+    def check_length(self, model: nn.Module) -> None:
+        """UserError if `model` cannot read --max-length tokens."""
+        if self.args.max_length > (most := model.config.max_length):
+            raise UserError(f"--max-length {self.args.max_length}: the model reads at most {most} tokens")
 
     def describe(self, model: nn.Module) -> None:
         """Print what runs where, and an estimate of the memory that it needs."""
@@ -634,7 +646,7 @@ class Loop:
                     self.say(f"no {stage} model yet, making it: python {command} (about {duration} on two CPU cores)")
                     with tempfile.TemporaryDirectory(dir=home.parent, prefix=f".{stage}-") as folder:
                         made = Path(folder, stage)
-                        argv = [sys.executable, script, *flags, "--out", made, "--device", self.args.device]
+                        argv = [sys.executable, *command.split(), "--out", made, "--device", self.args.device]
                         # in a session of its own, so that Ctrl-C reaches this process alone, which then ends it
                         if subprocess.run(argv, cwd=ROOT, check=False, start_new_session=True).returncode:
                             raise RunFailed(f"the {stage} model could not be made by: python {command}")

@@ -746,7 +746,7 @@ def test_written_pairs_are_the_annotators():
 
 def requests(n: int, split: str = "train") -> list[tuple[list[int], dict]]:
     rows = [manners.draw_request(world.rng_for("test", i), split) for i in range(n)]
-    return [(dpo.prompt_ids(row["prompt"], tiny(), Namespace(chat_format=None)), row) for row in rows]
+    return [(chat.prompt_ids(row["prompt"], tiny()), row) for row in rows]
 
 
 def says(monkeypatch, texts) -> list[Namespace]:

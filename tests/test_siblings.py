@@ -1,13 +1,16 @@
 """The scripts stay alike: same parts under the same titles in the same order, same flags, nothing done at import."""
 
 import ast
+import importlib
 import re
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from data.formats import UserError
 from loop import COMMON
+from model import Config, Transformer, save
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINERS = ("sft.py", "reward.py", "dpo.py", "ppo.py", "grpo.py", "lora.py", "distill.py", "vlm.py")

@@ -643,14 +643,21 @@ MUTANTS = [
         ),
         (
             "npo learns from good answers",
-            '        rows = [row for row in rows if not row.get("label")]\n',
+            "        rows = bad\n",
             "",
             "test_a_file_of_lone_answers_with_an_odd_batch",
         ),
         (
             "held-out rows are trained on",
-            "            rows, held_out = formats.hold_out(rows)",
-            "            held_out = formats.hold_out(rows)[1]",
+            "(rows,), held_out = formats.split([args.data], args.eval_data, read, loop.say)",
+            "(rows,), held_out = formats.split([args.data], args.eval_data, read, loop.say)\n"
+            "            rows = rows + held_out",
+            "test_held_out_pairs",
+        ),
+        (
+            "--eval-data is not read",
+            "formats.split([args.data], args.eval_data, read",
+            "formats.split([args.data], None, read",
             "test_held_out_pairs",
         ),
         (

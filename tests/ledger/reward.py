@@ -271,16 +271,12 @@ MUTANTS = [
             ("ranked from bad to good", "key=lambda i: -row", "key=lambda i: row", SORTED),
             (
                 "what is measured is trained on",
-                "rows, held_out = (rows, []) if args.eval_data else formats.hold_out(rows)",
-                "held_out = formats.hold_out(rows)[1]",
+                "(rows,), held_out = formats.split([args.data], args.eval_data, read, loop.say)",
+                "(rows,), held_out = formats.split([args.data], args.eval_data, read, loop.say)\n"
+                "        rows = rows + held_out",
                 ONCE,
             ),
-            (
-                "--eval-data is not read",
-                "        if args.eval_data:\n            held_out",
-                "        if False:\n            held_out",
-                ONCE,
-            ),
+            ("--eval-data is not read", "split([args.data], args.eval_data,", "split([args.data], None,", ONCE),
             (
                 "the AI labels the test as well",
                 "rows = ai_labels(model, tokenizer, rows, args, loop) if args.labels",
