@@ -590,7 +590,7 @@ def judged(model: Transformer, tokenizer: Tokenizer, prompts: list[tuple[list[in
     path = loop.require("reward") if args.judge == "reward" else args.judge
     judge, found = load(path, labels=1)[0].to(loop.device).eval(), []
     for (ids, _), some in zip(prompts, answers, strict=True):
-        batch = collate([Example(ids, some, [0.0] * len(some))], loop.device)
+        batch = collate([Example(ids, some, [0.0] * len(some))], loop.device, 64 if loop.compiled else 1)
         with torch.no_grad(), loop.autocast():
             found.append(reward.rewards_of(judge, batch.input_ids, batch.completion_mask).tolist())
     return found
@@ -731,8 +731,11 @@ def show_credit(model: Transformer, ref_model: Transformer, tokenizer: Tokenizer
         for row in manners.preferences(3, args.seed, "test")
     ]  # fmt: skip
     for e in rows:
-        batch = collate([e], loop.device)
-        logps, ref_logps = (token_logps(m, batch.input_ids) for m in (model, ref_model))
+        batch = collate([e], loop.device, 64 if loop.compiled else 1)
+        with loop.autocast():
+            logps, ref_logps = (token_logps(m, batch.input_ids) for m in (model, ref_model))
+        if not loop.main:
+            continue
         print("\n" + tokenizer.decode(e.prompt))
         for (ids, mask), credits in zip(e.answers, (args.beta or 1.0) * (logps - ref_logps), strict=True):
             credits = credits[len(e.prompt) :][: len(ids)] * torch.tensor(mask, device=loop.device)

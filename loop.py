@@ -383,7 +383,8 @@ class Loop:
         wanted = self.args.compile == "on" or (self.args.compile == "auto" and self.device.type == "cuda")
         self.compiled = kernels.use_compile(wanted)  # says so, and stays off, where there is no compiler
         if self.compiled:
-            torch._dynamo.config.recompile_limit = 64  # one graph for each padded length
+            # one graph for each padded length, with and without gradient, for whole batches and for the last
+            torch._dynamo.config.recompile_limit = max(64, 4 * math.ceil(self.args.max_length / 64))
             for block in model.blocks:
                 block.compile(dynamic=False)
 

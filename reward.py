@@ -326,7 +326,8 @@ def odds(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], wor
     order, found = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), torch.zeros(len(prompts))
     for start in tqdm(range(0, len(order), 256), "judging", disable=None, leave=False):
         some = order[start : start + 256]
-        batch = collate([Example([chat.Row(prompts[i], [1] * len(prompts[i]))]) for i in some], loop.device)
+        rows = [Example([chat.Row(prompts[i], [1] * len(prompts[i]))]) for i in some]
+        batch = collate(rows, loop.device, 64 if loop.compiled else 1)
         with loop.autocast():
             hidden = model.hidden(batch.input_ids)
         last = hidden[range(len(some)), batch.completion_mask.sum(1) - 1].float()  # (B, D)
@@ -550,7 +551,7 @@ def scores(model: Transformer, some: Sequence[Example], args: argparse.Namespace
     found: list[list[float]] = [[] for _ in some]
     for start in tqdm(range(0, len(order), args.micro_batch_size), "measuring", disable=None, leave=False):
         places = order[start : start + args.micro_batch_size]
-        batch = collate([some[i] for i in places], loop.device)
+        batch = collate([some[i] for i in places], loop.device, 64 if loop.compiled else 1)
         with loop.autocast():
             if args.feedback == "steps":
                 values = token_rewards(model, batch.input_ids)[batch.steps >= 0]

@@ -386,7 +386,8 @@ def row_losses(model: Transformer, rows: list[chat.Row], args: argparse.Namespac
     """For each row the sum of -log p over its trained tokens, and their number."""
     losses = []
     for start in tqdm(range(0, len(rows), args.micro_batch_size), "measuring", disable=None, leave=False):
-        batch = collate([[row] for row in rows[start : start + args.micro_batch_size]], loop.device)
+        some = [[row] for row in rows[start : start + args.micro_batch_size]]
+        batch = collate(some, loop.device, 64 if loop.compiled else 1)
         with loop.autocast():
             logps = token_logps(model, batch.input_ids)
         sums, counts = -(logps * batch.completion_mask).sum(-1), batch.completion_mask.sum(-1)

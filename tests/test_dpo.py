@@ -1233,6 +1233,50 @@ def test_credit_is_the_implicit_reward_of_each_token(checkpoint, data, tmp_path,
     assert all(row["chosen"] + "<|im_end|>" in texts and row["rejected"] + "<|im_end|>" in texts for row in pairs()[:3])
 
 
+def test_credit_is_shown_in_bf16_and_once(checkpoint, data, tmp_path, capsys, one):
+    """A reference in bf16 is scored under autocast, like the policy; other ranks score and say nothing."""
+    run(checkpoint, data, tmp_path / "out", "--steps", 1, "--credit", "--dtype", "bf16")
+    assert capsys.readouterr().out.count("\033[30;48") > 20
+    args = args_for(checkpoint, data, tmp_path / "out")
+    test = {"pairs": [dpo.from_file(row, tiny(), args) for row in pairs()]}
+    model, scored = small(tiny().vocab_size), []
+    model.norm.register_forward_pre_hook(lambda *a: scored.append(1))
+    for one.main in (False, True):
+        scored.clear()
+        dpo.show_credit(model, model, tiny(), test, args, one)
+        assert bool(capsys.readouterr().out) == one.main and len(scored) == 6
+
+
+def test_compiled_runs_see_few_lengths(checkpoint, data, tmp_path, monkeypatch):
+    """Training, measuring, a reward model that judges, --credit."""
+    import kernels
+    import reward
+    from model import Block
+
+    save(reward.with_scalar_head(small(tiny().vocab_size)), tiny(), tmp_path / "judge")
+    seen = []
+    watch(monkeypatch, "collate", lambda batch, *how: seen.append(batch.input_ids.shape[1]))
+    monkeypatch.setattr(kernels, "use_compile", lambda wanted: wanted)
+    monkeypatch.setattr(Block, "compile", lambda block, dynamic: None)
+    with torch._dynamo.config.patch(recompile_limit=8):
+        run(checkpoint, data, tmp_path / "out", "--steps", 1, "--compile", "on", "--online", "--max-new-tokens", 8,
+            "--judge", tmp_path / "judge", "--credit")  # fmt: skip
+    assert len(seen) > 8 and all(length % 64 == 0 for length in seen)
+
+
+@pytest.mark.parametrize("world_run", [False, True])
+def test_no_steps_are_no_steps(checkpoint, data, tmp_path, short_world, world_run):
+    result = run(checkpoint, None if world_run else data, tmp_path / "out", "--steps", 0)
+    assert result["seconds"] < 1 and not (tmp_path / "out" / "checkpoint").exists()
+    assert world_run or result["before"] == result["after"]
+
+
+def test_an_eval_file_that_compares_nothing_is_refused(checkpoint, data, tmp_path):
+    alike = write_jsonl(tmp_path / "alike.jsonl", [{"prompt": "x", "completions": ["a", "b"], "scores": [1, 1]}])
+    with pytest.raises(UserError, match="to train on or to measure"):
+        run(checkpoint, data, tmp_path / "out", "--eval-data", alike)
+
+
 def test_settings_are_resolved_and_kept(checkpoint, data, tmp_path, capsys):
     run(checkpoint, data, tmp_path / "out", "--loss", "simpo", "--steps", 1)
     assert "--loss simpo: lr 0.001, beta 2.5, gamma 1.4, sft_weight 0" in capsys.readouterr().err

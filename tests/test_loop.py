@@ -25,7 +25,7 @@ from data.formats import UserError
 from data.tokenizer import tiny
 from kernels import linear_cross_entropy
 from loop import COMMON, Loop, RunFailed, adamw, clip, curve, learning_rate, paired, parser, run, set_lr
-from model import Config, Transformer, load
+from model import Block, Config, Transformer, load
 
 DEFAULTS = {
     "depth": 2, "steps": 10, "epochs": 1.0, "batch_size": 6, "micro_batch_size": 4, "lr": 1e-2, "warmup": 3,
@@ -708,6 +708,16 @@ def test_compile_is_decided_once(monkeypatch, flag, device, compiled):
         loop.device = torch.device(device)
         loop.compile(model)
     assert told == [compiled] + [False] * len(model.blocks) * compiled and loop.compiled == compiled
+
+
+@pytest.mark.parametrize("longest", [64, 8192])
+def test_every_padded_length_may_have_its_graphs(monkeypatch, longest):
+    """With and without gradient, of whole batches and of the last one."""
+    monkeypatch.setattr(kernels, "use_compile", lambda on: on)
+    monkeypatch.setattr(Block, "compile", lambda block, dynamic: None)
+    with torch._dynamo.config.patch(recompile_limit=8):
+        Loop(get_args("--compile", "on", "--max-length", longest), "toy").compile(new_model())
+        assert torch._dynamo.config.recompile_limit >= max(64, 4 * longest // 64)
 
 
 def test_without_a_compiler_the_run_is_eager(monkeypatch):

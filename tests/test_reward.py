@@ -1112,6 +1112,10 @@ def test_compiled_runs_see_few_lengths_and_forward_passes_are_in_dtype(checkpoin
         seen.append((batch.input_ids.shape[1], torch.is_autocast_enabled("cpu"), losses.dtype))
         return losses, margins
 
+    def collated(*how):
+        measured.append(collate(*how))
+        return measured[-1]
+
     monkeypatch.setattr(reward, "losses_of", watched)
     monkeypatch.setattr(reward, "collate", collated)
     monkeypatch.setattr(kernels, "use_compile", lambda wanted: wanted)
@@ -1122,6 +1126,7 @@ def test_compiled_runs_see_few_lengths_and_forward_passes_are_in_dtype(checkpoin
         loop.compile(small(tiny().vocab_size))
         reward.odds(small(tiny().vocab_size), tiny(), [[1, 2, 3]], ("yes", "no"), loop)
     assert {(n % 64, narrow, dtype) for n, narrow, dtype in seen} == {(0, True, torch.float32)}
+    assert len(measured) > len(seen) and all(batch.input_ids.shape[1] % 64 == 0 for batch in measured)
     assert {w.dtype for w in weights(tmp_path / "out").values()} == {torch.float32}
 
 

@@ -950,5 +950,65 @@ MUTANTS = [
             "setattr(args, name, defaults[name][0])",
             "test_settings_are_resolved_and_kept",
         ),
+        (
+            "sizes that the tiny model cannot read",
+            "fill(args, DEFAULTS, args.model is not None)",
+            "fill(args, DEFAULTS, args.data is not None)",
+            "test_settings_are_resolved_and_kept",
+        ),
+        (
+            "log(1 - p): the gradient of the branch not taken",
+            "    far = torch.where(near, -1.0, x)",
+            "    far = x",
+            "test_log1mexp_has_a_gradient_everywhere",
+        ),
+        (
+            "log(1 - p) of a certain token is infinite",
+            "    x = x.clamp(max=-torch.finfo(x.dtype).tiny)\n",
+            "",
+            "test_orpo_learns_where_a_token_is_certain",
+        ),
+        (
+            "--credit compares in another precision than it trained in",
+            "        with loop.autocast():\n            logps, ref_logps = (token",
+            "        if True:\n            logps, ref_logps = (token",
+            "test_credit_is_shown_in_bf16_and_once",
+        ),
+        (
+            "every rank shows --credit",
+            "        if not loop.main:\n            continue\n",
+            "",
+            "test_credit_is_shown_in_bf16_and_once",
+        ),
+        (
+            "only rank 0 takes part in what all gather",
+            "    for e in rows:\n        batch = collate([e]",
+            "    for e in rows * loop.main:\n        batch = collate([e]",
+            "test_credit_is_shown_in_bf16_and_once",
+        ),
+        (
+            "compiled runs are measured at every length",
+            "collate(some, loop.device, 64 if loop.compiled else 1)",
+            "collate(some, loop.device)",
+            "test_compiled_runs_see_few_lengths",
+        ),
+        (
+            "compiled runs judge at every length",
+            "[0.0] * len(some))], loop.device, 64 if loop.compiled else 1)",
+            "[0.0] * len(some))], loop.device)",
+            "test_compiled_runs_see_few_lengths",
+        ),
+        (
+            "compiled runs show --credit at every length",
+            "collate([e], loop.device, 64 if loop.compiled else 1)",
+            "collate([e], loop.device)",
+            "test_compiled_runs_see_few_lengths",
+        ),
+        (
+            "--steps 0 trains an epoch",
+            "args.steps if args.steps is not None else",
+            "args.steps or",
+            "test_no_steps_are_no_steps",
+        ),
     ]
 ]

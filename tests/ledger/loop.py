@@ -633,6 +633,82 @@ MUTANTS = [
             "for kind in () if",
             "test_a_stale_stage_is_refused_with_the_command",
         ),
+        (
+            "any run of a stage's script overwrites the stage",
+            "        if name in STAGES:\n",
+            "        if name not in STAGES:\n",
+            "test_runs_with_settings_of_their_own_leave_the_stages_alone",
+        ),
+        (
+            "the stage itself is written elsewhere",
+            "if _of_stage(stage) == self.identity), None)",
+            "if _of_stage(stage) is self.identity), None)",
+            "test_runs_with_settings_of_their_own_leave_the_stages_alone",
+        ),
+        (
+            "all runs of their own share a folder with the stage of another",
+            'name = same or f"{name}-custom"',
+            'name = same or f"{self.script}-custom"',
+            "test_runs_with_settings_of_their_own_leave_the_stages_alone",
+        ),
+        (
+            "--resume goes on with rows that are no longer there",
+            "            if os.path.isfile(path):",
+            "            if False:",
+            "test_resume_refuses_a_file_that_has_changed",
+        ),
+        (
+            "the content of --eval-data does not count",
+            'FILES = ("data", "eval_data",',
+            'FILES = ("data",',
+            "test_resume_refuses_a_file_that_has_changed",
+        ),
+        (
+            "of several files none counts",
+            '(flags.get(name) or "").split(",")',
+            '[flags.get(name) or ""]',
+            "test_resume_refuses_a_file_that_has_changed",
+        ),
+        (
+            "long rows meet the limit of graphs",
+            "max(64, 4 * math.ceil(self.args.max_length / 64))",
+            "64",
+            "test_every_padded_length_may_have_its_graphs",
+        ),
+    ]
+] + [
+    Mutant(name, file, old, new, "tests/" + test)
+    for name, file, old, new, test in [
+        (
+            "a flag that was given is overwritten by the table",
+            "loop.py",
+            "        if getattr(args, name) is None:\n",
+            "        if True:\n",
+            "test_sft.py::test_defaults_are_of_one_table",
+        ),
+        (
+            "positions that the model was never built for",
+            "loop.py",
+            "if self.args.max_length > (most := model.config.max_length):",
+            "if self.args.max_length > 2 * (most := model.config.max_length):",
+            "test_sft.py::test_a_context_that_the_model_lacks_is_refused",
+        ),
+        (
+            "a start without a tokenizer",
+            "model.py",
+            "    if with_tokenizer and not tokenizer:\n",
+            "    if False:\n",
+            "test_siblings.py::test_a_start_without_a_tokenizer_is_refused",
+        ),
+        (
+            "the process reward model in the folder of the reward model",
+            "loop.py",
+            """== f"{self.script}.py")
+            same""",
+            """== f"{self.script}.py" and stage == name)
+            same""",
+            "test_reward.py::test_other_settings_leave_the_stages_alone",
+        ),
     ]
 ] + [
     Mutant(name, "loop.py", old, new, "tests/test_dpo.py::test_a_table_of_all_losses")

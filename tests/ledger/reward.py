@@ -442,8 +442,26 @@ MUTANTS = [
                 "            with torch.enable_grad():\n                losses,",
                 DTYPE,
             ),
-            ("compiled runs see every length", "64 if loop.compiled else 1", "1", DTYPE),
-            ("defaults of the tiny model for all", "values[1 if args.model else 0]", "values[0]", DEFAULTS),
+            (
+                "compiled runs see every length",
+                "in some], loop.device, 64 if loop.compiled else 1)",
+                "in some], loop.device)",
+                DTYPE,
+            ),
+            (
+                "compiled runs are measured at every length",
+                "in places], loop.device, 64 if loop.compiled else 1)",
+                "in places], loop.device)",
+                DTYPE,
+            ),
+            (
+                "compiled runs judge at every length",
+                "collate(rows, loop.device, 64 if loop.compiled else 1)",
+                "collate(rows, loop.device)",
+                DTYPE,
+            ),
+            ("defaults of the tiny model for all", "DEFAULTS, args.model is not None)", "DEFAULTS, 0)", DEFAULTS),
+            ("--steps 0 trains an epoch", "args.steps if args.steps is not None else", "args.steps or", NONE),
             (
                 "labels may be smoothed upside down",
                 "args.label_smoothing >= 0.5,",

@@ -466,9 +466,15 @@ MUTANTS = [
         ),
         (
             "batches of any length are compiled one by one",
-            "64 if loop.compiled else 1",
-            "1",
+            "for i in some], loop.device, 64 if loop.compiled else 1",
+            "for i in some], loop.device, 1",
             "test_compiled_runs_see_few_lengths",
+        ),
+        (
+            "rows of any length are compiled one by one to be measured",
+            "collate(some, loop.device, 64 if loop.compiled else 1)",
+            "collate(some, loop.device)",
+            ("test_compiled_runs_see_few_lengths", "test_a_compiled_run_with_many_lengths_stays_under_the_limit"),
         ),
         # rows
         (
