@@ -104,7 +104,8 @@ OPEN = object()  # no default for all: each script has its own
 COMMON = {  # flag: (type or choices, default, help), in the order of every script
     "--model": (str, None, "Hugging Face checkpoint directory to start from"),
     "--data": (str, None, "JSONL file to train on in place of the generated world"),
-    "--out": (Path, None, "folder that the run writes to (default: out/NAME in the repository)"),
+    "--out": (Path, None, "folder that the run writes to (default: out/NAME in the repository; "
+              "out/NAME-custom where out/NAME is a stage of other settings)"),
     "--depth": (COUNT, OPEN, "blocks of a new model, of width 32 * depth"),
     "--steps": (WHOLE, OPEN, "optimizer steps"),
     "--epochs": (REAL, OPEN, "passes over the rows, where --steps is not given"),
@@ -257,16 +258,19 @@ def clip(model: nn.Module, max_norm: float) -> Tensor:
 
 
 class Loop:
-    """One run of `script` with `args`; it writes to --out, or else to out/`out` or out/`script` in the repository."""
+    """One run of `script` with `args`; it writes to --out, or else to out/`out` or out/`script` in the repository.
+
+    Never into the folder of a stage that it is not: without --out it writes to out/NAME-custom then.
+    """
 
     step = 0  # the step in hand; on the class, so that run() can name it when it fails
 
     def __init__(self, args: argparse.Namespace, script: str, *, out: str | None = None):
         self.args, self.script, self.identity = args, script, _identity(args)
-        self.out = Path(args.out or ROOT / "out" / (out or script))
-        self.checkpoint, self.metrics_file = self.out / "checkpoint", self.out / "metrics.jsonl"
         self.rank, self.world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.main = self.rank == 0
+        self.out = Path(args.out) if args.out else self._home(out or script)
+        self.checkpoint, self.metrics_file = self.out / "checkpoint", self.out / "metrics.jsonl"
         self.device, dtype = _device(args.device), getattr(args, "dtype", "auto")
         on_cuda = self.device.type == "cuda"
         bf16 = on_cuda and torch.cuda.is_bf16_supported() if dtype == "auto" else dtype == "bf16"
@@ -290,6 +294,16 @@ class Loop:
             if changed := _differences(self._notes()["identity"], self.identity):
                 raise UserError(f"--resume: the run in {self.out} has other settings: {changed}")
         self.seed(0)
+
+    def _home(self, name: str) -> Path:
+        """out/`name`; if that is a stage, later scripts start from it: only a run with its settings may write there."""
+        if name in STAGES:
+            mine = (stage for stage, (command, _) in STAGES.items() if command.split()[0] == f"{self.script}.py")
+            same = next((stage for stage in mine if _of_stage(stage) == self.identity), None)
+            if not same:
+                self.say(f"these are not the settings of the stage out/{name}: writing to out/{name}-custom")
+            name = same or f"{name}-custom"
+        return ROOT / "out" / name
 
     def say(self, text: str) -> None:
         """Print a line once, above the bar."""
@@ -634,7 +648,6 @@ class Loop:
         with the command to run if it is missing under torchrun, unfinished, or of other settings, tokenizer or data.
         """
         command, duration = STAGES[stage]
-        script, *flags = command.split()
         home = ROOT / "out" / stage
         if not home.exists():
             if "RANK" in os.environ:
@@ -659,8 +672,7 @@ class Loop:
         _recover(home / "checkpoint")
         if not (home / "result.json").exists() or not (home / "checkpoint").exists():
             raise UserError(f"{home} holds an unfinished run; finish it with: python {command} --resume")
-        expected = _identity(runpy.run_path(str(ROOT / script))["get_args"](flags))
-        if changed := _differences(json.loads((home / "settings.json").read_text()), expected):
+        if changed := _differences(json.loads((home / "settings.json").read_text()), _of_stage(stage)):
             raise UserError(f"{home} was made with other settings ({changed}); make it anew with: python {command}")
         return home / "checkpoint"
 
@@ -695,6 +707,12 @@ def _identity(args: argparse.Namespace) -> dict[str, object]:
     flags = {name: value for name, value in vars(args).items() if name not in FREE}
     tokenizer = hashlib.sha256((ROOT / "data" / "tiny.tiktoken").read_bytes()).hexdigest()
     return json.loads(json.dumps({"flags": flags, "tokenizer": tokenizer, "data": VERSION}, default=str))
+
+
+def _of_stage(stage: str) -> dict[str, object]:
+    """The identity of a run with the settings of `stage`."""
+    script, *flags = STAGES[stage][0].split()
+    return _identity(runpy.run_path(str(ROOT / script))["get_args"](flags))
 
 
 def _differences(saved: dict, wanted: dict) -> str:

@@ -746,7 +746,7 @@ from pathlib import Path
 LR = 0.1
 def get_args(argv):
     flags = dict(zip(argv[::2], argv[1::2]))
-    return Namespace(stage=flags["--stage"], lr=LR, out=Path(flags.get("--out", "x")))
+    return Namespace(stage=flags.get("--stage", "sft"), lr=LR, seed=0, out=Path(flags.get("--out", "x")))
 if __name__ == "__main__":
     args = get_args(sys.argv[1:])
     Path("count").open("a").write("built ")
@@ -763,7 +763,7 @@ def house(tmp_path, monkeypatch):
     monkeypatch.setattr(loop_module, "ROOT", tmp_path)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "tiny.tiktoken").write_text("old")
-    settings = json.dumps(loop_module._identity(Namespace(stage="base", lr=0.1)))
+    settings = json.dumps(loop_module._identity(Namespace(stage="base", lr=0.1, seed=0)))
     (tmp_path / "sft.py").write_text(SCRIPT.replace("SETTINGS", repr(settings)))
     return tmp_path
 
@@ -777,6 +777,29 @@ def test_a_missing_stage_is_built_once(house, capsys):
     assert {p.name for p in (house / "out").iterdir()} == {"base", ".base.lock"}
     result = json.loads((house / "out" / "base" / "result.json").read_text())
     assert result == {"seconds": 1, "command": "python sft.py --stage base"}, "the command that anybody can repeat"
+
+
+def test_runs_with_settings_of_their_own_leave_the_stages_alone(house, capsys):
+    """Later scripts start from out/base and out/sft; the same flags with --resume find their run again."""
+
+    def new(stage: str, script: str = "sft", **flags: object) -> Path:
+        settings = {"stage": stage, "lr": 0.1, "seed": 0, "out": None, "device": "cpu", "resume": False}
+        loop = Loop(Namespace(**settings | flags), script, out="base" if stage == "base" else None)
+        return loop.out.relative_to(house)
+
+    assert [new("base"), new("sft"), new("sft", device="auto")] == [Path("out/base"), Path("out/sft"), Path("out/sft")]
+    assert new("sft", "dpo", lr=0.5) == Path("out/dpo") and new("sft", lr=0.5, out=house / "x") == Path("x")
+    assert capsys.readouterr().err == ""
+    assert [new("base", seed=1), new("sft", lr=0.5)] == [Path("out/base-custom"), Path("out/sft-custom")]
+    assert capsys.readouterr().err.splitlines() == [
+        f"these are not the settings of the stage out/{name}: writing to out/{name}-custom" for name in ("base", "sft")
+    ]
+    (house / "out" / "sft-custom" / "checkpoint").mkdir(parents=True)
+    notes = {"identity": loop_module._identity(Namespace(stage="sft", lr=0.5, seed=0))}
+    (house / "out" / "sft-custom" / "checkpoint" / "training.json").write_text(json.dumps(notes))
+    assert new("sft", lr=0.5, resume=True) == Path("out/sft-custom")
+    with pytest.raises(UserError, match="nothing to resume in .*out/sft$"):
+        new("sft", resume=True)
 
 
 def test_a_stage_that_fails_leaves_nothing(house):

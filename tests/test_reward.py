@@ -1087,6 +1087,23 @@ def test_the_default_run_starts_from_the_sft_model_and_is_a_stage(checkpoint, tm
         assert name in reward.LOGGED or name.split(":")[0] in reward.LOGGED, f"--help does not explain {name!r}"
 
 
+def test_other_settings_leave_the_stages_alone():
+    for flags, folder in (((), "reward"), (("--feedback", "steps"), "prm"), (("--labels", "ai"), "reward-custom"),
+                          (("--feedback", "steps", "--seed", "1"), "reward-custom")):  # fmt: skip
+        assert Loop(get_args([*flags, "--device", "cpu"]), "reward").out == loop_module.ROOT / "out" / folder
+
+
+def test_no_steps_are_no_steps(checkpoint, preferences, tmp_path):
+    result = run(checkpoint, preferences, tmp_path / "out", "--steps", 0)
+    assert result["before"] == result["after"] and not (tmp_path / "out" / "checkpoint").exists()
+
+
+def test_a_judge_needs_a_tokenizer(checkpoint, preferences, tmp_path):
+    save(small(), None, tmp_path / "mute")
+    with pytest.raises(UserError, match="mute: no tokenizer.json in it"):
+        run(checkpoint, preferences, tmp_path / "out", "--labels", "ai", "--judge", tmp_path / "mute")
+
+
 def test_rewards_are_centred(checkpoint, preferences, tmp_path):
     """R9: the squared sum draws the level of rewards to 0, the order stays."""
     levels = {}
