@@ -850,8 +850,7 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> dict:
     if args.loss == "all":
-        return compare(lambda one: main(resolved(one)), args, LOSSES, Path(args.out or ROOT / "out" / "dpo"), COLUMNS,
-                       MAIN_LOSSES)  # fmt: skip
+        return compare(main, resolved, args, LOSSES, Path(args.out or ROOT / "out" / "dpo"), COLUMNS, MAIN_LOSSES)
 
     # 4. Setup
     loop = Loop(args, "dpo")

@@ -77,6 +77,7 @@ STAGES = {  # stage: the command that makes it, and how long that takes on two C
     "reward": ("reward.py", "1 minute"),
     "prm": ("reward.py --feedback steps", "1 minute"),
 }
+FILES = ("data", "eval_data", "prompts", "constitution")  # flags whose content counts, not only their path
 
 
 class RunFailed(Exception):
@@ -134,8 +135,9 @@ COMMON = {  # flag: (type or choices, default, help), in the order of every scri
     "--resume": (bool, False, "continue the run in --out, which must have the same settings"),
     "--adapter": (str, None, "LoRA adapter to put on --model first"),
 }
-# What a resumed run may change: where and how it computes, never what.
-FREE = {"out", "micro_batch_size", "device", "compile", "parallel", "log_every", "eval_every", "save_every", "resume"}
+# What a resumed run may change: where and how it computes, never what. Of --seeds, each run has one.
+FREE = {"out", "micro_batch_size", "device", "compile", "parallel", "log_every", "eval_every", "save_every", "resume",
+        "seeds"}  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):
@@ -703,8 +705,16 @@ def _device(name: str) -> torch.device:
 
 
 def _identity(args: argparse.Namespace) -> dict[str, object]:
-    """What makes two runs the same run: all flags but those of FREE, the tokenizer and the version of the data."""
+    """What makes two runs the same run: all flags but those of FREE, the tokenizer and the version of the data.
+
+    A flag of FILES counts with a hash of what is in its file, or in each of several.
+    """
     flags = {name: value for name, value in vars(args).items() if name not in FREE}
+    for name in FILES:
+        for path in (flags.get(name) or "").split(","):
+            if os.path.isfile(path):  # not a pipe, which can be read only once
+                with contextlib.suppress(OSError), open(path, "rb") as file:  # its reader has better words
+                    flags[name] += f" sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
     tokenizer = hashlib.sha256((ROOT / "data" / "tiny.tiktoken").read_bytes()).hexdigest()
     return json.loads(json.dumps({"flags": flags, "tokenizer": tokenizer, "data": VERSION}, default=str))
 
@@ -836,12 +846,13 @@ PARTS
 # 6. The table of variants
 
 
-def compare(train: Callable[[argparse.Namespace], object], args: argparse.Namespace, variants: Iterable[str], out: Path,
+def compare(main: Callable, resolved: Callable, args: argparse.Namespace, variants: Iterable[str], out: Path,
             columns: tuple[str, ...], repeated: tuple[str, ...]) -> dict:  # fmt: skip
-    """--loss all: `train` every one of `variants`, as a table on the screen and in OUT/table.json, which is returned.
+    """--loss all: `main` of every one of `variants`, as a table on the screen and in OUT/table.json, which is returned.
 
-    Variants that are `repeated` run with --seeds seeds. The first of `columns` is the metric of result.json, the others
-    are among its metrics. The row SFT is the first run before it began. --resume keeps the runs that are finished.
+    `resolved` gives `args` the defaults of a variant. Variants that are `repeated` run with --seeds seeds. The first of
+    `columns` is the metric of result.json, the others are among its metrics. The row SFT is the first run before it
+    began. --resume keeps the runs that are finished, if their settings are those of now.
     """
     rows, wide = [], max(map(len, columns)) + 9
     print(f"{'loss':12}{'seeds':>6}" + "".join(f"{name:>{wide}}" for name in (*columns, "seconds")))
@@ -851,9 +862,11 @@ def compare(train: Callable[[argparse.Namespace], object], args: argparse.Namesp
             folder = out / f"{name}-{seed}"
             mine = {"loss": name, "seed": seed, "out": folder,
                     "resume": args.resume and (folder / "checkpoint").exists()}  # fmt: skip
-            if not (args.resume and (folder / "result.json").exists()):
+            one = resolved(argparse.Namespace(**vars(args) | mine))
+            finished = args.resume and (folder / "result.json").exists()
+            if not (finished and json.loads((folder / "settings.json").read_text()) == _identity(one)):
                 with contextlib.redirect_stdout(io.StringIO()):
-                    train(argparse.Namespace(**vars(args) | mine))
+                    main(one)  # which refuses to resume a run of other settings
             run = json.loads((folder / "result.json").read_text())
             runs.append({columns[0]: run, "seconds": {"before": 0.0, "after": run["seconds"]}} | run["metrics"])
         for label, moment, some in ([("SFT", "before", runs[:1])] if not rows else []) + [(name, "after", runs)]:

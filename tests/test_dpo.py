@@ -1420,5 +1420,9 @@ def test_a_table_of_all_losses(checkpoint, tmp_path, monkeypatch, short_world, c
     )
     n = len(runs)
     (tmp_path / "all" / "pro-0" / "result.json").unlink()
+    with pytest.raises(UserError, match=r"dpo-0 has other settings: --lr was .* now 0\.5"):
+        main(get_args([*args, "--resume", "--lr", "0.5"]))
     again = main(get_args([*args, "--resume"]))
     assert len(runs) == n + 1 and [row["utility"] for row in again["rows"]] == [row["utility"] for row in table["rows"]]
+    fewer = main(get_args([*args, "--resume", "--seeds", "1"]))
+    assert len(runs) == n + 1 and [row["seeds"] for row in fewer["rows"]] == [1] * 5

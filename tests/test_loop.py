@@ -474,6 +474,20 @@ def test_resume_refuses_other_settings(tmp_path):
     Loop(get_args("--out", tmp_path, "--resume", "--micro-batch-size", 1, "--save-every", 2, "--compile", "off"), "toy")
 
 
+@pytest.mark.parametrize("flag", ["--data", "--eval-data"])
+def test_resume_refuses_a_file_that_has_changed(tmp_path, flag):
+    """One of two files, under the same path."""
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for file in files:
+        file.write_text("old\n")
+    flags = ("--out", tmp_path / "out", flag, ",".join(map(str, files)))
+    train(get_args(*flags, "--steps", 1))
+    Loop(get_args(*flags, "--steps", 1, "--resume"), "toy")
+    files[1].write_text("new\n")
+    with pytest.raises(UserError, match=rf"{flag} was .*b.jsonl sha256"):
+        Loop(get_args(*flags, "--steps", 1, "--resume"), "toy")
+
+
 def test_nothing_is_written_before_the_first_step(tmp_path):
     Loop(get_args("--out", tmp_path / "new"), "toy")
     assert not (tmp_path / "new").exists()

@@ -714,7 +714,9 @@ MUTANTS = [
     Mutant(name, "loop.py", old, new, "tests/test_dpo.py::test_a_table_of_all_losses")
     for name, old, new in [
         ("the table's seeds are all the same", '"seed": seed, "out": folder', '"seed": args.seed, "out": folder'),
-        ("the table runs what is finished again", "if not (args.resume and (folder", "if not (False and (folder"),
+        ("the table runs what is finished again", "if not (finished and", "if not (False and"),
+        ("the table keeps runs of other settings", ".read_text()) == _identity(one)):", ".read_text())):"),
+        ("the number of seeds is a setting of each run", '        "seeds"}', "        }"),
         ("the table has the start where the end belongs", '[(name, "after", runs)]', '[(name, "before", runs)]'),
         ("the table's first row is the end", '("SFT", "before", runs[:1])', '("SFT", "after", runs[:1])'),
         ("the table repeats every variant", "args.seeds if name in repeated else 1", "args.seeds"),
