@@ -855,9 +855,8 @@ def main(args: argparse.Namespace) -> dict:
     # 4. Setup
     loop = Loop(args, "dpo")
     start = args.model or loop.require("sft")
-    model, tokenizer = load(start)
-    if args.max_length > model.config.max_length:
-        raise UserError(f"--max-length {args.max_length}: the model reads at most {model.config.max_length} tokens")
+    model, tokenizer = load(start, with_tokenizer=True)
+    loop.check_length(model)
     model.to(loop.device).checkpoint_activations = args.checkpoint_activations
     resolved_values = (f"{name} {value:g}" for name in HYPER if (value := getattr(args, name)) is not None)
     loop.say(f"--loss {args.loss}: {', '.join(resolved_values)}")

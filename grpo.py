@@ -835,7 +835,7 @@ def main(args: argparse.Namespace) -> dict:
     if args.batch_size % loop.world_size:
         raise UserError(f"--batch-size {args.batch_size}: expected a multiple of the {loop.world_size} ranks")
     start = args.model or loop.require(args.start)
-    model, tokenizer = load(start)
+    model, tokenizer = load(start, with_tokenizer=True)
     model.to(loop.device)
     if max(args.max_length, 0) > model.config.max_length:
         raise UserError(f"--max-length {args.max_length}: the model reads at most {model.config.max_length} tokens")

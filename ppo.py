@@ -517,7 +517,7 @@ def main(args: argparse.Namespace) -> dict:
     loop = Loop(args, "ppo", out="-".join(filter(None, ["ppo", args.preset])))
     if args.batch_size % loop.world_size:
         raise UserError(f"--batch-size {args.batch_size}: expected a multiple of the {loop.world_size} ranks")
-    model, tokenizer = load(args.model or loop.require("sft"))
+    model, tokenizer = load(args.model or loop.require("sft"), with_tokenizer=True)
     model.to(loop.device)
     if args.max_length > model.config.max_length:
         raise UserError(f"--max-length {args.max_length}: the model reads at most {model.config.max_length} tokens")

@@ -359,7 +359,7 @@ def ai_labels(model: Transformer, tokenizer: Tokenizer, rows: list[dict], args: 
     """
     rules, pairs = read_constitution(args), [[text_of(row[side]) for side in ("chosen", "rejected")] for row in rows]
     if args.judge:
-        judge, its_tokenizer = load(args.judge, device=loop.device, dtype=loop.dtype)
+        judge, its_tokenizer = load(args.judge, device=loop.device, dtype=loop.dtype, with_tokenizer=True)
         listed = "\n".join(f"- {question} {weight:+g}" for question, weight in rules)
         asked = [WHICH.format(rules=listed, prompt=text_of(row["prompt"], whole=True), first=x, second=y)
                  for row, (a, b) in zip(rows, pairs, strict=True) for x, y in ((a, b), (b, a))]
@@ -726,9 +726,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> dict:
     # 4. Setup
     loop = Loop(args, "reward")
-    start, tokenizer = load(args.model or loop.require("sft"))
-    if args.max_length > start.config.max_length:
-        raise UserError(f"--max-length {args.max_length}: the model reads at most {start.config.max_length} tokens")
+    start, tokenizer = load(args.model or loop.require("sft"), with_tokenizer=True)
+    loop.check_length(start)
     start.to(loop.device).eval()
     if args.revise:
         with loop.autocast():

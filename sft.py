@@ -523,14 +523,12 @@ def main(args: argparse.Namespace) -> dict:
     if args.optimizer == "lomo" and loop.world_size > 1:
         raise UserError("--optimizer lomo updates inside the backward pass: it cannot sum gradients over ranks")
     if args.model:
-        model, tokenizer = load(args.model)
+        model, tokenizer = load(args.model, with_tokenizer=True)
     elif args.stage == "base" or args.from_scratch:
         tokenizer = tiny()
         model = Transformer(Config.from_depth(args.depth, tokenizer.vocab_size, 512))
     else:
         model, tokenizer = load(loop.require("sft" if args.data in OWN_ROWS else "base"))
-    if tokenizer is None:
-        raise UserError(f"{args.model}: no tokenizer.json in it")
     if args.chat_format:
         tokenizer = replace(tokenizer, chat_format=args.chat_format)
     loop.check_length(model)

@@ -116,3 +116,11 @@ def test_nothing_runs_at_import(script):
             assert not found, f"line {node.lineno}: {ast.unparse(node)}"
         else:
             assert isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef), f"line {node.lineno}"
+
+
+def test_a_start_without_a_tokenizer_is_refused(script, tmp_path):
+    if script in TRAINERS:
+        save(Transformer(Config.from_depth(1, 1024, 64)), None, tmp_path / "mute")
+        module = importlib.import_module(script[:-3])
+        with pytest.raises(UserError, match="mute: no tokenizer.json in it"):
+            module.main(module.get_args(["--model", str(tmp_path / "mute"), "--out", str(tmp_path / "out")]))
