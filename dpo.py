@@ -272,7 +272,9 @@ def sft(s: Scored) -> Tensor:
     return -mean_logps(s)[:, 0] * is_good(s)[:, 0]
 
 
-LOSSES = {  # name: (function, beta times which is the implicit reward, {hyperparameter: (generated world, --data)})
+# name: (function, beta times which is the implicit reward, {hyperparameter: (generated world, --data)}); of lr alone
+# (the tiny model, a --model of your own)
+LOSSES = {
     "dpo": (dpo, log_ratio, {"lr": (2e-4, 5e-7), "beta": (0.2, 0.1), "label_smoothing": (0.0, 0.0)}),
     "robust": (robust, log_ratio, {"lr": (2e-4, 5e-7), "beta": (0.2, 0.1), "label_smoothing": (0.1, 0.1)}),
     "ipo": (ipo, mean_log_ratio, {"lr": (2e-4, 5e-7), "beta": (1.0, 0.1)}),
@@ -763,7 +765,7 @@ MAIN_LOSSES = ("dpo", "ipo", "kto", "simpo", "orpo")  # which --loss all runs wi
 
 # 3. Config
 
-DEFAULTS = {  # flag: (the generated world, --data)
+DEFAULTS = {  # flag: (the tiny model), (a --model of your own)
     "batch_size": (32, 64),
     "micro_batch_size": (32, 4),
     "max_length": (128, 1024),
@@ -811,9 +813,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--credit", action="store_true", help="show held-out answers, each token coloured")
     cli.add_argument("--seeds", type=COUNT, default=1, help=f"runs of {', '.join(MAIN_LOSSES)} in --loss all")
     args = cli.parse_args(argv)
-    for name, values in DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, values[args.data is not None])
+    fill(args, DEFAULTS, args.model is not None)
     if args.steps is None and args.data is None:
         args.steps = WORLD_STEPS
     if args.loss == "all" and args.data:
@@ -828,7 +828,7 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
     defaults, needs_reference = {"sft_weight": (0.0, 0.0)} | defaults, of_answers in WITH_REFERENCE
     for name in HYPER:
         if getattr(args, name) is None and name in defaults:
-            setattr(args, name, defaults[name][args.data is not None])
+            setattr(args, name, defaults[name][(args.model if name == "lr" else args.data) is not None])
         elif getattr(args, name) is not None and name not in defaults:
             raise UserError(f"--{name.replace('_', '-')}: --loss {args.loss} has none")
     for is_wrong, text in (

@@ -690,7 +690,7 @@ def pipeline(args: argparse.Namespace) -> dict:
 
 # 3. Config
 
-DEFAULTS = {  # flag: (the generated world, --data)
+DEFAULTS = {  # flag: (the tiny model), (a --model of your own); of steps (the generated world), (--data)
     "steps": (25, 200),
     "batch_size": (128, 32),
     "micro_batch_size": (256, 4),
@@ -776,7 +776,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.steps = 10
     for name, values in DEFAULTS.items():
         if getattr(args, name) is None:
-            setattr(args, name, values[args.data is not None])
+            setattr(args, name, values[(args.data if name == "steps" else args.model) is not None])
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)

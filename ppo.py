@@ -406,7 +406,8 @@ def conclude(model: Transformer, ref_model: Transformer, tokenizer: Tokenizer, t
 
 # 3. Config
 
-DEFAULTS = {  # flag: (the generated world, --data)
+OF_DATA = ("steps", "kl_coef", "rm_pairs")
+DEFAULTS = {  # flag: (the tiny model), (a --model of your own); of OF_DATA (the generated world), (--data)
     "steps": (20, 200),
     "batch_size": (128, 64),
     "micro_batch_size": (128, 4),
@@ -488,7 +489,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = cli.parse_args(argv)
     for name, values in DEFAULTS.items():
         if getattr(args, name) is None:
-            setattr(args, name, values[args.data is not None])
+            setattr(args, name, values[(args.data if name in OF_DATA else args.model) is not None])
     for name, value in (PRESETS[args.preset] | LOSSES[args.loss]).items():
         if getattr(args, name) is None:
             setattr(args, name, value)

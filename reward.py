@@ -705,9 +705,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--too-long", choices=("refuse", "drop", "cut"), default="refuse",
                      help="rows of more than --max-length tokens (cut: at the end of the answers, never the prompt)")
     args = cli.parse_args(argv)
-    for name, values in DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, values[1 if args.model else 0])
+    fill(args, DEFAULTS, args.model is not None)
     if args.epochs is None:  # few worked sums, which take long to make, are looked at more often
         args.epochs = 3.0 if args.feedback == "steps" else 1.0
     args.pairs = args.pairs or (256 if args.revise else PAIRS[args.feedback])

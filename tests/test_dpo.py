@@ -858,9 +858,9 @@ def data(tmp_path) -> Path:
 
 
 def args_for(checkpoint: Path, data: Path | None, out: Path, *flags: object) -> Namespace:
-    rows = ("--data", data, "--max-length", 160) if data else ("--steps", 2, "--max-new-tokens", 8)
+    rows = ("--data", data) if data else ("--steps", 2, "--max-new-tokens", 8)
     argv = ["--model", checkpoint, *rows, "--out", out, "--device", "cpu", "--batch-size", 4, "--micro-batch-size", 4,
-            "--lr", 1e-3, "--warmup", 2, "--log-every", 1, *flags]  # fmt: skip
+            "--max-length", 160, "--lr", 1e-3, "--warmup", 2, "--log-every", 1, *flags]  # fmt: skip
     return get_args(list(map(str, argv)))
 
 
@@ -1284,9 +1284,13 @@ def test_settings_are_resolved_and_kept(checkpoint, data, tmp_path, capsys):
     assert (kept["beta"], kept["gamma"], kept["sft_weight"]) == (2.5, 1.4, 0.0)
     with pytest.raises(UserError, match="--gamma was 1.4, now 1.0"):
         run(checkpoint, data, tmp_path / "out", "--loss", "simpo", "--steps", 1, "--gamma", 1, "--resume")
-    for name, (_, _, defaults) in LOSSES.items():
-        for where, args in enumerate((of(name), of(name, "--data", "x.jsonl"))):
-            assert all(getattr(args, flag) == values[where] for flag, values in defaults.items())
+    for name, (_, _, defaults) in LOSSES.items():  # sizes and rate are of the model, the rest is of the data
+        for data, model in itertools.product((False, True), repeat=2):
+            args = of(name, *("--data", "x.jsonl") * data, *("--model", "x") * model)
+            assert all(getattr(args, flag) == values[model] for flag, values in dpo.DEFAULTS.items())
+            for flag, values in defaults.items():
+                assert getattr(args, flag) == values[model if flag == "lr" else data]
+            assert args.steps == (None if data else dpo.WORLD_STEPS)
 
 
 @pytest.mark.parametrize(("flags", "said"), [
@@ -1392,7 +1396,7 @@ def test_a_table_of_all_losses(checkpoint, tmp_path, monkeypatch, short_world, c
     runs = []
     watch(monkeypatch, "evaluate", lambda found, *rest: runs.append(found))
     flags = ["--loss", "all", "--model", checkpoint, "--out", tmp_path / "all", "--steps", 2, "--seeds", 2,
-             "--device", "cpu", "--batch-size", 2, "--max-new-tokens", 6]  # fmt: skip
+             "--device", "cpu", "--batch-size", 2, "--max-length", 128, "--max-new-tokens", 6]  # fmt: skip
     args = list(map(str, flags))
     table = main(get_args(args))
     assert json.loads((tmp_path / "all" / "table.json").read_text()) == table

@@ -946,8 +946,14 @@ MUTANTS = [
         ),
         (
             "defaults of the world for a real model",
-            "setattr(args, name, defaults[name][args.data is not None])",
-            "setattr(args, name, defaults[name][0])",
+            '[(args.model if name == "lr" else args.data) is not None]',
+            "[0]",
+            "test_settings_are_resolved_and_kept",
+        ),
+        (
+            "the learning rate of a real model for the tiny one",
+            '(args.model if name == "lr" else args.data) is not None',
+            "args.data is not None",
             "test_settings_are_resolved_and_kept",
         ),
         (
