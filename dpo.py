@@ -225,9 +225,14 @@ def orpo(s: Scored, *, beta: float) -> Tensor:
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x < 0, exact near 0 (where 1 - exp(x) cancels) and far from it (where it rounds to 1)."""
+    """log(1 - exp(x)) for x < 0, exact near 0 (where 1 - exp(x) cancels) and far from it (where it rounds to 1).
+
+    At 0 it is a large number with no gradient.
+    """
+    x = x.clamp(max=-torch.finfo(x.dtype).tiny)
     near = x > -math.log(2)
-    return torch.where(near, torch.log(-torch.expm1(torch.where(near, x, -1.0))), torch.log1p(-torch.exp(x)))
+    far = torch.where(near, -1.0, x)  # near 0 this branch has an infinite gradient, and 0 times that is NaN
+    return torch.where(near, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(far)))
 
 
 def simpo(s: Scored, *, beta: float, gamma: float) -> Tensor:
@@ -474,7 +479,7 @@ def chances_to_win(scores: Sequence[float]) -> list[float]:
 
 def written_rows(args: argparse.Namespace, tokenizer: Tokenizer) -> list[Example]:
     """--pairs written: what data/manners.py wrote in various styles, labelled by its annotator."""
-    rows = manners.preferences(args.steps * args.batch_size, args.seed, "train")
+    rows = manners.preferences(max(1, args.steps) * args.batch_size, args.seed, "train")
     return [encode(row["prompt"], [row["chosen"], row["rejected"]], [1.0, 0.0], tokenizer, args) for row in rows]
 
 
@@ -714,10 +719,10 @@ def conclude(model: Transformer, ref_model: Transformer | None, tokenizer: Token
              before: dict[str, list[float]], after: dict[str, list[float]], args: argparse.Namespace, loop: Loop
              ) -> dict:  # fmt: skip
     """Print three answers before and after, write result.json."""
-    if "requests" in test and loop.main:
-        prompts = [ids for ids, _ in test["requests"][:3]]
+    if "requests" in test:
+        prompts = [ids for ids, _ in test["requests"][:3]]  # on all ranks: --parallel fsdp gathers weights from all
         said = [sampled(m, tokenizer, prompts, 1, 1.0, 3, args, loop) for m in (ref_model, model)]
-        for (_, row), *answers in zip(test["requests"], *said, strict=False):
+        for (_, row), *answers in zip(test["requests"], *said, strict=False) if loop.main else ():
             a, b = (chat.completion_text(answer.input_ids, tokenizer) for (answer,) in answers)
             print(f"\n  user    {row['prompt']}\n  before  {a}\n  after   {b}")
     return loop.finish(before, after, variant=args.loss + "-ai" * (args.judge == "ai"),
@@ -727,7 +732,10 @@ def conclude(model: Transformer, ref_model: Transformer | None, tokenizer: Token
 @torch.no_grad()
 def show_credit(model: Transformer, ref_model: Transformer, tokenizer: Tokenizer, test: dict[str, list],
                 args: argparse.Namespace, loop: Loop) -> None:  # fmt: skip
-    """Print answers to three held-out prompts, each token on green where beta * log pi / ref is above 0, or on red."""
+    """Print answers to three held-out prompts, each token on green where beta * log pi / ref is above 0, or on red.
+
+    All ranks score them, since --parallel fsdp gathers weights from all.
+    """
     rows = test["pairs"][:3] if "pairs" in test else [
         encode(row["prompt"], [row["chosen"], row["rejected"]], [1.0, 0.0], tokenizer, args)
         for row in manners.preferences(3, args.seed, "test")
@@ -864,8 +872,8 @@ def main(args: argparse.Namespace) -> dict:
     others = of_other_prompts(rows) if args.loss == "kto" and not args.online else []
     if args.loss == "kto" and "pairs" in test:
         test["others"] = of_other_prompts(test["pairs"])
-    total = args.steps or math.ceil(args.epochs * len(rows) / args.batch_size)
-    if args.rounds > min(total, len(rows)):
+    total = args.steps if args.steps is not None else math.ceil(args.epochs * len(rows) / args.batch_size)
+    if args.rounds > max(1, min(total, len(rows))):
         raise UserError(f"--rounds {args.rounds}: there are {total} steps and {len(rows)} rows")
     starts = [i * total // args.rounds for i in range(args.rounds)]  # steps done before each round
     with_reference = LOSSES[args.loss][1] in WITH_REFERENCE

@@ -738,7 +738,7 @@ def main(args: argparse.Namespace) -> dict:
         loop.say(f"--max-length {args.max_length}: {n} rows {kind}")
     if not rows or not test["examples"]:
         raise UserError(f"no row is left to train on or to measure: --max-length is {args.max_length}")
-    total = args.steps or math.ceil(args.epochs * len(rows) / args.batch_size)
+    total = args.steps if args.steps is not None else math.ceil(args.epochs * len(rows) / args.batch_size)
     loop.seed(0)  # the head is the same whatever was drawn before it
     model = loop.shard(with_scalar_head(start))
     del start  # its memory

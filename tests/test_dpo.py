@@ -258,6 +258,24 @@ def test_log1mexp_near_and_far():
         assert x.grad.tolist() == pytest.approx([-1 / math.expm1(-v) for v in x.tolist()], rel=10 * rel)
 
 
+@pytest.mark.parametrize("x", [0.0, -1e-9, -6e-8, -1e-7, -100.0, -math.inf])
+def test_log1mexp_has_a_gradient_everywhere(x):
+    """Where one branch of torch.where is infinite, the other one is taken and the gradient stays a number."""
+    x = torch.tensor([x], requires_grad=True)
+    dpo.log1mexp(x).backward()
+    assert x.grad.item() == pytest.approx(-1 / math.expm1(-x.item()) if x.item() else 0.0, rel=1e-4)
+
+
+def test_orpo_learns_where_a_token_is_certain():
+    """log pi = 0 of the chosen answer, of the rejected one, of both."""
+    args = of("orpo")
+    for sure in ([0.0, -9.0], [-9.0, 0.0], [0.0, 0.0]):
+        logps = torch.tensor([sure], requires_grad=True)
+        s = random_scored(B=1)._replace(logps=logps, lengths=torch.tensor([[3, 3]]))
+        objective(s, args).sum().backward()
+        assert logps.grad.isfinite().all() and objective(s, args).isfinite().all()
+
+
 def test_orpo_of_sure_and_of_hopeless_answers():
     """Mean log-probs of -1e-6 and -50: log odds are 13.8 and -50, not infinite, not NaN."""
     logps = torch.tensor([[-4e-6, -350.0]], dtype=torch.float64, requires_grad=True)
