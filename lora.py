@@ -52,7 +52,7 @@ import kernels
 from data import chat, world
 from data.formats import UserError
 from data.tokenizer import Tokenizer, save_hf
-from loop import COUNT, ROOT, Loop, RunFailed, adamw, clip, compare, parser, run, set_lr
+from loop import COUNT, ROOT, Loop, RunFailed, adamw, clip, compare, fill, parser, run, set_lr
 from model import Transformer, load, read_safetensors, save, their_names, write_safetensors
 
 # 1. The objective
@@ -506,13 +506,13 @@ def adapt(model: Transformer, text: str, base: str | Path, loop: Loop | None = N
     return c
 
 
-def lr_of(args: argparse.Namespace, lr: float) -> float:
-    """The default learning rate of a script, `lr`, or as many times that as its --adapter asks for."""
-    if not args.adapter:
-        return lr
-    if (Path(args.adapter) / "adapter_config.json").exists():
-        return lr * from_peft(Path(args.adapter))[0].lr
-    return lr * parse(args.adapter).lr
+def rates_of(table: dict[str, tuple], adapter: str | None) -> dict[str, tuple]:
+    """`table`, whose "lr" are rates of full fine-tuning, with as many times these as `adapter` asks for."""
+    if not adapter:
+        return table
+    trained = (Path(adapter) / "adapter_config.json").exists()
+    c = from_peft(Path(adapter))[0] if trained else parse(adapter)
+    return table | {"lr": tuple(c.lr * lr for lr in table["lr"])}
 
 
 def fingerprint(model: Transformer) -> str:
@@ -673,15 +673,17 @@ def fish_mask(model: Transformer, losses: Iterator[Tensor], share: float) -> Non
 
 # 2. Data
 
-TASKS = {  # --task: what the generated world teaches here
-    "new": world.HELD_BACK,
-    "known": world.Skill(world.SKILLS["sort"].draw, world.SKILLS["sort"].solve, "arrange {x}", ()),
-}
+TASKS = ("new", "known")
+
+
+def skill_of(task: str) -> world.Skill:
+    """Sorting from large to small, of which the model never heard; or from small to large, by a new name."""
+    return world.HELD_BACK if task == "new" else replace(world.SKILLS["sort"], task="arrange {x}")
 
 
 def exchange(task: str, key: tuple, split: str) -> dict:
     """A question of `task`, in any of the world's wordings, and its answer; operands are of `split`."""
-    rng, skill = world.rng_for("lora", task, *key), TASKS[task]
+    rng, skill = world.rng_for("lora", task, *key), skill_of(task)
     problem = world.draw_problem(skill, rng, split)
     question = rng.choice(world.TEMPLATES).format(task=skill.task.format(**problem))
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": skill.solve(problem)}]
@@ -717,8 +719,8 @@ DEFAULTS = {  # flag: (the tiny model), (a --model of your own)
     "micro_batch_size": (32, 4),
     "max_length": (128, 1024),
     "warmup": (10, 10),
+    "lr": (5e-4, 1e-5),  # of full fine-tuning: that of a method is as many times that as METHODS says
 }
-LR = (5e-4, 1e-5)  # of full fine-tuning, likewise; a method's own is as many times that as METHODS says
 WORLD_STEPS = 300  # --steps where the rows are made as they are needed
 TABLE = ("full", "lora:rank=1", "lora:rank=4", "lora", "lora:init=pissa", "lora:lora_plus=4", "dora", "qlora", "vera",
          "adapter", "parallel", "prompt", "p-tuning", "prefix", "p-tuning-v2", "ia3", "bitfit", "fishmask", "mam")
@@ -733,12 +735,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                "--warmup", "--schedule", "--weight-decay", "--grad-clip", "--max-length", "--max-new-tokens",
                "--eval-data", "--seed", "--device", "--dtype", "--compile", "--parallel", "--log-every", "--eval-every",
                "--save-every", "--resume", "--adapter"),
-        defaults=dict.fromkeys((*DEFAULTS, "lr", "steps")) | {"epochs": 1.0, "schedule": "linear", "weight_decay": 0.0,
+        defaults=dict.fromkeys((*DEFAULTS, "steps")) | {"epochs": 1.0, "schedule": "linear", "weight_decay": 0.0,
                                                               "grad_clip": 1.0, "max_new_tokens": 32},
     )
     cli.epilog = "methods, and what may follow them, as in lora:rank=16,alpha=32:\n" + listed()
     cli.add_argument("--method", default="lora", metavar="NAME", help="see below, or all: a table (default: lora)")
-    cli.add_argument("--task", choices=tuple(TASKS), default="new", help="of the generated world: a new skill, or a "
+    cli.add_argument("--task", choices=TASKS, default="new", help="of the generated world: a new skill, or a "
                      "known one under a new name (default: %(default)s)")  # fmt: skip
     cli.add_argument("--merge", action="store_true", help="write --model with --adapter merged into it, and end")
     cli.add_argument("--map", nargs="+", default=[], metavar="THEIRS=OURS", help="rename fields of the JSONL files")
@@ -748,9 +750,6 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--seeds", type=COUNT, default=1, help=f"runs of {', '.join(MAIN_METHODS)} in --method all")
     cli.set_defaults(stage="sft", mix={})  # which sft.file_rows asks for
     args = cli.parse_args(argv)
-    for name, values in DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, values[args.model is not None])
     if args.steps is None and args.data is None:
         args.steps = WORLD_STEPS
     for is_wrong, text in (
@@ -796,10 +795,8 @@ def merged_checkpoint(model: Transformer, tokenizer: Tokenizer, args: argparse.N
 
 
 def resolved(args: argparse.Namespace) -> argparse.Namespace:
-    """`args` with the learning rate of its --method."""
-    if args.lr is None:
-        times = 1.0 if args.adapter else parse(args.method).lr
-        args.lr = LR[args.model is not None] * times
+    """`args` with the defaults of its --method, or of --adapter."""
+    fill(args, rates_of(DEFAULTS, args.adapter or args.method), args.model is not None)
     return args
 
 
@@ -829,15 +826,14 @@ def main(args: argparse.Namespace) -> dict:
     from sft import collate, sft_loss  # which imports this file
 
     if args.method == "all":
-        return compare(lambda one: both_tasks(resolved(one)), args, TABLE, Path(args.out or ROOT / "out" / "lora"),
-                       COLUMNS, MAIN_METHODS, flag="method")  # fmt: skip
+        return compare(both_tasks, resolved, args, TABLE, Path(args.out or ROOT / "out" / "lora"), COLUMNS,
+                       MAIN_METHODS, flag="method")  # fmt: skip
 
     # 4. Setup
     loop = Loop(args, "lora")
     start = args.model or loop.require("sft")
-    model, tokenizer = load(start)
-    if args.max_length > model.config.max_length:
-        raise UserError(f"--max-length {args.max_length}: the model reads at most {model.config.max_length} tokens")
+    model, tokenizer = load(start, with_tokenizer=True)
+    loop.check_length(model)
     model.to(loop.device)
     n_whole = sum(p.numel() for p in model.parameters())
     adapter = adapt(model, args.adapter or args.method, start, loop)

@@ -30,6 +30,7 @@ SHARE = "test_each_token_gets_its_share_of_the_uniforms"
 GO = "test_safetensors_go_round_and_agree_with_the_library"
 BF = "test_a_bf16_checkpoint_is_read_in_the_dtype_asked_for_and_saved_in_its_own"
 TAMPER = "test_tampered_safetensors_are_refused_before_anything_is_allocated"
+RUN = "test_the_folder_of_a_run_stands_for_its_checkpoint"
 FIT = "test_tensors_that_do_not_fit_are_refused_by_name"
 SAVE = "test_what_is_saved_here_loads_there_and_is_what_was_loaded"
 OLD = "test_older_and_newer_configs_say_the_same"
@@ -700,6 +701,7 @@ MUTANTS = [
         ("an empty prompt on the command line", "if not prompt or room < 1:", "if room < 1:", REF),
         ("a device that is not there", "    except (RuntimeError, AssertionError):", "    except KeyError:", REF),
         ("a prompt longer than the context", "if not prompt or room < 1:", "if not prompt:", REF),
+        ("a run's folder before the model in it", 'if not (path / "config.json").exists() and (path', "if (path", RUN),
         ("a traceback for a user's error", "    except UserError as error:", "    except KeyError as error:", REF),
         ("exit code 1 for a user's error", "sys.exit(2)", "sys.exit(1)", REF),
     ]
