@@ -423,23 +423,23 @@ class Adapter:
             save_hf(tokenizer, path)
 
 
-OF_LORA = {"lr": 5.0, "rank": 8, "alpha": 16.0, "rslora": False, "dropout": 0.0, "lora_plus": 1.0, "targets": "_proj$"}
+OF_LORA = {"lr": 2.0, "rank": 8, "alpha": 16.0, "rslora": False, "dropout": 0.0, "lora_plus": 1.0, "targets": "_proj$"}
 METHODS = {  # name: (what puts it there, {hyperparameter: default})
     "full": (put_all, {"lr": 1.0}),
     "lora": (put_low_rank, OF_LORA | {"init": "zero"}),
     "dora": (put_low_rank, OF_LORA),
     "qlora": (put_low_rank, OF_LORA),
-    "vera": (put_low_rank, {"lr": 20.0, "rank": 64, "alpha": 64.0, "targets": "_proj$"}),
-    "adapter": (put_adapter, {"lr": 5.0, "width": 16}),
-    "parallel": (put_parallel, {"lr": 5.0, "width": 32, "alpha": 4.0}),
+    "vera": (put_low_rank, {"lr": 40.0, "rank": 64, "alpha": 64.0, "targets": "_proj$"}),
+    "adapter": (put_adapter, {"lr": 6.0, "width": 16}),
+    "parallel": (put_parallel, {"lr": 4.0, "width": 32, "alpha": 4.0}),
     "prompt": (put_prompt, {"lr": 100.0, "tokens": 16}),
-    "p-tuning": (put_prompt, {"lr": 5.0, "tokens": 16}),
+    "p-tuning": (put_prompt, {"lr": 6.0, "tokens": 16}),
     "prefix": (put_prefix, {"lr": 10.0, "tokens": 16, "width": 64}),
-    "p-tuning-v2": (put_prefix, {"lr": 30.0, "tokens": 16}),
-    "ia3": (put_ia3, {"lr": 50.0, "targets": "(k|v|down)_proj$"}),
-    "bitfit": (put_bitfit, {"lr": 20.0}),
-    "fishmask": (put_all, {"lr": 5.0, "share": 0.05}),
-    "mam": (put_mam, {"lr": 5.0, "tokens": 16, "width": 32, "alpha": 4.0}),
+    "p-tuning-v2": (put_prefix, {"lr": 200.0, "tokens": 16}),
+    "ia3": (put_ia3, {"lr": 60.0, "targets": "(k|v|down)_proj$"}),
+    "bitfit": (put_bitfit, {"lr": 60.0}),
+    "fishmask": (put_all, {"lr": 2.0, "share": 0.05}),
+    "mam": (put_mam, {"lr": 4.0, "tokens": 16, "width": 32, "alpha": 4.0}),
 }
 IN_PLACE = ("full", "fishmask")  # change the weights themselves: a checkpoint is a plain one
 
@@ -722,8 +722,9 @@ DEFAULTS = {  # flag: (the tiny model), (a --model of your own)
     "lr": (5e-4, 1e-5),  # of full fine-tuning: that of a method is as many times that as METHODS says
 }
 WORLD_STEPS = 300  # --steps where the rows are made as they are needed
-TABLE = ("full", "lora:rank=1", "lora:rank=4", "lora", "lora:init=pissa", "lora:lora_plus=4", "dora", "qlora", "vera",
-         "adapter", "parallel", "prompt", "p-tuning", "prefix", "p-tuning-v2", "ia3", "bitfit", "fishmask", "mam")
+TABLE = ("full", "full:lr=0.3", "lora:rank=1", "lora:rank=4", "lora", "lora:lr=1.4", "lora:init=pissa",
+         "lora:lora_plus=8,lr=0.4", "dora", "qlora", "vera", "adapter", "parallel", "prompt", "p-tuning", "prefix",
+         "p-tuning-v2", "ia3", "bitfit", "fishmask", "mam")
 MAIN_METHODS = ("full", "lora", "dora", "qlora")  # which --method all runs with --seeds seeds
 COLUMNS = ("task", "old skills", "known task", "trainable %", "optimizer MB", "peak MB")
 
