@@ -367,8 +367,10 @@ class Loop:
         """The forward pass in --dtype; weights, gradients and optimizer stay fp32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def compile(self, model: nn.Module) -> None:
+    def compile(self, model: nn.Module, *, dynamic: bool = False) -> None:
         """Compile kernels.py and the blocks of `model`, in place, if --compile says so; auto means on CUDA.
+
+        Each padded length has a graph of its own; dynamic: a few serve all (B, T), of which rollouts have too many.
 
         On a CPU the eager kernels are faster than what torch.compile makes of their references: 19,000 tokens a second
         of sft.py --stage base were 14,500 compiled.
@@ -376,9 +378,9 @@ class Loop:
         wanted = self.args.compile == "on" or (self.args.compile == "auto" and self.device.type == "cuda")
         self.compiled = kernels.use_compile(wanted)  # says so, and stays off, where there is no compiler
         if self.compiled:
-            torch._dynamo.config.recompile_limit = 64  # one graph for each padded length
+            torch._dynamo.config.recompile_limit = 64
             for block in model.blocks:
-                block.compile(dynamic=False)
+                block.compile(dynamic=dynamic)
 
     def describe(self, model: nn.Module) -> None:
         """Print what runs where, and an estimate of the memory that it needs."""
