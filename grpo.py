@@ -47,7 +47,8 @@ from torch import Tensor
 from data import chat, checkers, formats, world
 from data.formats import UserError
 from data.tokenizer import Tokenizer
-from loop import COUNT, REAL, ROOT, WHOLE, Loop, adamw, clip, compare, parser, run, set_lr
+from loop import COUNT, REAL, ROOT, WHOLE, Loop, adamw, clip, compare, fill, parser, run, set_lr
+from lora import adapt, rates_of
 from model import Transformer, frozen, generate, load
 from ppo import (
     Task,
@@ -665,8 +666,8 @@ def pipeline(args: argparse.Namespace) -> dict:
 
 # 3. Config
 
-DEFAULTS = {  # flag: (the tiny model), (a --model of your own); of steps (the generated world), (--data)
-    "steps": (25, 200),
+STEPS = (25, 200)  # (the generated world), (--data)
+DEFAULTS = {  # flag: (the tiny model), (a --model of your own)
     "batch_size": (128, 32),
     "micro_batch_size": (256, 4),
     "lr": (2e-4, 1e-6),
@@ -704,8 +705,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         flags=("--model", "--data", "--out", "--steps", "--batch-size", "--micro-batch-size", "--lr", "--warmup",
                "--schedule", "--weight-decay", "--grad-clip", "--max-length", "--max-new-tokens", "--eval-data",
                "--seed", "--device", "--dtype", "--compile", "--parallel", "--log-every", "--eval-every",
-               "--save-every", "--resume"),
-        defaults=dict.fromkeys(DEFAULTS) | {"schedule": "constant", "weight_decay": 0.0, "grad_clip": 1.0,
+               "--save-every", "--resume", "--adapter"),
+        defaults=dict.fromkeys((*DEFAULTS, "steps")) | {"schedule": "constant", "weight_decay": 0.0, "grad_clip": 1.0,
                                             "log_every": 1},
     )
     cli.epilog = LOGGED
@@ -750,9 +751,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = cli.parse_args(argv)
     if args.steps is None and args.loss == "all":
         args.steps = 10
-    for name, values in DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, values[(args.data if name == "steps" else args.model) is not None])
+    fill(args, rates_of(DEFAULTS, args.adapter), args.model is not None)
+    fill(args, {"steps": STEPS}, args.data is not None)
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
@@ -787,6 +787,7 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
         ((args.clip_low or 0) >= 1, "--clip-low: expected less than 1"),
         (args.overlong_buffer > args.max_new_tokens, "--overlong-buffer is longer than --max-new-tokens"),
         (args.data and args.preset, "--preset is a recipe of the generated world: it takes no --data"),
+        (args.adapter and args.preset == "r1", "--preset r1 begins anew from the base model: it takes no --adapter"),
         (args.data and (args.tools or args.baseline), "--tools and --baseline are of the generated world: no --data"),
         (args.tools and (args.preset or args.baseline), "--tools takes no --preset and no --baseline"),
         (args.process_weight and "prm" not in names, "--process-weight needs --reward prm"),
@@ -815,8 +816,9 @@ def main(args: argparse.Namespace) -> dict:
     start = args.model or loop.require(args.start)
     model, tokenizer = load(start, with_tokenizer=True)
     model.to(loop.device)
-    if args.max_length > model.config.max_length:
-        raise UserError(f"--max-length {args.max_length}: the model reads at most {model.config.max_length} tokens")
+    loop.check_length(model)
+    if args.adapter:
+        adapt(model, args.adapter, start, loop)
     hyper = (f"{name} {value}" for name in HYPER if (value := getattr(args, name)) is not None)
     loop.say(f"--loss {args.loss}: {', '.join(hyper)}")
     loop.say(LOGGED.rstrip()) if not args.resume else None
@@ -908,6 +910,8 @@ def main(args: argparse.Namespace) -> dict:
     baselines = {}
     if args.baseline:
         other = load(start)[0].to(loop.device)
+        if args.adapter:
+            adapt(other, args.adapter, start)
         imitate(other, annotation(args, tokenizer, len(tasks)), args, loop, seconds=loop.seconds)
         baselines[BASELINE] = statistics.fmean(next(iter(evaluate(other, None, tokenizer, test, args, loop).values())))
     elif args.rewards == [("exact", 1.0)] and not (args.data or args.preset or args.tools):

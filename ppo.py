@@ -60,7 +60,8 @@ from data import chat, checkers, formats, manners, world
 from data.formats import UserError
 from data.tokenizer import Tokenizer
 from kernels import IGNORED, linear_logps
-from loop import COUNT, REAL, WHOLE, Loop, RunFailed, adamw, clip, curve, parser, run, set_lr
+from loop import COUNT, REAL, WHOLE, Loop, RunFailed, adamw, clip, curve, fill, parser, run, set_lr
+from lora import adapt, rates_of
 from model import Generation, Transformer, frozen, generate, load
 from reward import CONSTITUTION, bradley_terry, load_reward_model, opinions, rewards_of, with_scalar_head, worth
 from sft import collate, sft_loss
@@ -472,18 +473,15 @@ def conclude(model: Transformer, ref_model: Transformer, tokenizer: Tokenizer, t
 # 3. Config
 
 LEARNED = ("model", "judge")  # rewards that are no rule
-OF_DATA = ("steps", "kl_coef", "rm_pairs")
-DEFAULTS = {  # flag: (the tiny model), (a --model of your own); of OF_DATA (the generated world), (--data)
-    "steps": (20, 200),
+DEFAULTS = {  # flag: (the tiny model), (a --model of your own)
     "batch_size": (128, 64),
     "micro_batch_size": (128, 4),
     "lr": (3e-4, 3e-6),
     "warmup": (2, 10),
     "max_length": (128, 2048),
     "max_new_tokens": (72, 512),
-    "kl_coef": (0.1, 0.05),
-    "rm_pairs": (6000, 0),
 }
+OF_DATA = {"steps": (20, 200), "kl_coef": (0.1, 0.05), "rm_pairs": (6000, 0)}  # (the generated world), (--data)
 PRESETS = {  # of the generated world
     "": {"reward": "model", "sft_steps": 0, "questions": None, "eos_penalty": -1.0},
     "reft": {"reward": "reft", "sft_steps": 30, "questions": 500, "eos_penalty": 0.0},
@@ -514,8 +512,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         flags=("--model", "--data", "--out", "--steps", "--batch-size", "--micro-batch-size", "--lr", "--warmup",
                "--schedule", "--weight-decay", "--grad-clip", "--max-length", "--max-new-tokens", "--eval-data",
                "--seed", "--device", "--dtype", "--compile", "--parallel", "--log-every", "--eval-every",
-               "--save-every", "--resume"),
-        defaults=dict.fromkeys(DEFAULTS) | {"schedule": "linear", "weight_decay": 0.0, "grad_clip": 1.0,
+               "--save-every", "--resume", "--adapter"),
+        defaults=dict.fromkeys(DEFAULTS | OF_DATA) | {"schedule": "linear", "weight_decay": 0.0, "grad_clip": 1.0,
                                             "log_every": 1},
     )
     cli.epilog = LOGGED
@@ -555,9 +553,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--map", nargs="+", default=[], metavar="THEIRS=OURS", help="rename fields of the JSONL files")
     cli.add_argument("--chat-format", help="chatml, qwen2.5, qwen3 or llama3, where the checkpoint does not say")
     args = cli.parse_args(argv)
-    for name, values in DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, values[(args.data if name in OF_DATA else args.model) is not None])
+    fill(args, rates_of(DEFAULTS, args.adapter), args.model is not None)
+    fill(args, OF_DATA, args.data is not None)
     for name, value in (PRESETS[args.preset] | LOSSES[args.loss]).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -575,6 +572,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
          "generated world's manners: they take no --data"),
         (args.critic == "shared" and args.critic_warmup, "--critic-warmup leaves the policy alone, but --critic shared "
          "learns in its trunk: choose --critic own"),
+        (args.adapter and args.critic == "own" and args.reward != "model", "--adapter: a critic of its own would be a "
+         "second whole model: choose --critic shared"),
         (args.sft_steps and args.reward in LEARNED, "--sft-steps needs annotated sums: --preset reft"),
         (args.data and args.reward == "model" and not args.reward_model, "--data needs --reward-model or --reward"),
     ):  # fmt: skip
@@ -590,10 +589,12 @@ def main(args: argparse.Namespace) -> dict:
     loop = Loop(args, "ppo", out="-".join(filter(None, ["ppo", args.preset])))
     if args.batch_size % loop.world_size:
         raise UserError(f"--batch-size {args.batch_size}: expected a multiple of the {loop.world_size} ranks")
-    model, tokenizer = load(args.model or loop.require("sft"), with_tokenizer=True)
+    start = args.model or loop.require("sft")
+    model, tokenizer = load(start, with_tokenizer=True)
     model.to(loop.device)
-    if args.max_length > model.config.max_length:
-        raise UserError(f"--max-length {args.max_length}: the model reads at most {model.config.max_length} tokens")
+    loop.check_length(model)
+    if args.adapter:
+        adapt(model, args.adapter, start, loop)
     reward_model = None
     if args.reward == "model":
         reward_model = load_reward_model(args.reward_model or loop.require("reward"), tokenizer, loop.device)
