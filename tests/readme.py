@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- results -->", "<!-- /results -->"
-TABLES = ("dpo", "grpo")  # of --loss all, in results/tables, each between marks of its own
+TABLES = ("dpo", "grpo", "lora")  # of --loss or --method all, in results/tables, each between marks of its own
 BENCH_START, BENCH_END = "<!-- bench -->", "<!-- /bench -->"
 ORDER = ("sft", "reward", "dpo", "ppo", "grpo", "lora", "distill", "quantize", "prune", "reason", "merge", "edit",
          "rag", "vlm")  # fmt: skip
@@ -39,18 +39,19 @@ def table(rows: list[dict]) -> str:
 
 
 def marks(name: str) -> tuple[str, str]:
-    return f"<!-- {name} losses -->", f"<!-- /{name} losses -->"
+    return f"<!-- {name} table -->", f"<!-- /{name} table -->"
 
 
-def losses_table(path: Path) -> str:
+def variants_table(path: Path) -> str:
     """The table.json of `--loss all` as a Markdown table: means, and ± the spread over seeds if there are several."""
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    columns = [name for name in rows[0] if name not in ("loss", "seeds")]
-    lines = [["loss", "seeds", *columns], ["---"] * (2 + len(columns))]
+    label, _, *columns = rows[0]
+    lines = [[label, "seeds", *columns], ["---"] * (2 + len(columns))]
     for row in rows:
-        means = (f"{row[c]['mean']:.0f}" if c == "seconds" else f"{row[c]['mean']:.3f}" for c in columns)
-        spreads = ("" if row[c]["spread"] is None or c == "seconds" else f" ± {row[c]['spread']:.3f}" for c in columns)
-        lines.append([row["loss"], str(row["seeds"]), *map("".join, zip(means, spreads, strict=True))])
+        lines.append([row[label], str(row["seeds"])])
+        for column in columns:
+            digits, (mean, spread) = {"seconds": 0, "peak MB": 0}.get(column, 3), row[column].values()
+            lines[-1].append(f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None and digits else ""))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -82,5 +83,5 @@ if __name__ == "__main__":
     readme = ROOT / "README.md"
     filled = fill(readme.read_text(encoding="utf-8"), table(results()))
     for name in TABLES:
-        filled = fill(filled, losses_table(ROOT / "results" / "tables" / f"{name}.json"), *marks(name))
+        filled = fill(filled, variants_table(ROOT / "results" / "tables" / f"{name}.json"), *marks(name))
     readme.write_text(fill(filled, bench_table(), BENCH_START, BENCH_END), encoding="utf-8")

@@ -18,10 +18,10 @@ from tests.readme import (
     bench_table,
     between,
     fill,
-    losses_table,
     marks,
     results,
     table,
+    variants_table,
 )
 
 # folders of one machine or one person
@@ -58,21 +58,21 @@ def test_bench_table_is_the_generated_one():
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_losses_table_is_the_generated_one(name):
+def test_tables_of_variants_are_the_generated_ones(name):
     text = readme()
     start, end = between(text, *marks(name))
     path = ROOT / "results" / "tables" / f"{name}.json"
-    assert text[start:end].strip() == losses_table(path), "run: python -m tests.readme"
+    assert text[start:end].strip() == variants_table(path), "run: python -m tests.readme"
 
 
-def test_losses_have_means_and_spreads(tmp_path):
+def test_variants_have_means_and_spreads(tmp_path):
     one, three = {"mean": 0.5, "spread": None}, {"mean": 0.75, "spread": 0.0625}
     rows = [
         {"loss": "dpo", "seeds": 3, "KL": three, "seconds": three},
         {"loss": "ipo", "seeds": 1, "KL": one, "seconds": one},
     ]
     (tmp_path / "dpo.json").write_text(json.dumps({"rows": rows}))
-    assert losses_table(tmp_path / "dpo.json").splitlines() == [
+    assert variants_table(tmp_path / "dpo.json").splitlines() == [
         "| loss | seeds | KL | seconds |", "| --- | --- | --- | --- |", "| dpo | 3 | 0.750 ± 0.062 | 1 |",
         "| ipo | 1 | 0.500 | 0 |"]  # fmt: skip
 
