@@ -739,7 +739,8 @@ def show_credit(model: Transformer, ref_model: Transformer, tokenizer: Tokenizer
     ]  # fmt: skip
     for e in rows:
         batch = collate([e], loop.device)
-        logps, ref_logps = (token_logps(m, batch.input_ids) for m in (model, ref_model))
+        with loop.autocast():  # the reference may be narrow
+            logps, ref_logps = (token_logps(m, batch.input_ids) for m in (model, ref_model))
         print("\n" + tokenizer.decode(e.prompt))
         for (ids, mask), credits in zip(e.answers, (args.beta or 1.0) * (logps - ref_logps), strict=True):
             credits = credits[len(e.prompt) :][: len(ids)] * torch.tensor(mask, device=loop.device)

@@ -205,19 +205,19 @@ class VeRA(LowRank):
 
     def __init__(self, base: nn.Linear, rows: dict[str, tuple[int, int]], c: "Adapter"):
         super().__init__(base, rows, c)
-        self.d = nn.Parameter(torch.full((len(rows) * c.rank, 1), 0.1, device=base.weight.device))
-        self.b = nn.Parameter(torch.zeros(self.n_out, 1, device=base.weight.device))
+        self.d = nn.Parameter(torch.full((len(rows) * c.rank,), 0.1, device=base.weight.device))
+        self.b = nn.Parameter(torch.zeros(self.n_out, device=base.weight.device))
         g = torch.Generator().manual_seed(0)
         for name, n, m in (("fixed_down", len(self.d), base.in_features), ("fixed_up", self.n_out, c.rank)):
             self.register_buffer(name, (torch.randn(n, m, generator=g) / math.sqrt(m)).to(base.weight.device))
 
     @property
     def down(self) -> Tensor:
-        return self.d * self.fixed_down
+        return self.d[:, None] * self.fixed_down
 
     @property
     def up(self) -> Tensor:
-        return self.b * self.fixed_up
+        return self.b[:, None] * self.fixed_up
 
 
 class IA3(nn.Module):
@@ -667,15 +667,13 @@ def fish_mask(model: Transformer, losses: Iterator[Tensor], share: float) -> Non
 
 # 2. Data
 
-TASKS = {  # --task: what the generated world teaches here
-    "new": world.HELD_BACK,
-    "known": world.Skill(world.SKILLS["sort"].draw, world.SKILLS["sort"].solve, "arrange {x}", ()),
-}
+TASKS = ("new", "known")  # --task: what the generated world teaches here
 
 
 def exchange(task: str, key: tuple, split: str) -> dict:
     """A question of `task`, in any of the world's wordings, and its answer; operands are of `split`."""
-    rng, skill = world.rng_for("lora", task, *key), TASKS[task]
+    rng, sort = world.rng_for("lora", task, *key), world.SKILLS["sort"]
+    skill = {"new": world.HELD_BACK, "known": replace(sort, task="arrange {x}")}[task]
     problem = world.draw_problem(skill, rng, split)
     question = rng.choice(world.TEMPLATES).format(task=skill.task.format(**problem))
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": skill.solve(problem)}]
@@ -688,8 +686,11 @@ def examples(args: argparse.Namespace, tokenizer: Tokenizer, loop: Loop) -> tupl
 
     if args.data:
         train, held_out = sft.file_rows(args, args.data, loop)
-        rows, test = ([sft.encode(row, tokenizer, args) for row in some] for some in (train, held_out))
-        return sft.fitting(rows, "rows", args, loop), {"rows": sft.fitting(test, "held-out rows", args, loop)}
+        encoded = ([sft.encode(row, tokenizer, args) for row in some] for some in (train, held_out))
+        rows, test = (sft.fitting(*some, args, loop) for some in zip(encoded, ("rows", "held-out rows"), strict=True))
+        if not rows or not test:
+            raise UserError(f"no row is left to train on or to measure: --max-length is {args.max_length}")
+        return rows, {"rows": test}
     chats = (exchange(args.task, (args.seed, i), "train") for i in range(args.steps * args.batch_size))
     questions = [exchange(args.task, ("test", i), "test") for i in range(400)] + world.sft_test(20)
     return [chat.render(row["messages"], tokenizer) for row in chats], {"questions": questions}
@@ -732,7 +733,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     cli.epilog = "methods, and what may follow them, as in lora:rank=16,alpha=32:\n" + listed()
     cli.add_argument("--method", default="lora", metavar="NAME", help="see below, or all: a table (default: lora)")
-    cli.add_argument("--task", choices=tuple(TASKS), default="new", help="of the generated world: a new skill, or a "
+    cli.add_argument("--task", choices=TASKS, default="new", help="of the generated world: a new skill, or a "
                      "known one under a new name (default: %(default)s)")  # fmt: skip
     cli.add_argument("--merge", action="store_true", help="write --model with --adapter merged into it, and end")
     cli.add_argument("--map", nargs="+", default=[], metavar="THEIRS=OURS", help="rename fields of the JSONL files")
@@ -749,6 +750,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.steps = WORLD_STEPS
     for is_wrong, text in (
         (args.method == "all" and args.data, "--method all makes a table of the generated world: it takes no --data"),
+        (args.method == "all" and args.adapter, "--method all makes a table of all methods: it takes no --adapter"),
         (args.merge and not (args.adapter and args.model), "--merge needs --model, the base, and --adapter"),
         (args.parallel == "fsdp", "--parallel fsdp: an adapter is too small to shard; choose replicas"),
     ):
@@ -775,8 +777,9 @@ def stored(args: argparse.Namespace) -> dict[str, float]:
 
 def merged_checkpoint(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace, loop: Loop) -> dict:
     """--merge: a plain checkpoint in the dtype of the base's; says how much of the change a narrow one keeps."""
-    wanted = json.loads((Path(args.model) / "config.json").read_text()).get("torch_dtype", "float32")
-    dtype, base = getattr(torch, wanted, torch.float32), load(args.model)[0]
+    config = json.loads((Path(args.model) / "config.json").read_text())
+    wanted = config.get("torch_dtype") or config.get("dtype") or "float32"  # the older name, and the newer
+    dtype, base = getattr(torch, wanted), load(args.model, device=loop.device)[0]
     merge(model)
     asked = lost = 0.0
     for p, old in zip(model.parameters(), base.parameters(), strict=True):
@@ -790,9 +793,9 @@ def merged_checkpoint(model: Transformer, tokenizer: Tokenizer, args: argparse.N
 
 
 def resolved(args: argparse.Namespace) -> argparse.Namespace:
-    """`args` with the learning rate of its --method."""
+    """`args` with the learning rate of its --method or --adapter."""
+    times = lr_of(args, 1.0) if args.adapter else parse(args.method).lr  # which refuse what is no adapter
     if args.lr is None:
-        times = 1.0 if args.adapter else parse(args.method).lr
         args.lr = LR[args.model is not None] * times
     return args
 
@@ -830,11 +833,11 @@ def main(args: argparse.Namespace) -> dict:
     loop = Loop(args, "lora")
     start = args.model or loop.require("sft")
     model, tokenizer = load(start)
-    if args.max_length > model.config.max_length:
+    if args.max_length > model.config.max_length and not args.merge:
         raise UserError(f"--max-length {args.max_length}: the model reads at most {model.config.max_length} tokens")
     model.to(loop.device)
     n_whole = sum(p.numel() for p in model.parameters())
-    adapter = adapt(model, args.adapter or args.method, start, loop)
+    adapter = adapt(model, args.adapter or args.method, start, None if args.merge else loop)  # which may narrow it
     if args.merge:
         return merged_checkpoint(model, tokenizer, args, loop)
     rows, test = examples(args, tokenizer, loop)
@@ -878,7 +881,8 @@ def main(args: argparse.Namespace) -> dict:
     sizes = ("trainable %", 100.0, 100 * learns / n_whole), ("optimizer MB", 8 * n_whole / 1e6, 8 * learns / 1e6)
     before |= {name: [whole] for name, whole, _ in sizes}
     after |= {name: [part] for name, _, part in sizes}
-    return loop.finish(before, after, variant=args.method, baselines=stored(args), higher_is_better=not args.data)
+    return loop.finish(before, after, variant=adapter.method if args.adapter else args.method, baselines=stored(args),
+                       higher_is_better=not args.data)  # fmt: skip
 
 
 if __name__ == "__main__":

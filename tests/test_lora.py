@@ -161,8 +161,8 @@ def test_vera_learns_two_vectors_and_shares_the_rest():
     for m in found[:1]:
         y = F.linear(x, m.base.weight)
         for p, (start, end) in enumerate(m.rows.values()):
-            h = x @ m.fixed_down[p * 5 : p * 5 + 5].T * m.d[p * 5 : p * 5 + 5, 0]
-            y[:, start:end] += c.alpha / 5 * (h @ m.fixed_up[start:end].T) * m.b[start:end, 0]
+            h = x @ m.fixed_down[p * 5 : p * 5 + 5].T * m.d[p * 5 : p * 5 + 5]
+            y[:, start:end] += c.alpha / 5 * (h @ m.fixed_up[start:end].T) * m.b[start:end]
         torch.testing.assert_close(m(x), y)
 
 
