@@ -35,6 +35,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,8 +48,8 @@ from data import chat, formats, manners, world
 from data.formats import UserError
 from data.tokenizer import Tokenizer
 from kernels import IGNORED, linear_logps
-from loop import COUNT, REAL, ROOT, Loop, adamw, clip, compare, parser, run, set_lr
-from lora import adapt, lr_of
+from loop import COUNT, REAL, ROOT, Loop, adamw, clip, compare, fill, parser, run, set_lr
+from lora import adapt, rates_of
 from model import Transformer, frozen, generate, load, token_logps
 
 # 1. The objective
@@ -225,9 +226,14 @@ def orpo(s: Scored, *, beta: float) -> Tensor:
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x < 0, exact near 0 (where 1 - exp(x) cancels) and far from it (where it rounds to 1)."""
+    """log(1 - exp(x)) for x < 0, exact near 0 (where 1 - exp(x) cancels) and far from it (where it rounds to 1).
+
+    At 0 it is a large number with no gradient.
+    """
+    x = x.clamp(max=-torch.finfo(x.dtype).tiny)
     near = x > -math.log(2)
-    return torch.where(near, torch.log(-torch.expm1(torch.where(near, x, -1.0))), torch.log1p(-torch.exp(x)))
+    far = torch.where(near, -1.0, x)  # near 0 this branch has an infinite gradient, and 0 times that is NaN
+    return torch.where(near, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(far)))
 
 
 def simpo(s: Scored, *, beta: float, gamma: float) -> Tensor:
@@ -272,7 +278,9 @@ def sft(s: Scored) -> Tensor:
     return -mean_logps(s)[:, 0] * is_good(s)[:, 0]
 
 
-LOSSES = {  # name: (function, beta times which is the implicit reward, {hyperparameter: (generated world, --data)})
+# name: (function, beta times which is the implicit reward, {hyperparameter: (generated world, --data)}); of lr alone
+# (the tiny model, a --model of your own)
+LOSSES = {
     "dpo": (dpo, log_ratio, {"lr": (2e-4, 5e-7), "beta": (0.2, 0.1), "label_smoothing": (0.0, 0.0)}),
     "robust": (robust, log_ratio, {"lr": (2e-4, 5e-7), "beta": (0.2, 0.1), "label_smoothing": (0.1, 0.1)}),
     "ipo": (ipo, mean_log_ratio, {"lr": (2e-4, 5e-7), "beta": (1.0, 0.1)}),
@@ -414,7 +422,7 @@ def collate(examples: Sequence[Example], device: torch.device, multiple_of: int 
 def encode(prompt: str | list[dict], answers: Sequence[str | list[dict]], scores: Sequence[float], tokenizer: Tokenizer,
            args: argparse.Namespace) -> Example:  # fmt: skip
     """The answers share the ids of the prompt. What the assistant said within the prompt is not trained on."""
-    start, rows = prompt_ids(prompt, tokenizer, args), []
+    start, rows = chat.prompt_ids(prompt, tokenizer, args.chat_format), []
     for answer in answers:
         messages = formats.to_messages({"prompt": prompt, "completion": answer})
         ids, mask = chat.render(messages, tokenizer, chat_format=args.chat_format)
@@ -423,11 +431,6 @@ def encode(prompt: str | list[dict], answers: Sequence[str | list[dict]], scores
         end = len(mask) - mask[::-1].index(1)  # without the line break after the turn
         rows.append(chat.Row(ids[len(start) : end], mask[len(start) : end]))
     return Example(start, rows, list(scores))
-
-
-def prompt_ids(prompt: str | list[dict], tokenizer: Tokenizer, args: argparse.Namespace) -> list[int]:
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return chat.render(messages, tokenizer, add_generation_prompt=True, chat_format=args.chat_format).input_ids
 
 
 def fit(examples: Iterable[Example], args: argparse.Namespace, counts: Counter) -> list[Example]:
@@ -476,18 +479,19 @@ def chances_to_win(scores: Sequence[float]) -> list[float]:
 
 def written_rows(args: argparse.Namespace, tokenizer: Tokenizer) -> list[Example]:
     """--pairs written: what data/manners.py wrote in various styles, labelled by its annotator."""
-    rows = manners.preferences(args.steps * args.batch_size, args.seed, "train")
+    rows = manners.preferences(max(1, args.steps) * args.batch_size, args.seed, "train")
     return [encode(row["prompt"], [row["chosen"], row["rejected"]], [1.0, 0.0], tokenizer, args) for row in rows]
 
 
-def file_rows(args: argparse.Namespace, tokenizer: Tokenizer, path: str, counts: Counter) -> list[dict]:
+def file_rows(args: argparse.Namespace, counts: Counter, path: str) -> list[dict]:
     """The rows of a JSONL file as examples; those that compare nothing are dropped and counted."""
     schemas = ("preference", "scores", "label") if args.loss in UNPAIRED else ("preference", "scores")
     rows = formats.read_jsonl(path, schemas, mapping=formats.parse_map(args.map))
     if args.loss in OF_BAD:
-        counts[f"good, which --loss {args.loss} has no use for: dropped"] = sum(row.get("label", False) for row in rows)
-        rows = [row for row in rows if not row.get("label")]
-    counts["with equal scores: dropped"] = sum(len(set(row.get("scores", "ab"))) == 1 for row in rows)
+        bad = [row for row in rows if not row.get("label")]
+        counts[f"good, which --loss {args.loss} has no use for: dropped"] += len(rows) - len(bad)
+        rows = bad
+    counts["with equal scores: dropped"] += sum(len(set(row.get("scores", "ab"))) == 1 for row in rows)
     rows = [row for row in rows if len(set(row.get("scores", "ab"))) > 1]
     if args.loss in LISTWISE and len({len(row.get("scores", "ab")) for row in rows}) > 1:
         raise UserError(f"{path}: --loss {args.loss} needs the same number of answers in every row")
@@ -507,26 +511,22 @@ def examples(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer,
     """The rows to train on (with --online their prompts), and what `evaluate` measures."""
     counts, test = Counter(), {}
     if args.data:
-        rows, held_out = file_rows(args, tokenizer, args.data, counts), []
-        if not args.eval_data:
-            rows, held_out = formats.hold_out(rows)
-        elif args.eval_data != "world":
-            held_out = file_rows(args, tokenizer, args.eval_data, Counter())
-        if not held_out and args.eval_data != "world":
-            loop.say(f"only {len(rows)} rows: none are held out, and what is measured are the training rows")
-            held_out = rows
+        read = partial(file_rows, args, counts)
+        if args.eval_data == "world":
+            rows = read(args.data)
+        else:
+            (rows,), held_out = formats.split([args.data], args.eval_data, read, loop.say)
+            test["pairs"] = fit((from_file(row, tokenizer, args) for row in held_out), args, Counter())
         bar = tqdm(rows, "encoding", unit="row", disable=None, leave=False)
         rows = fit((from_file(row, tokenizer, args) for row in bar), args, counts)
-        if held_out:
-            test["pairs"] = fit((from_file(row, tokenizer, args) for row in held_out), args, Counter())
     if not args.data or args.eval_data == "world":
         requests = [manners.draw_request(world.rng_for("dpo test", i), "test") for i in range(REQUESTS)]
-        test = {"requests": [(prompt_ids(row["prompt"], tokenizer, args), row) for row in requests]}
+        test = {"requests": [(chat.prompt_ids(row["prompt"], tokenizer, args.chat_format), row) for row in requests]}
         test["skills"] = world.sft_test(10)
     if not args.data and args.pairs == "sampled":
         requests = [manners.draw_request(world.rng_for("dpo", args.seed, i), "train")
-                    for i in range(args.steps * args.batch_size)]  # fmt: skip
-        prompts = [(prompt_ids(row["prompt"], tokenizer, args), row) for row in requests]
+                    for i in range(max(1, args.steps) * args.batch_size)]  # fmt: skip
+        prompts = [(chat.prompt_ids(row["prompt"], tokenizer, args.chat_format), row) for row in requests]
         return (prompts if args.online else sampled_rows(model, tokenizer, prompts, args, loop)), test
     if not args.data:
         rows = fit(written_rows(args, tokenizer), args, counts)
@@ -597,7 +597,7 @@ def judged(model: Transformer, tokenizer: Tokenizer, prompts: list[tuple[list[in
     path = loop.require("reward") if args.judge == "reward" else args.judge
     judge, found = load(path, labels=1)[0].to(loop.device).eval(), []
     for (ids, _), some in zip(prompts, answers, strict=True):
-        batch = collate([Example(ids, some, [0.0] * len(some))], loop.device)
+        batch = collate([Example(ids, some, [0.0] * len(some))], loop.device, 64 if loop.compiled else 1)
         with torch.no_grad(), loop.autocast():
             found.append(reward.rewards_of(judge, batch.input_ids, batch.completion_mask).tolist())
     return found
@@ -707,7 +707,7 @@ def evaluate(model: Transformer, ref_model: Transformer | None, tokenizer: Token
             groups = scored(model, ref_model, in_groups(rows, args.micro_batch_size), as_dpo, loop)
             found["KL"] = [x for s in groups for x in log_ratio(s)[:, 0].tolist()]
         found["length"] = [float(len(answer.input_ids)) for (answer,) in answers]
-        asked = [prompt_ids(row["messages"][:1], tokenizer, args) for row in test["skills"]]
+        asked = [chat.prompt_ids(row["messages"][:1], tokenizer, args.chat_format) for row in test["skills"]]
         said = sampled(model, tokenizer, asked, 1, 0.0, 0, args, loop)
         found["skills"] = [float(world.is_correct(chat.completion_text(answer.input_ids, tokenizer), row["answer"]))
                            for (answer,), row in zip(said, test["skills"], strict=True)]  # fmt: skip
@@ -719,10 +719,10 @@ def conclude(model: Transformer, ref_model: Transformer | None, tokenizer: Token
              before: dict[str, list[float]], after: dict[str, list[float]], args: argparse.Namespace, loop: Loop
              ) -> dict:  # fmt: skip
     """Print three answers before and after, write result.json."""
-    if "requests" in test and loop.main:
-        prompts = [ids for ids, _ in test["requests"][:3]]
+    if "requests" in test:
+        prompts = [ids for ids, _ in test["requests"][:3]]  # on all ranks: --parallel fsdp gathers weights from all
         said = [sampled(m, tokenizer, prompts, 1, 1.0, 3, args, loop) for m in (ref_model, model)]
-        for (_, row), *answers in zip(test["requests"], *said, strict=False):
+        for (_, row), *answers in zip(test["requests"], *said, strict=False) if loop.main else ():
             a, b = (chat.completion_text(answer.input_ids, tokenizer) for (answer,) in answers)
             print(f"\n  user    {row['prompt']}\n  before  {a}\n  after   {b}")
     return loop.finish(before, after, variant=args.loss + "-ai" * (args.judge == "ai"),
@@ -732,15 +732,20 @@ def conclude(model: Transformer, ref_model: Transformer | None, tokenizer: Token
 @torch.no_grad()
 def show_credit(model: Transformer, ref_model: Transformer, tokenizer: Tokenizer, test: dict[str, list],
                 args: argparse.Namespace, loop: Loop) -> None:  # fmt: skip
-    """Print answers to three held-out prompts, each token on green where beta * log pi / ref is above 0, or on red."""
+    """Print answers to three held-out prompts, each token on green where beta * log pi / ref is above 0, or on red.
+
+    All ranks score them, since --parallel fsdp gathers weights from all.
+    """
     rows = test["pairs"][:3] if "pairs" in test else [
         encode(row["prompt"], [row["chosen"], row["rejected"]], [1.0, 0.0], tokenizer, args)
         for row in manners.preferences(3, args.seed, "test")
     ]  # fmt: skip
     for e in rows:
-        batch = collate([e], loop.device)
-        with loop.autocast():  # the reference may be narrow
+        batch = collate([e], loop.device, 64 if loop.compiled else 1)
+        with loop.autocast():
             logps, ref_logps = (token_logps(m, batch.input_ids) for m in (model, ref_model))
+        if not loop.main:
+            continue
         print("\n" + tokenizer.decode(e.prompt))
         for (ids, mask), credits in zip(e.answers, (args.beta or 1.0) * (logps - ref_logps), strict=True):
             credits = credits[len(e.prompt) :][: len(ids)] * torch.tensor(mask, device=loop.device)
@@ -768,7 +773,7 @@ MAIN_LOSSES = ("dpo", "ipo", "kto", "simpo", "orpo")  # which --loss all runs wi
 
 # 3. Config
 
-DEFAULTS = {  # flag: (the generated world, --data)
+DEFAULTS = {  # flag: (the tiny model), (a --model of your own)
     "batch_size": (32, 64),
     "micro_batch_size": (32, 4),
     "max_length": (128, 1024),
@@ -816,9 +821,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--credit", action="store_true", help="show held-out answers, each token coloured")
     cli.add_argument("--seeds", type=COUNT, default=1, help=f"runs of {', '.join(MAIN_LOSSES)} in --loss all")
     args = cli.parse_args(argv)
-    for name, values in DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, values[args.data is not None])
+    fill(args, DEFAULTS, args.model is not None)
     if args.steps is None and args.data is None:
         args.steps = WORLD_STEPS
     if args.loss == "all" and args.data:
@@ -830,11 +833,11 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
     """`args` with the defaults of its --loss; UserError for flags that do not go together."""
     args.answers = args.answers or (4 if args.loss in LISTWISE else 2)
     _, of_answers, defaults = LOSSES[args.loss]
-    defaults, needs_reference = {"sft_weight": (0.0, 0.0)} | defaults, of_answers in WITH_REFERENCE
+    defaults = {"sft_weight": (0.0, 0.0)} | rates_of(defaults, args.adapter)
+    needs_reference = of_answers in WITH_REFERENCE
     for name in HYPER:
         if getattr(args, name) is None and name in defaults:
-            value = defaults[name][args.data is not None]
-            setattr(args, name, lr_of(args, value) if name == "lr" else value)
+            setattr(args, name, defaults[name][(args.model if name == "lr" else args.data) is not None])
         elif getattr(args, name) is not None and name not in defaults:
             raise UserError(f"--{name.replace('_', '-')}: --loss {args.loss} has none")
     for is_wrong, text in (
@@ -857,15 +860,13 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> dict:
     if args.loss == "all":
-        return compare(lambda one: main(resolved(one)), args, LOSSES, Path(args.out or ROOT / "out" / "dpo"), COLUMNS,
-                       MAIN_LOSSES)  # fmt: skip
+        return compare(main, resolved, args, LOSSES, Path(args.out or ROOT / "out" / "dpo"), COLUMNS, MAIN_LOSSES)
 
     # 4. Setup
     loop = Loop(args, "dpo")
     start = args.model or loop.require("sft")
-    model, tokenizer = load(start)
-    if args.max_length > model.config.max_length:
-        raise UserError(f"--max-length {args.max_length}: the model reads at most {model.config.max_length} tokens")
+    model, tokenizer = load(start, with_tokenizer=True)
+    loop.check_length(model)
     model.to(loop.device).checkpoint_activations = args.checkpoint_activations
     if args.adapter:
         adapt(model, args.adapter, start, loop)
@@ -875,8 +876,8 @@ def main(args: argparse.Namespace) -> dict:
     others = of_other_prompts(rows) if args.loss == "kto" and not args.online else []
     if args.loss == "kto" and "pairs" in test:
         test["others"] = of_other_prompts(test["pairs"])
-    total = args.steps or math.ceil(args.epochs * len(rows) / args.batch_size)
-    if args.rounds > min(total, len(rows)):
+    total = args.steps if args.steps is not None else math.ceil(args.epochs * len(rows) / args.batch_size)
+    if args.rounds > max(1, min(total, len(rows))):
         raise UserError(f"--rounds {args.rounds}: there are {total} steps and {len(rows)} rows")
     starts = [i * total // args.rounds for i in range(args.rounds)]  # steps done before each round
     with_reference = LOSSES[args.loss][1] in WITH_REFERENCE

@@ -691,7 +691,7 @@ def pipeline(args: argparse.Namespace) -> dict:
 
 # 3. Config
 
-DEFAULTS = {  # flag: (the generated world, --data)
+DEFAULTS = {  # flag: (the tiny model), (a --model of your own); of steps (the generated world), (--data)
     "steps": (25, 200),
     "batch_size": (128, 32),
     "micro_batch_size": (256, 4),
@@ -778,7 +778,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.steps = 10
     for name, values in DEFAULTS.items():
         if getattr(args, name) is None:
-            setattr(args, name, values[args.data is not None])
+            setattr(args, name, values[(args.data if name == "steps" else args.model) is not None])
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
@@ -828,8 +828,7 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> dict:
     if args.loss == "all":
-        return compare(lambda one: main(resolved(one)), args, LOSSES, Path(args.out or ROOT / "out" / "grpo"), COLUMNS,
-                       MAIN_LOSSES)  # fmt: skip
+        return compare(main, resolved, args, LOSSES, Path(args.out or ROOT / "out" / "grpo"), COLUMNS, MAIN_LOSSES)
     if args.preset == "r1":
         return pipeline(args)
 
@@ -838,7 +837,7 @@ def main(args: argparse.Namespace) -> dict:
     if args.batch_size % loop.world_size:
         raise UserError(f"--batch-size {args.batch_size}: expected a multiple of the {loop.world_size} ranks")
     start = args.model or loop.require(args.start)
-    model, tokenizer = load(start)
+    model, tokenizer = load(start, with_tokenizer=True)
     model.to(loop.device)
     if max(args.max_length, 0) > model.config.max_length:
         raise UserError(f"--max-length {args.max_length}: the model reads at most {model.config.max_length} tokens")

@@ -77,6 +77,7 @@ STAGES = {  # stage: the command that makes it, and how long that takes on two C
     "reward": ("reward.py", "1 minute"),
     "prm": ("reward.py --feedback steps", "1 minute"),
 }
+FILES = ("data", "eval_data", "prompts", "constitution")  # flags whose content counts, not only their path
 
 
 class RunFailed(Exception):
@@ -104,7 +105,8 @@ OPEN = object()  # no default for all: each script has its own
 COMMON = {  # flag: (type or choices, default, help), in the order of every script
     "--model": (str, None, "Hugging Face checkpoint directory to start from"),
     "--data": (str, None, "JSONL file to train on in place of the generated world"),
-    "--out": (Path, None, "folder that the run writes to (default: out/NAME in the repository)"),
+    "--out": (Path, None, "folder that the run writes to (default: out/NAME in the repository; "
+              "out/NAME-custom where out/NAME is a stage of other settings)"),
     "--depth": (COUNT, OPEN, "blocks of a new model, of width 32 * depth"),
     "--steps": (WHOLE, OPEN, "optimizer steps"),
     "--epochs": (REAL, OPEN, "passes over the rows, where --steps is not given"),
@@ -134,9 +136,9 @@ COMMON = {  # flag: (type or choices, default, help), in the order of every scri
     "--adapter": (str, None, "train a small part on a frozen model: a method of lora.py (lora, or lora:rank=16) or the "
                              "folder of a trained one"),
 }
-# What a resumed run may change: where and how it computes, never what.
+# What a resumed run may change: where and how it computes, never what. Of --seeds, each run has one.
 FREE = {"out", "micro_batch_size", "rollout_batch", "device", "compile", "parallel", "log_every", "eval_every",
-        "save_every", "resume"}  # fmt: skip
+        "save_every", "resume", "seeds"}  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):
@@ -161,6 +163,13 @@ def parser(doc: str, *, flags: tuple[str, ...], defaults: dict[str, object]) -> 
         text += "" if default is None else " (default: %(default)s)"
         made.add_argument(flag, default=default, help=text, **typed)
     return made
+
+
+def fill(args: argparse.Namespace, table: dict[str, tuple], column: int) -> None:
+    """Give every flag of `table` ({name: its value in each kind of run}) that was not set the value of `column`."""
+    for name, values in table.items():
+        if getattr(args, name) is None:
+            setattr(args, name, values[column])
 
 
 def run(main: Callable, get_args: Callable) -> None:
@@ -256,16 +265,19 @@ def clip(model: nn.Module, max_norm: float) -> Tensor:
 
 
 class Loop:
-    """One run of `script` with `args`; it writes to --out, or else to out/`out` or out/`script` in the repository."""
+    """One run of `script` with `args`; it writes to --out, or else to out/`out` or out/`script` in the repository.
+
+    Never into the folder of a stage that it is not: without --out it writes to out/NAME-custom then.
+    """
 
     step = 0  # the step in hand; on the class, so that run() can name it when it fails
 
     def __init__(self, args: argparse.Namespace, script: str, *, out: str | None = None):
         self.args, self.script, self.identity = args, script, _identity(args)
-        self.out = Path(args.out or ROOT / "out" / (out or script))
-        self.checkpoint, self.metrics_file = self.out / "checkpoint", self.out / "metrics.jsonl"
         self.rank, self.world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.main = self.rank == 0
+        self.out = Path(args.out) if args.out else self._home(out or script)
+        self.checkpoint, self.metrics_file = self.out / "checkpoint", self.out / "metrics.jsonl"
         self.device, dtype = _device(args.device), getattr(args, "dtype", "auto")
         on_cuda = self.device.type == "cuda"
         bf16 = on_cuda and torch.cuda.is_bf16_supported() if dtype == "auto" else dtype == "bf16"
@@ -289,6 +301,16 @@ class Loop:
             if changed := _differences(self._notes()["identity"], self.identity):
                 raise UserError(f"--resume: the run in {self.out} has other settings: {changed}")
         self.seed(0)
+
+    def _home(self, name: str) -> Path:
+        """out/`name`; if that is a stage, later scripts start from it: only a run with its settings may write there."""
+        if name in STAGES:
+            mine = (stage for stage, (command, _) in STAGES.items() if command.split()[0] == f"{self.script}.py")
+            same = next((stage for stage in mine if _of_stage(stage) == self.identity), None)
+            if not same:
+                self.say(f"these are not the settings of the stage out/{name}: writing to out/{name}-custom")
+            name = same or f"{name}-custom"
+        return ROOT / "out" / name
 
     def say(self, text: str) -> None:
         """Print a line once, above the bar."""
@@ -388,9 +410,15 @@ class Loop:
         wanted = self.args.compile == "on" or (self.args.compile == "auto" and self.device.type == "cuda")
         self.compiled = kernels.use_compile(wanted)  # says so, and stays off, where there is no compiler
         if self.compiled:
-            torch._dynamo.config.recompile_limit = 64  # one graph for each padded length
+            # one graph for each padded length, with and without gradient, for whole batches and for the last
+            torch._dynamo.config.recompile_limit = max(64, 4 * math.ceil(self.args.max_length / 64))
             for block in model.blocks:
                 block.compile(dynamic=False)
+
+    def check_length(self, model: nn.Module) -> None:
+        """UserError if `model` cannot read --max-length tokens."""
+        if self.args.max_length > (most := model.config.max_length):
+            raise UserError(f"--max-length {self.args.max_length}: the model reads at most {most} tokens")
 
     def describe(self, model: nn.Module) -> None:
         """Print what runs where, and an estimate of the memory that it needs."""
@@ -500,7 +528,7 @@ class Loop:
         extra, state = extra or {}, optimizer.state_dict()["state"] if optimizer else {}
         tensors = {f"optimizer.{i}.{key}": _whole(v) for i, values in state.items() for key, v in values.items()}
         tensors |= {f"extra.{key}": _whole(v) for key, v in extra.items() if isinstance(v, Tensor)}
-        if model is not None and model.adapter is not None:  # its own folder may hold what was made of them
+        if getattr(model, "adapter", None):  # its own folder may hold what was made of them
             tensors |= {f"model.{name}": _whole(p) for name, p in model.named_parameters() if p.requires_grad}
         notes = {"step": step, "seconds": self._elapsed(), "tokens": self.tokens, "identity": self.identity}
         notes["extra"] = {key: v for key, v in extra.items() if not isinstance(v, Tensor)}
@@ -537,7 +565,7 @@ class Loop:
         notes, tensors = self._notes(), read_safetensors(self.checkpoint / "training.safetensors")
         if model is not None:
             _reshard(model)
-            if model.adapter is None:
+            if not getattr(model, "adapter", None):
                 own, saved = model.state_dict(), load(self.checkpoint, labels=None)[0].state_dict()
             else:  # the rest is frozen, and was loaded with the base
                 own = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -640,7 +668,6 @@ class Loop:
         with the command to run if it is missing under torchrun, unfinished, or of other settings, tokenizer or data.
         """
         command, duration = STAGES[stage]
-        script, *flags = command.split()
         home = ROOT / "out" / stage
         if not home.exists():
             if "RANK" in os.environ:
@@ -653,7 +680,7 @@ class Loop:
                     self.say(f"no {stage} model yet, making it: python {command} (about {duration} on two CPU cores)")
                     with tempfile.TemporaryDirectory(dir=home.parent, prefix=f".{stage}-") as folder:
                         made = Path(folder, stage)
-                        argv = [sys.executable, script, *flags, "--out", made, "--device", self.args.device]
+                        argv = [sys.executable, *command.split(), "--out", made, "--device", self.args.device]
                         # in a session of its own, so that Ctrl-C reaches this process alone, which then ends it
                         if subprocess.run(argv, cwd=ROOT, check=False, start_new_session=True).returncode:
                             raise RunFailed(f"the {stage} model could not be made by: python {command}")
@@ -665,8 +692,7 @@ class Loop:
         _recover(home / "checkpoint")
         if not (home / "result.json").exists() or not (home / "checkpoint").exists():
             raise UserError(f"{home} holds an unfinished run; finish it with: python {command} --resume")
-        expected = _identity(runpy.run_path(str(ROOT / script))["get_args"](flags))
-        if changed := _differences(json.loads((home / "settings.json").read_text()), expected):
+        if changed := _differences(json.loads((home / "settings.json").read_text()), _of_stage(stage)):
             raise UserError(f"{home} was made with other settings ({changed}); make it anew with: python {command}")
         return home / "checkpoint"
 
@@ -697,10 +723,24 @@ def _device(name: str) -> torch.device:
 
 
 def _identity(args: argparse.Namespace) -> dict[str, object]:
-    """What makes two runs the same run: all flags but those of FREE, the tokenizer and the version of the data."""
+    """What makes two runs the same run: all flags but those of FREE, the tokenizer and the version of the data.
+
+    A flag of FILES counts with a hash of what is in its file, or in each of several.
+    """
     flags = {name: value for name, value in vars(args).items() if name not in FREE}
+    for name in FILES:
+        for path in (flags.get(name) or "").split(","):
+            if os.path.isfile(path):  # not a pipe, which can be read only once
+                with contextlib.suppress(OSError), open(path, "rb") as file:  # its reader has better words
+                    flags[name] += f" sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
     tokenizer = hashlib.sha256((ROOT / "data" / "tiny.tiktoken").read_bytes()).hexdigest()
     return json.loads(json.dumps({"flags": flags, "tokenizer": tokenizer, "data": VERSION}, default=str))
+
+
+def _of_stage(stage: str) -> dict[str, object]:
+    """The identity of a run with the settings of `stage`."""
+    script, *flags = STAGES[stage][0].split()
+    return _identity(runpy.run_path(str(ROOT / script))["get_args"](flags))
 
 
 def _differences(saved: dict, wanted: dict) -> str:
@@ -824,12 +864,13 @@ PARTS
 # 6. The table of variants
 
 
-def compare(train: Callable[[argparse.Namespace], object], args: argparse.Namespace, variants: Iterable[str], out: Path,
+def compare(main: Callable, resolved: Callable, args: argparse.Namespace, variants: Iterable[str], out: Path,
             columns: tuple[str, ...], repeated: tuple[str, ...], flag: str = "loss") -> dict:  # fmt: skip
-    """--loss (or another `flag`) all: `train` every one of `variants`, as a table on the screen and in OUT/table.json.
+    """--loss (or another `flag`) all: `main` of every one of `variants`, as a table, which is in OUT/table.json, too.
 
-    Variants that are `repeated` run with --seeds seeds. The first of `columns` is the metric of result.json, the others
-    are among its metrics. The row SFT is the first run before it began. --resume keeps the runs that are finished.
+    `resolved` gives `args` the defaults of a variant. Variants that are `repeated` run with --seeds seeds. The first of
+    `columns` is the metric of result.json, the others are among its metrics. The row SFT is the first run before it
+    began. --resume keeps the runs that are finished, if their settings are those of now.
     """
     rows, wide = [], max(map(len, columns)) + 9
     print(f"{flag:16}{'seeds':>6}" + "".join(f"{name:>{wide}}" for name in (*columns, "seconds")))
@@ -839,9 +880,11 @@ def compare(train: Callable[[argparse.Namespace], object], args: argparse.Namesp
             folder = out / f"{name}-{seed}"
             mine = {flag: name, "seed": seed, "out": folder,
                     "resume": args.resume and (folder / "checkpoint").exists()}  # fmt: skip
-            if not (args.resume and (folder / "result.json").exists()):
+            one = resolved(argparse.Namespace(**vars(args) | mine))
+            finished = args.resume and (folder / "result.json").exists()
+            if not (finished and json.loads((folder / "settings.json").read_text()) == _identity(one)):
                 with contextlib.redirect_stdout(io.StringIO()):
-                    train(argparse.Namespace(**vars(args) | mine))
+                    main(one)  # which refuses to resume a run of other settings
             run = json.loads((folder / "result.json").read_text())
             whole = {"seconds": run["seconds"], "peak MB": run["peak_memory_mb"] or math.nan}  # 0 before
             runs.append({columns[0]: run} | {k: {"before": 0.0, "after": v} for k, v in whole.items()} | run["metrics"])

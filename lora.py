@@ -52,7 +52,7 @@ import kernels
 from data import chat, world
 from data.formats import UserError
 from data.tokenizer import Tokenizer, save_hf
-from loop import COUNT, ROOT, Loop, RunFailed, adamw, clip, compare, parser, run, set_lr
+from loop import COUNT, ROOT, Loop, RunFailed, adamw, clip, compare, fill, parser, run, set_lr
 from model import Transformer, load, read_safetensors, save, their_names, write_safetensors
 
 # 1. The objective
@@ -423,23 +423,23 @@ class Adapter:
             save_hf(tokenizer, path)
 
 
-OF_LORA = {"lr": 5.0, "rank": 8, "alpha": 16.0, "rslora": False, "dropout": 0.0, "lora_plus": 1.0, "targets": "_proj$"}
+OF_LORA = {"lr": 2.0, "rank": 8, "alpha": 16.0, "rslora": False, "dropout": 0.0, "lora_plus": 1.0, "targets": "_proj$"}
 METHODS = {  # name: (what puts it there, {hyperparameter: default})
     "full": (put_all, {"lr": 1.0}),
     "lora": (put_low_rank, OF_LORA | {"init": "zero"}),
     "dora": (put_low_rank, OF_LORA),
     "qlora": (put_low_rank, OF_LORA),
-    "vera": (put_low_rank, {"lr": 20.0, "rank": 64, "alpha": 64.0, "targets": "_proj$"}),
-    "adapter": (put_adapter, {"lr": 5.0, "width": 16}),
-    "parallel": (put_parallel, {"lr": 5.0, "width": 32, "alpha": 4.0}),
+    "vera": (put_low_rank, {"lr": 40.0, "rank": 64, "alpha": 64.0, "targets": "_proj$"}),
+    "adapter": (put_adapter, {"lr": 6.0, "width": 16}),
+    "parallel": (put_parallel, {"lr": 4.0, "width": 32, "alpha": 4.0}),
     "prompt": (put_prompt, {"lr": 100.0, "tokens": 16}),
-    "p-tuning": (put_prompt, {"lr": 5.0, "tokens": 16}),
+    "p-tuning": (put_prompt, {"lr": 6.0, "tokens": 16}),
     "prefix": (put_prefix, {"lr": 10.0, "tokens": 16, "width": 64}),
-    "p-tuning-v2": (put_prefix, {"lr": 30.0, "tokens": 16}),
-    "ia3": (put_ia3, {"lr": 50.0, "targets": "(k|v|down)_proj$"}),
-    "bitfit": (put_bitfit, {"lr": 20.0}),
-    "fishmask": (put_all, {"lr": 5.0, "share": 0.05}),
-    "mam": (put_mam, {"lr": 5.0, "tokens": 16, "width": 32, "alpha": 4.0}),
+    "p-tuning-v2": (put_prefix, {"lr": 200.0, "tokens": 16}),
+    "ia3": (put_ia3, {"lr": 60.0, "targets": "(k|v|down)_proj$"}),
+    "bitfit": (put_bitfit, {"lr": 60.0}),
+    "fishmask": (put_all, {"lr": 2.0, "share": 0.05}),
+    "mam": (put_mam, {"lr": 4.0, "tokens": 16, "width": 32, "alpha": 4.0}),
 }
 IN_PLACE = ("full", "fishmask")  # change the weights themselves: a checkpoint is a plain one
 
@@ -501,17 +501,18 @@ def adapt(model: Transformer, text: str, base: str | Path, loop: Loop | None = N
             raise UserError(f"{text}: no place for {min(tensors)} in this model")
     if loop:
         loop.narrow(model)
-        loop.say(described(model, c))
+        if c.method != "fishmask":  # which has not seen its data yet
+            loop.say(described(model, c))
     return c
 
 
-def lr_of(args: argparse.Namespace, lr: float) -> float:
-    """The default learning rate of a script, `lr`, or as many times that as its --adapter asks for."""
-    if not args.adapter:
-        return lr
-    if (Path(args.adapter) / "adapter_config.json").exists():
-        return lr * from_peft(Path(args.adapter))[0].lr
-    return lr * parse(args.adapter).lr
+def rates_of(table: dict[str, tuple], adapter: str | None) -> dict[str, tuple]:
+    """`table`, whose "lr" are rates of full fine-tuning, with as many times these as `adapter` asks for."""
+    if not adapter:
+        return table
+    trained = (Path(adapter) / "adapter_config.json").exists()
+    c = from_peft(Path(adapter))[0] if trained else parse(adapter)
+    return table | {"lr": tuple(c.lr * lr for lr in table["lr"])}
 
 
 def fingerprint(model: Transformer) -> str:
@@ -524,9 +525,13 @@ def fingerprint(model: Transformer) -> str:
     return found.hexdigest()
 
 
+def n_learning(model: Transformer) -> int:
+    return sum(getattr(p, "learns", p.numel()) for p in model.parameters() if p.requires_grad)
+
+
 def described(model: Transformer, c: Adapter) -> str:
     """Which modules were adapted, the share of parameters that learn, and the optimizer's memory."""
-    trained, whole = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True))
+    whole, trained = sum(p.numel() for p in model.parameters()), n_learning(model)
     whole += sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, NF4Linear))
     kinds = (LowRank, IA3, Bottleneck, Prompt, Prefix)
     where = sorted({re.sub(r"\.\d+\.", ".*.", name) for name, m in model.named_modules() if isinstance(m, kinds)})
@@ -540,6 +545,9 @@ def merge(model: Transformer) -> dict[str, nn.Module]:
     if not adapted:
         why = f"{model.adapter.method} is no matrix" if model.adapter else "there is none, or it was merged before"
         raise UserError(f"the adapter cannot be merged: {why}")
+    bases = {f"{path}.base" for path in adapted}
+    if left := [path for path, m in model.named_modules() if isinstance(m, NF4Linear) and path not in bases]:
+        raise UserError(f"the adapter cannot be merged: {left[0]} is quantized, and in none of its targets")
     for path, module in adapted.items():
         weight, bias = module.weight(), module.bias() if isinstance(module, IA3) else module.base.bias
         dtype = module.base.dtype if isinstance(module.base, NF4Linear) else module.base.weight.dtype
@@ -547,9 +555,6 @@ def merge(model: Transformer) -> dict[str, nn.Module]:
         linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
         linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         put_at(model, path, linear)
-    for path, module in list(model.named_modules()):  # of qlora, matrices without factors
-        if isinstance(module, NF4Linear):
-            raise UserError(f"{path} is quantized and not adapted: targets must cover all matrices to merge qlora")
     adapted[""], model.adapter = model.adapter, None
     return adapted
 
@@ -614,35 +619,36 @@ def to_peft(model: Transformer, c: Adapter) -> tuple[dict, dict[str, Tensor]]:
 
 
 def from_peft(path: Path) -> tuple[Adapter, dict[str, Tensor]]:
-    """The adapter in the folder `path`, and its tensors."""
-    try:
-        config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-        kind = config["peft_type"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path / 'adapter_config.json'}: no configuration of an adapter") from None
+    """The adapter in the folder `path`, and its tensors; UserError for what lora.py cannot represent."""
     tensors = read_safetensors(path / "adapter_model.safetensors")
-    for name in ("alpha_pattern", "rank_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias"):
-        if config.get(name):
-            raise UserError(f"{path}: {name} is not supported")
-    if config.get("bias", "none") != "none":
-        raise UserError(f"{path}: bias {config['bias']} is not supported")
     names = {re.sub(r"\.(lora_.*|ia3_l)$", "", name.removeprefix(ROOT_NAME)) for name in tensors}
     targets = f"^({'|'.join(map(re.escape, sorted(names)))})$"
-    if kind == "LORA":
-        c = Adapter("dora" if config.get("use_dora") else "lora", rank=config["r"], alpha=float(config["lora_alpha"]),
-                    rslora=bool(config.get("use_rslora")), dropout=float(config.get("lora_dropout", 0.0)),
-                    targets=targets)  # fmt: skip
-    elif kind == "IA3":
-        c = Adapter("ia3", targets=targets)
-    elif kind in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"):
-        method = "p-tuning-v2" if kind == "PREFIX_TUNING" else "prompt"
-        c = Adapter(method, tokens=config["num_virtual_tokens"])
-    elif kind.lower() in METHODS:
-        c = Adapter(kind.lower(), **config["hyperparameters"])
-    else:
-        raise UserError(f"{path}: peft_type {kind} is not supported")
-    own = json.loads((path / "base.json").read_text()) if (path / "base.json").exists() else {}
-    return replace(c, lr=METHODS[c.method][1]["lr"], base=str(config.get("base_model_name_or_path")), **own), tensors
+    try:
+        config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        own = json.loads((path / "base.json").read_text()) if (path / "base.json").exists() else {}
+        kind = str(config["peft_type"])
+        for name in ("alpha_pattern", "rank_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias"):
+            if config.get(name):
+                raise UserError(f"{path}: {name} is not supported")
+        if config.get("bias", "none") != "none":
+            raise UserError(f"{path}: bias {config['bias']} is not supported")
+        if kind == "LORA":
+            c = Adapter("dora" if config.get("use_dora") else "lora", rank=int(config["r"]), targets=targets,
+                        alpha=float(config["lora_alpha"]), rslora=bool(config.get("use_rslora")),
+                        dropout=float(config.get("lora_dropout", 0.0)))  # fmt: skip
+        elif kind == "IA3":
+            c = Adapter("ia3", targets=targets)
+        elif kind in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"):
+            method = "p-tuning-v2" if kind == "PREFIX_TUNING" else "prompt"
+            c = Adapter(method, tokens=int(config["num_virtual_tokens"]))
+        elif kind.lower() in METHODS:
+            c = Adapter(kind.lower(), **config["hyperparameters"])
+        else:
+            raise UserError(f"{path}: peft_type {kind} is not supported")
+        c = replace(c, lr=METHODS[c.method][1]["lr"], base=str(config.get("base_model_name_or_path")), **own)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path / 'adapter_config.json'}: no configuration of an adapter ({error!r})") from None
+    return c, tensors
 
 
 def fish_mask(model: Transformer, losses: Iterator[Tensor], share: float) -> None:
@@ -667,13 +673,17 @@ def fish_mask(model: Transformer, losses: Iterator[Tensor], share: float) -> Non
 
 # 2. Data
 
-TASKS = ("new", "known")  # --task: what the generated world teaches here
+TASKS = ("new", "known")
+
+
+def skill_of(task: str) -> world.Skill:
+    """Sorting from large to small, of which the model never heard; or from small to large, by a new name."""
+    return world.HELD_BACK if task == "new" else replace(world.SKILLS["sort"], task="arrange {x}")
 
 
 def exchange(task: str, key: tuple, split: str) -> dict:
     """A question of `task`, in any of the world's wordings, and its answer; operands are of `split`."""
-    rng, sort = world.rng_for("lora", task, *key), world.SKILLS["sort"]
-    skill = {"new": world.HELD_BACK, "known": replace(sort, task="arrange {x}")}[task]
+    rng, skill = world.rng_for("lora", task, *key), skill_of(task)
     problem = world.draw_problem(skill, rng, split)
     question = rng.choice(world.TEMPLATES).format(task=skill.task.format(**problem))
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": skill.solve(problem)}]
@@ -712,11 +722,12 @@ DEFAULTS = {  # flag: (the tiny model), (a --model of your own)
     "micro_batch_size": (32, 4),
     "max_length": (128, 1024),
     "warmup": (10, 10),
+    "lr": (5e-4, 1e-5),  # of full fine-tuning: that of a method is as many times that as METHODS says
 }
-LR = (5e-4, 1e-5)  # of full fine-tuning, likewise; a method's own is as many times that as METHODS says
 WORLD_STEPS = 300  # --steps where the rows are made as they are needed
-TABLE = ("full", "lora:rank=1", "lora:rank=4", "lora", "lora:init=pissa", "lora:lora_plus=4", "dora", "qlora", "vera",
-         "adapter", "parallel", "prompt", "p-tuning", "prefix", "p-tuning-v2", "ia3", "bitfit", "fishmask", "mam")
+TABLE = ("full", "full:lr=0.3", "lora:rank=1", "lora:rank=4", "lora", "lora:lr=1.4", "lora:init=pissa",
+         "lora:lora_plus=8,lr=0.4", "dora", "qlora", "vera", "adapter", "parallel", "prompt", "p-tuning", "prefix",
+         "p-tuning-v2", "ia3", "bitfit", "fishmask", "mam")
 MAIN_METHODS = ("full", "lora", "dora", "qlora")  # which --method all runs with --seeds seeds
 COLUMNS = ("task", "old skills", "known task", "trainable %", "optimizer MB", "peak MB")
 
@@ -728,7 +739,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                "--warmup", "--schedule", "--weight-decay", "--grad-clip", "--max-length", "--max-new-tokens",
                "--eval-data", "--seed", "--device", "--dtype", "--compile", "--parallel", "--log-every", "--eval-every",
                "--save-every", "--resume", "--adapter"),
-        defaults=dict.fromkeys((*DEFAULTS, "lr", "steps")) | {"epochs": 1.0, "schedule": "linear", "weight_decay": 0.0,
+        defaults=dict.fromkeys((*DEFAULTS, "steps")) | {"epochs": 1.0, "schedule": "linear", "weight_decay": 0.0,
                                                               "grad_clip": 1.0, "max_new_tokens": 32},
     )
     cli.epilog = "methods, and what may follow them, as in lora:rank=16,alpha=32:\n" + listed()
@@ -743,9 +754,6 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--seeds", type=COUNT, default=1, help=f"runs of {', '.join(MAIN_METHODS)} in --method all")
     cli.set_defaults(stage="sft", mix={})  # which sft.file_rows asks for
     args = cli.parse_args(argv)
-    for name, values in DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, values[args.model is not None])
     if args.steps is None and args.data is None:
         args.steps = WORLD_STEPS
     for is_wrong, text in (
@@ -777,7 +785,8 @@ def stored(args: argparse.Namespace) -> dict[str, float]:
 
 def merged_checkpoint(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace, loop: Loop) -> dict:
     """--merge: a plain checkpoint in the dtype of the base's; says how much of the change a narrow one keeps."""
-    config = json.loads((Path(args.model) / "config.json").read_text())
+    folders = Path(args.model), Path(args.model) / "checkpoint"  # of a checkpoint, or of a run
+    config = json.loads(next(file for x in folders if (file := x / "config.json").exists()).read_text())
     wanted = config.get("torch_dtype") or config.get("dtype") or "float32"  # the older name, and the newer
     dtype, base = getattr(torch, wanted), load(args.model, device=loop.device)[0]
     merge(model)
@@ -793,10 +802,8 @@ def merged_checkpoint(model: Transformer, tokenizer: Tokenizer, args: argparse.N
 
 
 def resolved(args: argparse.Namespace) -> argparse.Namespace:
-    """`args` with the learning rate of its --method or --adapter."""
-    times = lr_of(args, 1.0) if args.adapter else parse(args.method).lr  # which refuse what is no adapter
-    if args.lr is None:
-        args.lr = LR[args.model is not None] * times
+    """`args` with the defaults of its --method, or of --adapter."""
+    fill(args, rates_of(DEFAULTS, args.adapter or args.method), args.model is not None)
     return args
 
 
@@ -826,15 +833,15 @@ def main(args: argparse.Namespace) -> dict:
     from sft import collate, sft_loss  # which imports this file
 
     if args.method == "all":
-        return compare(lambda one: both_tasks(resolved(one)), args, TABLE, Path(args.out or ROOT / "out" / "lora"),
-                       COLUMNS, MAIN_METHODS, flag="method")  # fmt: skip
+        return compare(both_tasks, resolved, args, TABLE, Path(args.out or ROOT / "out" / "lora"), COLUMNS,
+                       MAIN_METHODS, flag="method")  # fmt: skip
 
     # 4. Setup
     loop = Loop(args, "lora")
     start = args.model or loop.require("sft")
-    model, tokenizer = load(start)
-    if args.max_length > model.config.max_length and not args.merge:
-        raise UserError(f"--max-length {args.max_length}: the model reads at most {model.config.max_length} tokens")
+    model, tokenizer = load(start, with_tokenizer=not args.merge)
+    if not args.merge:
+        loop.check_length(model)
     model.to(loop.device)
     n_whole = sum(p.numel() for p in model.parameters())
     adapter = adapt(model, args.adapter or args.method, start, None if args.merge else loop)  # which may narrow it
@@ -845,6 +852,7 @@ def main(args: argparse.Namespace) -> dict:
     if adapter.method == "fishmask":
         some = (sft_loss(model, collate([[row]], loop.device)) for row in rows[:64])
         fish_mask(model, some, adapter.share)
+        loop.say(described(model, adapter))
     optimizer = adamw(model, args.lr, args.weight_decay)
     loop.compile(model)
     extra = loop.restore(model, optimizer)
@@ -877,8 +885,8 @@ def main(args: argparse.Namespace) -> dict:
 
     # 6. Evaluate
     after = measured(model, tokenizer, test, args, loop)
-    learns = sum(getattr(p, "learns", p.numel()) for p in model.parameters() if p.requires_grad)
-    sizes = ("trainable %", 100.0, 100 * learns / n_whole), ("optimizer MB", 8 * n_whole / 1e6, 8 * learns / 1e6)
+    n = n_learning(model)
+    sizes = ("trainable %", 100.0, 100 * n / n_whole), ("optimizer MB", 8 * n_whole / 1e6, 8 * n / 1e6)
     before |= {name: [whole] for name, whole, _ in sizes}
     after |= {name: [part] for name, _, part in sizes}
     return loop.finish(before, after, variant=adapter.method if args.adapter else args.method, baselines=stored(args),

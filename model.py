@@ -687,13 +687,15 @@ def their_names(config: Config, name: str) -> tuple[tuple[str, ...], list[int]]:
 
 
 def load(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
-         labels: int | None = 0) -> tuple[Transformer, Tokenizer | None]:  # fmt: skip
-    """The model of a Hugging Face directory, in `dtype`, and its tokenizer, None if it has none.
+         labels: int | None = 0, with_tokenizer: bool = False) -> tuple[Transformer, Tokenizer | None]:  # fmt: skip
+    """The model of a Hugging Face directory, or of a run's folder, in `dtype`, and its tokenizer, None if it has none.
 
     Every tensor must be there, none too many, each of the shape that config.json says, and the head that of a language
-    model, with `labels` 1 that of a reward model, with None either; UserError otherwise.
+    model, with `labels` 1 that of a reward model, with None either; with_tokenizer: that, too. UserError otherwise.
     """
     path = Path(path)
+    if not (path / "config.json").exists() and (path / "checkpoint" / "config.json").exists():
+        path /= "checkpoint"
     config = read_config(path / "config.json")
     if labels is not None and config.labels != labels:
         kinds = [f"a model with {n} labels" if n else "a language model" for n in (config.labels, labels)]
@@ -723,6 +725,8 @@ def load(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.d
     tokenizer = from_hf(path) if (path / "tokenizer.json").exists() else None
     if tokenizer and tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
+    if with_tokenizer and not tokenizer:
+        raise UserError(f"{path}: no tokenizer.json in it")
     return model.requires_grad_(True), tokenizer
 
 

@@ -406,7 +406,8 @@ def conclude(model: Transformer, ref_model: Transformer, tokenizer: Tokenizer, t
 
 # 3. Config
 
-DEFAULTS = {  # flag: (the generated world, --data)
+OF_DATA = ("steps", "kl_coef", "rm_pairs")
+DEFAULTS = {  # flag: (the tiny model), (a --model of your own); of OF_DATA (the generated world), (--data)
     "steps": (20, 200),
     "batch_size": (128, 64),
     "micro_batch_size": (128, 4),
@@ -489,7 +490,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = cli.parse_args(argv)
     for name, values in DEFAULTS.items():
         if getattr(args, name) is None:
-            setattr(args, name, values[args.data is not None])
+            setattr(args, name, values[(args.data if name in OF_DATA else args.model) is not None])
     for name, value in (PRESETS[args.preset] | LOSSES[args.loss]).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -518,7 +519,7 @@ def main(args: argparse.Namespace) -> dict:
     loop = Loop(args, "ppo", out="-".join(filter(None, ["ppo", args.preset])))
     if args.batch_size % loop.world_size:
         raise UserError(f"--batch-size {args.batch_size}: expected a multiple of the {loop.world_size} ranks")
-    model, tokenizer = load(args.model or loop.require("sft"))
+    model, tokenizer = load(args.model or loop.require("sft"), with_tokenizer=True)
     model.to(loop.device)
     if args.max_length > model.config.max_length:
         raise UserError(f"--max-length {args.max_length}: the model reads at most {model.config.max_length} tokens")

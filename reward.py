@@ -35,8 +35,10 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -47,7 +49,7 @@ from tqdm import tqdm
 from data import chat, formats, manners, world
 from data.formats import UserError
 from data.tokenizer import Tokenizer
-from loop import COUNT, REAL, Loop, adamw, clip, parser, run, set_lr
+from loop import COUNT, REAL, Loop, adamw, clip, fill, parser, run, set_lr
 from model import Transformer, generate, load
 
 # 1. The objective
@@ -164,9 +166,7 @@ class Batch(NamedTuple):
 def encode(prompt: str | list[dict], replies: Sequence[str | list[dict]], tokenizer: Tokenizer,
            chat_format: str | None = None) -> list[chat.Row]:  # fmt: skip
     """A row for each reply to the prompt: the mask is 1 on the reply alone, and nothing stands after its last token."""
-    prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    start = len(chat.render(prompt, tokenizer, add_generation_prompt=True, chat_format=chat_format).input_ids)
-    rows = []
+    start, rows = len(chat.prompt_ids(prompt, tokenizer, chat_format)), []
     for reply in replies:
         messages = formats.to_messages({"prompt": prompt, "completion": reply})
         ids, mask = chat.render(messages, tokenizer, chat_format=chat_format)
@@ -263,13 +263,8 @@ def examples(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer,
     """The feedback to train on, and what `evaluate` measures: {"examples", of the world "pairs", "requests"}."""
     if args.data:
         schema = {"comparison": "preference", "binary": "label", "rank": "scores", "steps": "steps"}[args.feedback]
-        rows = formats.read_jsonl(args.data, schema, mapping=formats.parse_map(args.map))
-        rows, held_out = (rows, []) if args.eval_data else formats.hold_out(rows)
-        if args.eval_data:
-            held_out = formats.read_jsonl(args.eval_data, schema, mapping=formats.parse_map(args.map))
-        if not held_out:
-            loop.say(f"only {len(rows)} rows: none are held out, and the accuracy below is that of the training rows")
-            held_out = rows
+        read = partial(formats.read_jsonl, schemas=schema, mapping=formats.parse_map(args.map))
+        (rows,), held_out = formats.split([args.data], args.eval_data, read, loop.say)
         rows = ai_labels(model, tokenizer, rows, args, loop) if args.labels == "ai" else rows
         if args.feedback == "rank" and any(len(row["scores"]) < 2 for row in rows + held_out):
             raise UserError(f"{args.data}: a row has one answer only: there is nothing to rank")
@@ -323,12 +318,6 @@ def read_constitution(args: argparse.Namespace) -> list[tuple[str, float]]:
     return rules
 
 
-def question(text: str, tokenizer: Tokenizer, chat_format: str | None = None) -> list[int]:
-    """What a model reads before it answers `text`."""
-    messages = [{"role": "user", "content": text}]
-    return chat.render(messages, tokenizer, add_generation_prompt=True, chat_format=chat_format).input_ids
-
-
 @torch.no_grad()
 def odds(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], words: tuple[str, str], loop: Loop
          ) -> Tensor:  # fmt: skip
@@ -337,7 +326,8 @@ def odds(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], wor
     order, found = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), torch.zeros(len(prompts))
     for start in tqdm(range(0, len(order), 256), "judging", disable=None, leave=False):
         some = order[start : start + 256]
-        batch = collate([Example([chat.Row(prompts[i], [1] * len(prompts[i]))]) for i in some], loop.device)
+        rows = [Example([chat.Row(prompts[i], [1] * len(prompts[i]))]) for i in some]
+        batch = collate(rows, loop.device, 64 if loop.compiled else 1)
         with loop.autocast():
             hidden = model.hidden(batch.input_ids)
         last = hidden[range(len(some)), batch.completion_mask.sum(1) - 1].float()  # (B, D)
@@ -349,7 +339,7 @@ def opinions(model: Transformer, tokenizer: Tokenizer, answers: Iterable[str], r
              args: argparse.Namespace, loop: Loop) -> dict[str, list[float]]:  # fmt: skip
     """{answer: P(yes) to each question of the constitution}, as the model says when it is asked."""
     answers = list(dict.fromkeys(answers))
-    asked = [question(f"Answer: {a} {q}", tokenizer, args.chat_format) for a in answers for q, _ in rules]
+    asked = [chat.prompt_ids(f"Answer: {a} {q}", tokenizer, args.chat_format) for a in answers for q, _ in rules]
     yes = odds(model, tokenizer, asked, ("yes", "no"), loop).sigmoid().view(len(answers), len(rules))
     return dict(zip(answers, yes.tolist(), strict=True))
 
@@ -369,11 +359,11 @@ def ai_labels(model: Transformer, tokenizer: Tokenizer, rows: list[dict], args: 
     """
     rules, pairs = read_constitution(args), [[text_of(row[side]) for side in ("chosen", "rejected")] for row in rows]
     if args.judge:
-        judge, its_tokenizer = load(args.judge, device=loop.device, dtype=loop.dtype)
+        judge, its_tokenizer = load(args.judge, device=loop.device, dtype=loop.dtype, with_tokenizer=True)
         listed = "\n".join(f"- {question} {weight:+g}" for question, weight in rules)
         asked = [WHICH.format(rules=listed, prompt=text_of(row["prompt"], whole=True), first=x, second=y)
                  for row, (a, b) in zip(rows, pairs, strict=True) for x, y in ((a, b), (b, a))]
-        prompts = [question(text, its_tokenizer) for text in asked]
+        prompts = [chat.prompt_ids(text, its_tokenizer) for text in asked]
         first, second = odds(judge, its_tokenizer, prompts, ("A", "B"), loop).sigmoid().view(-1, 2).T
         better = ((first + 1 - second) / 2).tolist()  # first: P(a) where a is A; second: P(b) where b is A
         alike = ((first > 0.5) != (second > 0.5)).float().mean()
@@ -385,7 +375,7 @@ def ai_labels(model: Transformer, tokenizer: Tokenizer, rows: list[dict], args: 
     judged = [(p, row) for p, row in zip(better, rows, strict=True) if abs(p - 0.5) >= 0.05 and "asker" in row]
     judged = [(p > 0.5) == (row["utility_chosen"] > row["utility_rejected"]) for p, row in judged
               if row["utility_chosen"] != row["utility_rejected"]]
-    agreement = f"; of the others {mean(judged):.1%} are in the order of the true utility" if judged else ""
+    agreement = f"; of the others {fmean(judged):.1%} are in the order of the true utility" if judged else ""
     loop.say(f"--labels ai: {len(rows)} pairs, {ties:.1%} tied (0.45 to 0.55){agreement}")
     labelled = []
     for p, row in zip(better, rows, strict=True):
@@ -426,15 +416,14 @@ def sampled(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], 
 def revise(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace, loop: Loop) -> dict:
     """Constitutional AI, supervised phase (arXiv 2212.08073, section 3): answer, criticise, revise; write SFT data.
 
-    Critique: the constitution's questions about every sentence; one is kept if it has something that is wanted and
-    nothing that is not. Revision, in rounds: where the judge misses something, the model goes on writing from each
-    beginning of what is kept, and the sentence that raises the judge's score most is put in there. What it sees in an
-    answer is all that the judge knows: not who asked, nor whether a fact is true.
+    Revision, in rounds: where the judge misses something, the model goes on writing from each beginning of what is
+    kept, and the sentence that raises the judge's score most is put in there. What the judge sees in an answer is all
+    that it knows: not who asked, nor whether a fact is true.
     """
-    rules, found = read_constitution(args), []
+    rules = read_constitution(args)
     seen = {"": [0.0] * len(rules)}  # text: P(yes) to each question
     requests = [manners.draw_request(world.rng_for("revise", args.seed, i), "train") for i in range(args.pairs)]
-    prompts = [question(request["prompt"], tokenizer, args.chat_format) for request in requests]
+    prompts = [chat.prompt_ids(request["prompt"], tokenizer, args.chat_format) for request in requests]
 
     def judge(texts: Iterable[str]) -> None:
         if new := sorted(set(texts) - seen.keys()):
@@ -446,39 +435,67 @@ def revise(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace, l
     said = sampled(model, tokenizer, prompts, args.max_new_tokens, 1, 1.0, args.seed)
     drafts = [manners.sentences_of(chat.completion_text(ids, tokenizer)) for (ids,) in said]
     judge(text for draft in drafts for text in (*draft, " ".join(draft)))
-    has = [(text, w) for text, yes in seen.items() for p, (_, w) in zip(yes, rules, strict=True) if p > 0.5]
-    good = {text for text, w in has if w > 0} - {text for text, w in has if w < 0}
-    kept = [[sentence for sentence in draft if sentence in good] for draft in drafts]
+    kept = criticised(drafts, seen, rules)
     for turn in range(6):
         judge(" ".join(sentences) for sentences in kept)
-        short = {text for text, yes in seen.items() for p, (_, w) in zip(yes, rules, strict=True) if p < 0.5 and w > 0}
-        places = [(i, at) for i, s in enumerate(kept) if " ".join(s) in short for at in range(len(s) + 1)]
-        starts = [prompts[i] + tokenizer.encode(" ".join(kept[i][:at])) for i, at in places]
-        said = sampled(model, tokenizer, starts, 24, 2, 0.7, args.seed + turn + 1)
-        ideas = [(i, kept[i][:at] + manners.sentences_of(chat.completion_text(ids, tokenizer))[:1] + kept[i][at:])
-                 for (i, at), both in zip(places, said, strict=True) for ids in both]
+        ideas = additions(model, tokenizer, prompts, kept, lacking(seen, rules), args.seed + turn + 1)
         judge(" ".join(sentences) for _, sentences in ideas)
         for i, sentences in ideas:
             if score(sentences) > score(kept[i]) + 0.25:  # by more than the judge wavers
                 kept[i] = sentences
     better = [bool(after) and score(after) > score(before) for before, after in zip(drafts, kept, strict=True)]
     final = [after if rose else before for before, after, rose in zip(drafts, kept, better, strict=True)]
-    improved = [i for i, rose in enumerate(better) if rose]
+    write_revised(requests, drafts, final, [i for i, rose in enumerate(better) if rose], loop)
+    return conclude(*(kept_rules(answers, requests, rules) for answers in (drafts, final)), {}, args, loop)
+
+
+def criticised(drafts: list[list[str]], seen: dict[str, list[float]], rules: list[tuple[str, float]]
+               ) -> list[list[str]]:  # fmt: skip
+    """Of each draft the sentences that have something that is wanted and nothing that is not, as the judge has `seen`.
+
+    Critique: the constitution's questions about every sentence.
+    """
+    has = [(text, w) for text, yes in seen.items() for p, (_, w) in zip(yes, rules, strict=True) if p > 0.5]
+    good = {text for text, w in has if w > 0} - {text for text, w in has if w < 0}
+    return [[sentence for sentence in draft if sentence in good] for draft in drafts]
+
+
+def lacking(seen: dict[str, list[float]], rules: list[tuple[str, float]]) -> set[str]:
+    """The texts in which the judge misses something that is wanted."""
+    return {text for text, yes in seen.items() for p, (_, w) in zip(yes, rules, strict=True) if p < 0.5 and w > 0}
+
+
+def additions(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], kept: list[list[str]],
+              short: set[str], seed: int) -> list[tuple[int, list[str]]]:  # fmt: skip
+    """(i, kept[i] with one more sentence) for those among `short`: two of the model's own at every place."""
+    places = [(i, at) for i, s in enumerate(kept) if " ".join(s) in short for at in range(len(s) + 1)]
+    starts = [prompts[i] + tokenizer.encode(" ".join(kept[i][:at])) for i, at in places]
+    said = sampled(model, tokenizer, starts, 24, 2, 0.7, seed)
+    return [(i, kept[i][:at] + manners.sentences_of(chat.completion_text(ids, tokenizer))[:1] + kept[i][at:])
+            for (i, at), both in zip(places, said, strict=True) for ids in both]  # fmt: skip
+
+
+def write_revised(requests: list[dict], drafts: list[list[str]], final: list[list[str]], improved: list[int],
+                  loop: Loop) -> None:  # fmt: skip
+    """Write the `improved` ones to revised.jsonl, rows of SFT, and say the first."""
     write_jsonl(loop, "revised.jsonl", [
         {"messages": [{"role": "user", "content": requests[i]["prompt"]},
                       {"role": "assistant", "content": " ".join(final[i])}]} for i in improved])  # fmt: skip
     for i in improved[:1]:
         loop.say(f"\n  user       {requests[i]['prompt']}\n  draft      {' '.join(drafts[i])}\n"
                  f"  revised    {' '.join(final[i])}\n")
+
+
+def kept_rules(answers: list[list[str]], requests: list[dict], rules: list[tuple[str, float]]
+               ) -> dict[str, list[float]]:  # fmt: skip
+    """{metric: one number an answer}, by what the world knows of them: whether all of `rules` are kept, and each."""
     wanted = {name: weight > 0 for name, asked in manners.QUESTIONS.items() for text, weight in rules if text == asked}
-    for answers in (drafts, final):  # what the world knows of them
-        told = [(" ".join(said), r["asker"], r["name"]) for said, r in zip(answers, requests, strict=True)]
-        keeps = {f"rules kept: {name}": [float(manners.has(text, name, *who) == is_wanted) for text, *who in told]
-                 for name, is_wanted in wanted.items()}  # fmt: skip
-        all_of_them = [min(row) for row in zip([1.0] * len(told), *keeps.values(), strict=True)]
-        utility = [manners.utility(*row) for row in told]
-        found.append({"answers that keep the constitution": all_of_them, "utility": utility} | keeps)
-    return conclude(*found, {}, args, loop)
+    told = [(" ".join(said), r["asker"], r["name"]) for said, r in zip(answers, requests, strict=True)]
+    keeps = {f"rules kept: {name}": [float(manners.has(text, name, *who) == is_wanted) for text, *who in told]
+             for name, is_wanted in wanted.items()}  # fmt: skip
+    all_of_them = [min(row) for row in zip([1.0] * len(told), *keeps.values(), strict=True)]
+    utility = [manners.utility(*row) for row in told]
+    return {"answers that keep the constitution": all_of_them, "utility": utility} | keeps
 
 
 # Process supervision
@@ -492,8 +509,8 @@ def worked_sums(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespa
     is right if any of four endings that the model gives it arrives at the right answer (Math-Shepherd, equation 3).
     """
     sums = [world.draw_sum(world.rng_for("process", args.seed, split, i), split, 5) for i in range(problems)]
-    prompts = [question(f"What is {' + '.join(map(str, numbers))}? Show your steps.", tokenizer, args.chat_format)
-               for numbers in sums]  # fmt: skip
+    asked = [f"What is {' + '.join(map(str, numbers))}? Show your steps." for numbers in sums]
+    prompts = [chat.prompt_ids(text, tokenizer, args.chat_format) for text in asked]
     truths = [f"<think>{world.working(numbers)}</think>{sum(numbers)}" for numbers in sums]
     said = sampled(model, tokenizer, prompts, args.max_new_tokens, samples, 1.0, args.seed)
     parts = []  # of each answer, as far as each step: (problem, ids)
@@ -512,8 +529,8 @@ def worked_sums(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespa
         for (p, *ids), four in [*zip(starts, endings, strict=True), *((some[-1], [[]]) for some in parts)]:
             texts = [chat.completion_text(ids + ending, tokenizer) for ending in four]
             right[p, *ids] = any(world.is_correct(text, truths[p]) for text in texts)
-        agreement = mean([right[part] == exact[part] for part in right])
-        share = mean(list(right.values()))
+        agreement = fmean(right[part] == exact[part] for part in right)
+        share = fmean(right.values())
         loop.say(f"--feedback steps: {len(parts)} worked sums, {share:.1%} of {len(right)} steps are right by "
                  f"{4 * len(starts)} endings; a checker would say the same of {agreement:.1%}")
     found = []
@@ -527,10 +544,6 @@ def worked_sums(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespa
 # The measurement
 
 
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
 @torch.no_grad()
 def scores(model: Transformer, some: Sequence[Example], args: argparse.Namespace, loop: Loop) -> list[list[float]]:
     """For each example the rewards of its answers, or those at the ends of its steps."""
@@ -538,7 +551,7 @@ def scores(model: Transformer, some: Sequence[Example], args: argparse.Namespace
     found: list[list[float]] = [[] for _ in some]
     for start in tqdm(range(0, len(order), args.micro_batch_size), "measuring", disable=None, leave=False):
         places = order[start : start + args.micro_batch_size]
-        batch = collate([some[i] for i in places], loop.device)
+        batch = collate([some[i] for i in places], loop.device, 64 if loop.compiled else 1)
         with loop.autocast():
             if args.feedback == "steps":
                 values = token_rewards(model, batch.input_ids)[batch.steps >= 0]
@@ -565,7 +578,7 @@ def calibration(margins: Iterable[float]) -> list[tuple[float, float, int]]:
     for margin in margins:
         says = 1 / (1 + math.exp(-abs(margin)))
         buckets[min(4, int(10 * says) - 5)].append((says, margin > 0))
-    return [(mean([p for p, _ in some]), mean([met for _, met in some]), len(some)) for some in buckets if some]
+    return [(fmean(p for p, _ in some), fmean(met for _, met in some), len(some)) for some in buckets if some]
 
 
 def evaluate(model: Transformer, tokenizer: Tokenizer, test: dict[str, list], args: argparse.Namespace, loop: Loop
@@ -617,7 +630,7 @@ def baselines(test: dict[str, list], tokenizer: Tokenizer, args: argparse.Namesp
     if "pairs" in test:
         longer = [float(len(row["chosen"]) > len(row["rejected"])) for row in test["pairs"]]
         return {"ceiling: the annotator's own utility": manners.best_accuracy(test["pairs"]),
-                "the longer answer": mean(longer)}  # fmt: skip
+                "the longer answer": fmean(longer)}  # fmt: skip
     if args.feedback != "steps" or args.data:
         return {}
     said = []  # of each sample: its final answer, and whether all of it is right
@@ -626,10 +639,10 @@ def baselines(test: dict[str, list], tokenizer: Tokenizer, args: argparse.Namesp
         said.append((world.final_answer(text), steps[-1][1]))
     eights = [said[i : i + 8] for i in range(0, len(said), 8)]
     votes = [Counter(answer for answer, _ in eight).most_common(1)[0][0] for eight in eights]
-    return {"every step is right": mean([right for example in test["examples"] for _, right in example.steps]),
-            "one sample": mean([right for _, right in said]),
-            "majority vote of 8": mean([(vote, True) in eight for vote, eight in zip(votes, eights, strict=True)]),
-            "ceiling: any of 8": mean([any(right for _, right in eight) for eight in eights])}  # fmt: skip
+    return {"every step is right": fmean(right for example in test["examples"] for _, right in example.steps),
+            "one sample": fmean(right for _, right in said),
+            "majority vote of 8": fmean((vote, True) in eight for vote, eight in zip(votes, eights, strict=True)),
+            "ceiling: any of 8": fmean(any(right for _, right in eight) for eight in eights)}  # fmt: skip
 
 
 # 3. Config
@@ -692,9 +705,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--too-long", choices=("refuse", "drop", "cut"), default="refuse",
                      help="rows of more than --max-length tokens (cut: at the end of the answers, never the prompt)")
     args = cli.parse_args(argv)
-    for name, values in DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, values[1 if args.model else 0])
+    fill(args, DEFAULTS, args.model is not None)
     if args.epochs is None:  # few worked sums, which take long to make, are looked at more often
         args.epochs = 3.0 if args.feedback == "steps" else 1.0
     args.pairs = args.pairs or (256 if args.revise else PAIRS[args.feedback])
@@ -713,9 +724,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> dict:
     # 4. Setup
     loop = Loop(args, "reward")
-    start, tokenizer = load(args.model or loop.require("sft"))
-    if args.max_length > start.config.max_length:
-        raise UserError(f"--max-length {args.max_length}: the model reads at most {start.config.max_length} tokens")
+    start, tokenizer = load(args.model or loop.require("sft"), with_tokenizer=True)
+    loop.check_length(start)
     start.to(loop.device).eval()
     if args.revise:
         with loop.autocast():
@@ -728,7 +738,7 @@ def main(args: argparse.Namespace) -> dict:
         loop.say(f"--max-length {args.max_length}: {n} rows {kind}")
     if not rows or not test["examples"]:
         raise UserError(f"no row is left to train on or to measure: --max-length is {args.max_length}")
-    total = args.steps or math.ceil(args.epochs * len(rows) / args.batch_size)
+    total = args.steps if args.steps is not None else math.ceil(args.epochs * len(rows) / args.batch_size)
     loop.seed(0)  # the head is the same whatever was drawn before it
     model = loop.shard(with_scalar_head(start))
     del start  # its memory
@@ -760,7 +770,7 @@ def main(args: argparse.Namespace) -> dict:
         loop.log(step, loss=loss, accuracy=accuracy, margin=margin, grad_norm=grad_norm, lr=lr, tokens=n_read)
         if args.eval_every and loop.due("eval", step) and step < total:
             name, values = next(iter(evaluate(model, tokenizer, test, args, loop).items()))
-            loop.say(f"step {step}: {name} {mean(values):.3f}")
+            loop.say(f"step {step}: {name} {fmean(values):.3f}")
         if loop.due("save", step):
             loop.save(step, model=model, optimizer=optimizer, tokenizer=tokenizer, extra={"before": before})
 

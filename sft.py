@@ -27,9 +27,11 @@ import argparse
 import json
 import math
 import random
+import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,8 +43,8 @@ from data import chat, formats, world
 from data.formats import UserError
 from data.tokenizer import Tokenizer, tiny
 from kernels import IGNORED, linear_cross_entropy
-from loop import COUNT, REAL, Loop, adamw, clip, parser, run, set_lr
-from lora import adapt, lr_of
+from loop import COUNT, REAL, Loop, adamw, clip, fill, parser, run, set_lr
+from lora import adapt, rates_of
 from model import Config, Transformer, generate, load, token_logps
 
 # 1. The objective
@@ -227,18 +229,13 @@ def replay(rows: Iterable[chat.Row], documents: Iterator[chat.Row], share: float
 def file_rows(args: argparse.Namespace, path: str, loop: Loop) -> tuple[list[dict], list[dict]]:
     """Rows of the JSONL files `path` ("a.jsonl,b.jsonl"), in the shares of --mix, and the held-out ones."""
     schemas = ("text",) if args.stage == "base" else ("chat", "completion")
-    train, held_out = [], []
-    for file in path.split(","):
-        rows = formats.read_jsonl(file, schemas, mapping=formats.parse_map(args.map))
-        rows, held = (rows, []) if args.eval_data else formats.hold_out(rows)
+    read = partial(formats.read_jsonl, schemas=schemas, mapping=formats.parse_map(args.map))
+    train, files = [], path.split(",")
+    parts, held_out = formats.split(files, args.eval_data, read, loop.say)
+    for file, rows in zip(files, parts, strict=True):
         weight = args.mix.get(Path(file).name, 1.0)
         chosen = random.Random(f"{args.seed} {Path(file).name}").sample(rows, round(weight % 1 * len(rows)))
-        train, held_out = train + rows * int(weight) + chosen, held_out + held
-    if args.eval_data:
-        held_out = formats.read_jsonl(args.eval_data, schemas, mapping=formats.parse_map(args.map))
-    if not held_out:
-        loop.say(f"only {len(train)} rows: none are held out, and the loss below is that of the training rows")
-        held_out = train
+        train += rows * int(weight) + chosen
     return train, held_out
 
 
@@ -371,7 +368,7 @@ def examples(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer,
 def answer(model: Transformer, tokenizer: Tokenizer, chats: list[list[dict]], args: argparse.Namespace, *,
            samples: int, temperature: float, seed: int) -> list[list[str]]:
     """What the model says next in each of `chats`, `samples` times."""
-    prompts = [chat.render(messages, tokenizer, add_generation_prompt=True).input_ids for messages in chats]
+    prompts = [chat.prompt_ids(messages, tokenizer) for messages in chats]
     if (room := model.config.max_length - max(map(len, prompts))) < args.max_new_tokens:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: the longest question leaves room for {room}")
     texts = []
@@ -390,7 +387,8 @@ def row_losses(model: Transformer, rows: list[chat.Row], args: argparse.Namespac
     """For each row the sum of -log p over its trained tokens, and their number."""
     losses = []
     for start in tqdm(range(0, len(rows), args.micro_batch_size), "measuring", disable=None, leave=False):
-        batch = collate([[row] for row in rows[start : start + args.micro_batch_size]], loop.device)
+        some = [[row] for row in rows[start : start + args.micro_batch_size]]
+        batch = collate(some, loop.device, 64 if loop.compiled else 1)
         with loop.autocast():
             logps = token_logps(model, batch.input_ids)
         sums, counts = -(logps * batch.completion_mask).sum(-1), batch.completion_mask.sum(-1)
@@ -429,10 +427,6 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, test: dict[str, list], ar
                 found.setdefault(row["part"], []).append(r)
     model.train()
     return found
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def conclude(model: Transformer, tokenizer: Tokenizer, test: dict[str, list], before: dict[str, list[float]],
@@ -497,10 +491,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--prompts", metavar="FILE",
                      help="JSONL of prompt, answer (rollouts) or of prompt (self-instruct; default: the world)")
     args = cli.parse_args(argv)
-    for name, values in DEFAULTS.items():
-        if getattr(args, name) is None:
-            value = values[2 if args.model else 0 if args.stage == "base" else 1]
-            setattr(args, name, lr_of(args, value) if name == "lr" else value)
+    fill(args, rates_of(DEFAULTS, args.adapter), 2 if args.model else 0 if args.stage == "base" else 1)
     if args.steps is None and args.data is None:
         args.steps = WORLD_STEPS[args.stage]
     args.too_long = args.too_long or ("split" if args.stage == "base" else "refuse")
@@ -540,13 +531,10 @@ def main(args: argparse.Namespace) -> dict:
         model = Transformer(Config.from_depth(args.depth, tokenizer.vocab_size, 512))
     else:
         start = start or loop.require("sft" if args.data in OWN_ROWS else "base")
-        model, tokenizer = load(start)
-    if tokenizer is None:
-        raise UserError(f"{args.model}: no tokenizer.json in it")
+        model, tokenizer = load(start, with_tokenizer=True)
     if args.chat_format:
         tokenizer = replace(tokenizer, chat_format=args.chat_format)
-    if args.max_length > model.config.max_length:
-        raise UserError(f"--max-length {args.max_length}: the model reads at most {model.config.max_length} tokens")
+    loop.check_length(model)
     model.to(loop.device).checkpoint_activations = args.checkpoint_activations
     if args.adapter:
         adapt(model, args.adapter, start, loop)
@@ -590,7 +578,7 @@ def main(args: argparse.Namespace) -> dict:
         loop.log(step, loss=loop.sum_over_ranks(loss_sum), grad_norm=grad_norm, lr=lr, tokens=n_read)
         if args.eval_every and loop.due("eval", step) and step < total:
             name, values = next(iter(evaluate(model, tokenizer, test, args, loop).items()))
-            loop.say(f"step {step}: {name} {mean(values):.3f}")
+            loop.say(f"step {step}: {name} {statistics.fmean(values):.3f}")
         if loop.due("save", step):
             loop.save(step, model=model, optimizer=optimizer, tokenizer=tokenizer, extra={"before": before})
 

@@ -17,7 +17,7 @@ ignored and listed once; whatever else does not fit is refused with file, line, 
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
@@ -187,6 +187,23 @@ def hold_out(rows: list[dict]) -> tuple[list[dict], list[dict]]:
     if not train:
         raise UserError(f"all {len(rows)} rows are the same: there is nothing to hold out")
     return train, [row for row, key in zip(rows, keys, strict=True) if key >= least]
+
+
+def split(paths: Sequence[str], eval_path: str | None, read: Callable[[str], list[dict]], say: Callable[[str], None]
+          ) -> tuple[list[list[dict]], list[dict]]:  # fmt: skip
+    """(the rows to train on of each of `paths`, the held-out rows): all of `eval_path`, else what hold_out takes.
+
+    Where there is nothing to hold out, what is trained on is measured, and `say` is told so.
+    """
+    parts = [read(path) for path in paths]
+    if eval_path:
+        return parts, read(eval_path)
+    parts, held_out = zip(*map(hold_out, parts), strict=True)
+    held_out = sum(held_out, [])
+    if not held_out:
+        held_out = sum(parts, [])
+        say(f"only {len(held_out)} rows: none are held out, and what is measured are the training rows")
+    return list(parts), held_out
 
 
 def parse_map(pairs: Sequence[str]) -> dict[str, str]:

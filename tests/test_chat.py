@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from data import chat
-from data.chat import DATES, FORMATS, completion_text, render
+from data.chat import DATES, FORMATS, completion_text, prompt_ids, render
 from data.formats import UserError
 from data.tokenizer import CHATML, Tokenizer, from_hf, save_hf, tiny
 from tests.oracle import oracle
@@ -247,6 +247,15 @@ def test_a_generation_prompt_is_the_beginning_of_what_was_trained_on(ours):
             n = len(prompt)
             assert whole.input_ids[:n] == prompt and whole.completion_mask[:n] == mask
             assert whole.completion_mask[n - 1 : n + 1] == [0, 1]
+
+
+def test_a_prompt_is_a_question_or_a_conversation(ours):
+    row = [{"role": "user", "content": "Hello"}]
+    wanted = render(row, ours, add_generation_prompt=True).input_ids
+    assert prompt_ids("Hello", ours) == prompt_ids(row, ours) == wanted != render(row, ours).input_ids
+    assert prompt_ids("Hello", tiny(), "qwen2.5") == prompt_ids(
+        [{"role": "system", "content": chat.DEFAULT_SYSTEM["qwen2.5"]}, *row], tiny()
+    )
 
 
 # those that do not change the white space of an answer

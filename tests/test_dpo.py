@@ -258,6 +258,24 @@ def test_log1mexp_near_and_far():
         assert x.grad.tolist() == pytest.approx([-1 / math.expm1(-v) for v in x.tolist()], rel=10 * rel)
 
 
+@pytest.mark.parametrize("x", [0.0, -1e-9, -6e-8, -1e-7, -100.0, -math.inf])
+def test_log1mexp_has_a_gradient_everywhere(x):
+    """Where one branch of torch.where is infinite, the other one is taken and the gradient stays a number."""
+    x = torch.tensor([x], requires_grad=True)
+    dpo.log1mexp(x).backward()
+    assert x.grad.item() == pytest.approx(-1 / math.expm1(-x.item()) if x.item() else 0.0, rel=1e-4)
+
+
+def test_orpo_learns_where_a_token_is_certain():
+    """log pi = 0 of the chosen answer, of the rejected one, of both."""
+    args = of("orpo")
+    for sure in ([0.0, -9.0], [-9.0, 0.0], [0.0, 0.0]):
+        logps = torch.tensor([sure], requires_grad=True)
+        s = random_scored(B=1)._replace(logps=logps, lengths=torch.tensor([[3, 3]]))
+        objective(s, args).sum().backward()
+        assert logps.grad.isfinite().all() and objective(s, args).isfinite().all()
+
+
 def test_orpo_of_sure_and_of_hopeless_answers():
     """Mean log-probs of -1e-6 and -50: log odds are 13.8 and -50, not infinite, not NaN."""
     logps = torch.tensor([[-4e-6, -350.0]], dtype=torch.float64, requires_grad=True)
@@ -746,7 +764,7 @@ def test_written_pairs_are_the_annotators():
 
 def requests(n: int, split: str = "train") -> list[tuple[list[int], dict]]:
     rows = [manners.draw_request(world.rng_for("test", i), split) for i in range(n)]
-    return [(dpo.prompt_ids(row["prompt"], tiny(), Namespace(chat_format=None)), row) for row in rows]
+    return [(chat.prompt_ids(row["prompt"], tiny()), row) for row in rows]
 
 
 def says(monkeypatch, texts) -> list[Namespace]:
@@ -858,9 +876,9 @@ def data(tmp_path) -> Path:
 
 
 def args_for(checkpoint: Path, data: Path | None, out: Path, *flags: object) -> Namespace:
-    rows = ("--data", data, "--max-length", 160) if data else ("--steps", 2, "--max-new-tokens", 8)
+    rows = ("--data", data) if data else ("--steps", 2, "--max-new-tokens", 8)
     argv = ["--model", checkpoint, *rows, "--out", out, "--device", "cpu", "--batch-size", 4, "--micro-batch-size", 4,
-            "--lr", 1e-3, "--warmup", 2, "--log-every", 1, *flags]  # fmt: skip
+            "--max-length", 160, "--lr", 1e-3, "--warmup", 2, "--log-every", 1, *flags]  # fmt: skip
     return get_args(list(map(str, argv)))
 
 
@@ -1233,6 +1251,50 @@ def test_credit_is_the_implicit_reward_of_each_token(checkpoint, data, tmp_path,
     assert all(row["chosen"] + "<|im_end|>" in texts and row["rejected"] + "<|im_end|>" in texts for row in pairs()[:3])
 
 
+def test_credit_is_shown_in_bf16_and_once(checkpoint, data, tmp_path, capsys, one):
+    """A reference in bf16 is scored under autocast, like the policy; other ranks score and say nothing."""
+    run(checkpoint, data, tmp_path / "out", "--steps", 1, "--credit", "--dtype", "bf16")
+    assert capsys.readouterr().out.count("\033[30;48") > 20
+    args = args_for(checkpoint, data, tmp_path / "out")
+    test = {"pairs": [dpo.from_file(row, tiny(), args) for row in pairs()]}
+    model, scored = small(tiny().vocab_size), []
+    model.norm.register_forward_pre_hook(lambda *a: scored.append(1))
+    for one.main in (False, True):
+        scored.clear()
+        dpo.show_credit(model, model, tiny(), test, args, one)
+        assert bool(capsys.readouterr().out) == one.main and len(scored) == 6
+
+
+def test_compiled_runs_see_few_lengths(checkpoint, data, tmp_path, monkeypatch):
+    """Training, measuring, a reward model that judges, --credit."""
+    import kernels
+    import reward
+    from model import Block
+
+    save(reward.with_scalar_head(small(tiny().vocab_size)), tiny(), tmp_path / "judge")
+    seen = []
+    watch(monkeypatch, "collate", lambda batch, *how: seen.append(batch.input_ids.shape[1]))
+    monkeypatch.setattr(kernels, "use_compile", lambda wanted: wanted)
+    monkeypatch.setattr(Block, "compile", lambda block, dynamic: None)
+    with torch._dynamo.config.patch(recompile_limit=8):
+        run(checkpoint, data, tmp_path / "out", "--steps", 1, "--compile", "on", "--online", "--max-new-tokens", 8,
+            "--judge", tmp_path / "judge", "--credit")  # fmt: skip
+    assert len(seen) > 8 and all(length % 64 == 0 for length in seen)
+
+
+@pytest.mark.parametrize("world_run", [False, True])
+def test_no_steps_are_no_steps(checkpoint, data, tmp_path, short_world, world_run):
+    result = run(checkpoint, None if world_run else data, tmp_path / "out", "--steps", 0)
+    assert result["seconds"] < 1 and not (tmp_path / "out" / "checkpoint").exists()
+    assert world_run or result["before"] == result["after"]
+
+
+def test_an_eval_file_that_compares_nothing_is_refused(checkpoint, data, tmp_path):
+    alike = write_jsonl(tmp_path / "alike.jsonl", [{"prompt": "x", "completions": ["a", "b"], "scores": [1, 1]}])
+    with pytest.raises(UserError, match="to train on or to measure"):
+        run(checkpoint, data, tmp_path / "out", "--eval-data", alike)
+
+
 def test_settings_are_resolved_and_kept(checkpoint, data, tmp_path, capsys):
     run(checkpoint, data, tmp_path / "out", "--loss", "simpo", "--steps", 1)
     assert "--loss simpo: lr 0.001, beta 2.5, gamma 1.4, sft_weight 0" in capsys.readouterr().err
@@ -1240,9 +1302,13 @@ def test_settings_are_resolved_and_kept(checkpoint, data, tmp_path, capsys):
     assert (kept["beta"], kept["gamma"], kept["sft_weight"]) == (2.5, 1.4, 0.0)
     with pytest.raises(UserError, match="--gamma was 1.4, now 1.0"):
         run(checkpoint, data, tmp_path / "out", "--loss", "simpo", "--steps", 1, "--gamma", 1, "--resume")
-    for name, (_, _, defaults) in LOSSES.items():
-        for where, args in enumerate((of(name), of(name, "--data", "x.jsonl"))):
-            assert all(getattr(args, flag) == values[where] for flag, values in defaults.items())
+    for name, (_, _, defaults) in LOSSES.items():  # sizes and rate are of the model, the rest is of the data
+        for data, model in itertools.product((False, True), repeat=2):
+            args = of(name, *("--data", "x.jsonl") * data, *("--model", "x") * model)
+            assert all(getattr(args, flag) == values[model] for flag, values in dpo.DEFAULTS.items())
+            for flag, values in defaults.items():
+                assert getattr(args, flag) == values[model if flag == "lr" else data]
+            assert args.steps == (None if data else dpo.WORLD_STEPS)
 
 
 @pytest.mark.parametrize(("flags", "said"), [
@@ -1348,7 +1414,7 @@ def test_a_table_of_all_losses(checkpoint, tmp_path, monkeypatch, short_world, c
     runs = []
     watch(monkeypatch, "evaluate", lambda found, *rest: runs.append(found))
     flags = ["--loss", "all", "--model", checkpoint, "--out", tmp_path / "all", "--steps", 2, "--seeds", 2,
-             "--device", "cpu", "--batch-size", 2, "--max-new-tokens", 6]  # fmt: skip
+             "--device", "cpu", "--batch-size", 2, "--max-length", 128, "--max-new-tokens", 6]  # fmt: skip
     args = list(map(str, flags))
     table = main(get_args(args))
     assert json.loads((tmp_path / "all" / "table.json").read_text()) == table
@@ -1376,5 +1442,9 @@ def test_a_table_of_all_losses(checkpoint, tmp_path, monkeypatch, short_world, c
     )
     n = len(runs)
     (tmp_path / "all" / "pro-0" / "result.json").unlink()
+    with pytest.raises(UserError, match=r"dpo-0 has other settings: --lr was .* now 0\.5"):
+        main(get_args([*args, "--resume", "--lr", "0.5"]))
     again = main(get_args([*args, "--resume"]))
     assert len(runs) == n + 1 and [row["utility"] for row in again["rows"]] == [row["utility"] for row in table["rows"]]
+    fewer = main(get_args([*args, "--resume", "--seeds", "1"]))
+    assert len(runs) == n + 1 and [row["seeds"] for row in fewer["rows"]] == [1] * 5

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data.formats import KINDS, SCHEMAS, UserError, hold_out, parse_map, read_jsonl, to_messages
+from data.formats import KINDS, SCHEMAS, UserError, hold_out, parse_map, read_jsonl, split, to_messages
 
 USER, ANSWER = {"role": "user", "content": "Sort 2 1."}, {"role": "assistant", "content": "1 2"}
 SYSTEM, TOOL = {"role": "system", "content": "Be brief."}, {"role": "tool", "content": "1 2"}
@@ -215,6 +215,16 @@ def test_held_out_depends_on_the_rows_alone():
     assert [row for row in hold_out(kept)[1] if row in train] != []  # three others move up
     assert all(row in hold_out(kept)[1] for row in held_out[3:])
     assert not {str(row) for row in held_out} <= {str(row) for row in rows[-20:]}  # not merely the last of the file
+
+
+def test_rows_of_files_and_what_is_held_out_of_them():
+    files = {"a": numbered(40), "b": numbered(60)[40:], "c": numbered(70)[60:], "d": numbered(100)[70:]}
+    said = []
+    parts, held_out = split(["a", "b"], None, files.get, said.append)
+    assert [parts[0], held_out] == list(hold_out(files["a"])) and parts[1] == files["b"] and said == []
+    assert split(["a", "b"], "c", files.get, said.append) == ([files["a"], files["b"]], files["c"]) and said == []
+    assert split(["b", "c"], None, files.get, said.append) == ([files["b"], files["c"]], files["b"] + files["c"])
+    assert said == ["only 30 rows: none are held out, and what is measured are the training rows"]
 
 
 def test_equal_rows_stay_together():

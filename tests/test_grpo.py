@@ -543,7 +543,8 @@ def mine(tmp_path) -> str:
 
 def args_for(checkpoint: Path, out: Path, *flags: object) -> Namespace:
     argv = ["--model", checkpoint, "--out", out, "--device", "cpu", "--batch-size", 4, "--group-size", 3, "--steps", 3,
-            "--lr", 1e-3, "--max-new-tokens", 12, "--tests", 6, "--show-every", 0, *flags]  # fmt: skip
+            "--lr", 1e-3, "--max-new-tokens", 12, "--tests", 6, "--show-every", 0, "--max-length", 128,
+            "--micro-batch-size", 256, "--warmup", 2, *flags]  # fmt: skip
     return get_args(list(map(str, argv)))
 
 

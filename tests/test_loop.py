@@ -25,7 +25,7 @@ from data.formats import UserError
 from data.tokenizer import tiny
 from kernels import linear_cross_entropy
 from loop import COMMON, Loop, RunFailed, adamw, clip, curve, learning_rate, paired, parser, run, set_lr
-from model import Config, Transformer, load
+from model import Block, Config, Transformer, load
 
 DEFAULTS = {
     "depth": 2, "steps": 10, "epochs": 1.0, "batch_size": 6, "micro_batch_size": 4, "lr": 1e-2, "warmup": 3,
@@ -476,6 +476,20 @@ def test_resume_refuses_other_settings(tmp_path):
     Loop(args, "toy")
 
 
+@pytest.mark.parametrize("flag", ["--data", "--eval-data"])
+def test_resume_refuses_a_file_that_has_changed(tmp_path, flag):
+    """One of two files, under the same path."""
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for file in files:
+        file.write_text("old\n")
+    flags = ("--out", tmp_path / "out", flag, ",".join(map(str, files)))
+    train(get_args(*flags, "--steps", 1))
+    Loop(get_args(*flags, "--steps", 1, "--resume"), "toy")
+    files[1].write_text("new\n")
+    with pytest.raises(UserError, match=rf"{flag} was .*b.jsonl sha256"):
+        Loop(get_args(*flags, "--steps", 1, "--resume"), "toy")
+
+
 def test_nothing_is_written_before_the_first_step(tmp_path):
     Loop(get_args("--out", tmp_path / "new"), "toy")
     assert not (tmp_path / "new").exists()
@@ -629,6 +643,16 @@ def test_second_signal_stops_at_once(tmp_path):
 # Reporting
 
 
+def test_narrow_rounds_frozen_matrices_of_blocks(tmp_path):
+    loop, model = Loop(get_args("--out", tmp_path, "--dtype", "bf16"), "toy"), new_model()
+    for name, p in model.named_parameters():
+        p.requires_grad_("ffn" in name)
+    loop.narrow(model)
+    for name, p in model.named_parameters():
+        frozen_matrix = name.startswith("blocks.") and "ffn" not in name and p.ndim == 2
+        assert p.dtype == (torch.bfloat16 if frozen_matrix else torch.float32), name
+
+
 def test_log_writes_plain_numbers(tmp_path):
     loop = Loop(get_args("--out", tmp_path, "--log-every", 3), "toy")
     for step in loop.steps(7):
@@ -712,6 +736,16 @@ def test_compile_is_decided_once(monkeypatch, flag, device, compiled):
     assert told == [compiled] + [False] * len(model.blocks) * compiled and loop.compiled == compiled
 
 
+@pytest.mark.parametrize("longest", [64, 8192])
+def test_every_padded_length_may_have_its_graphs(monkeypatch, longest):
+    """With and without gradient, of whole batches and of the last one."""
+    monkeypatch.setattr(kernels, "use_compile", lambda on: on)
+    monkeypatch.setattr(Block, "compile", lambda block, dynamic: None)
+    with torch._dynamo.config.patch(recompile_limit=8):
+        Loop(get_args("--compile", "on", "--max-length", longest), "toy").compile(new_model())
+        assert torch._dynamo.config.recompile_limit >= max(64, 4 * longest // 64)
+
+
 def test_without_a_compiler_the_run_is_eager(monkeypatch):
     told, model = [], new_model()
     monkeypatch.setattr(kernels, "use_compile", lambda on: False)
@@ -738,7 +772,7 @@ from pathlib import Path
 LR = 0.1
 def get_args(argv):
     flags = dict(zip(argv[::2], argv[1::2]))
-    return Namespace(stage=flags["--stage"], lr=LR, out=Path(flags.get("--out", "x")))
+    return Namespace(stage=flags.get("--stage", "sft"), lr=LR, seed=0, out=Path(flags.get("--out", "x")))
 if __name__ == "__main__":
     args = get_args(sys.argv[1:])
     Path("count").open("a").write("built ")
@@ -755,7 +789,7 @@ def house(tmp_path, monkeypatch):
     monkeypatch.setattr(loop_module, "ROOT", tmp_path)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "tiny.tiktoken").write_text("old")
-    settings = json.dumps(loop_module._identity(Namespace(stage="base", lr=0.1)))
+    settings = json.dumps(loop_module._identity(Namespace(stage="base", lr=0.1, seed=0)))
     (tmp_path / "sft.py").write_text(SCRIPT.replace("SETTINGS", repr(settings)))
     return tmp_path
 
@@ -769,6 +803,29 @@ def test_a_missing_stage_is_built_once(house, capsys):
     assert {p.name for p in (house / "out").iterdir()} == {"base", ".base.lock"}
     result = json.loads((house / "out" / "base" / "result.json").read_text())
     assert result == {"seconds": 1, "command": "python sft.py --stage base"}, "the command that anybody can repeat"
+
+
+def test_runs_with_settings_of_their_own_leave_the_stages_alone(house, capsys):
+    """Later scripts start from out/base and out/sft; the same flags with --resume find their run again."""
+
+    def new(stage: str, script: str = "sft", **flags: object) -> Path:
+        settings = {"stage": stage, "lr": 0.1, "seed": 0, "out": None, "device": "cpu", "resume": False}
+        loop = Loop(Namespace(**settings | flags), script, out="base" if stage == "base" else None)
+        return loop.out.relative_to(house)
+
+    assert [new("base"), new("sft"), new("sft", device="auto")] == [Path("out/base"), Path("out/sft"), Path("out/sft")]
+    assert new("sft", "dpo", lr=0.5) == Path("out/dpo") and new("sft", lr=0.5, out=house / "x") == Path("x")
+    assert capsys.readouterr().err == ""
+    assert [new("base", seed=1), new("sft", lr=0.5)] == [Path("out/base-custom"), Path("out/sft-custom")]
+    assert capsys.readouterr().err.splitlines() == [
+        f"these are not the settings of the stage out/{name}: writing to out/{name}-custom" for name in ("base", "sft")
+    ]
+    (house / "out" / "sft-custom" / "checkpoint").mkdir(parents=True)
+    notes = {"identity": loop_module._identity(Namespace(stage="sft", lr=0.5, seed=0))}
+    (house / "out" / "sft-custom" / "checkpoint" / "training.json").write_text(json.dumps(notes))
+    assert new("sft", lr=0.5, resume=True) == Path("out/sft-custom")
+    with pytest.raises(UserError, match="nothing to resume in .*out/sft$"):
+        new("sft", resume=True)
 
 
 def test_a_stage_that_fails_leaves_nothing(house):

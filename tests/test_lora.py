@@ -24,7 +24,7 @@ from data.formats import UserError
 from data.tokenizer import tiny
 from loop import adamw, set_lr
 from lora import METHODS, adapt, described, merge, parse, unmerge
-from model import Config, Transformer, frozen, generate, load, read_safetensors, save
+from model import Config, Transformer, frozen, generate, load, read_safetensors, save, write_safetensors
 from tests.oracle import oracle
 from tests.test_loop import on_two_ranks
 
@@ -165,6 +165,7 @@ def test_vera_learns_two_vectors_and_shares_the_rest():
     assert {name.rsplit(".", 1)[-1] for name, p in net.named_parameters() if p.requires_grad} == {"d", "b"}
     a, b = (net.blocks[i].ffn.gate_up for i in (0, 1))
     assert torch.equal(a.fixed_down, b.fixed_down) and torch.equal(a.fixed_up, b.fixed_up)
+    assert all((m.d == 0.1).all() for m in found)
     disturbed(net)
     x = torch.randn(3, 32)
     for m in found[:1]:
@@ -173,6 +174,44 @@ def test_vera_learns_two_vectors_and_shares_the_rest():
             h = x @ m.fixed_down[p * 5 : p * 5 + 5].T * m.d[p * 5 : p * 5 + 5]
             y[:, start:end] += c.alpha / 5 * (h @ m.fixed_up[start:end].T) * m.b[start:end]
         torch.testing.assert_close(m(x), y)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_dropout_is_of_what_enters_a_and_in_training_only(kind):
+    net, plain = random_net(), random_net()
+    adapt(net, f"{kind}:dropout=0.4", ""), adapt(plain, kind, "")
+    disturbed(net), disturbed(plain)
+    x = torch.randn(4, 32)
+    m, without = (some.blocks[0].ffn.gate_up for some in (net, plain))
+    without.load_state_dict(m.state_dict())
+    torch.testing.assert_close(m.eval()(x), without(x))
+    torch.manual_seed(3)
+    found = m.train()(x)
+    torch.manual_seed(3)
+    h = F.dropout(x, 0.4)
+    assert 0.2 < (h == 0).float().mean() < 0.6
+    y = F.linear(x, m.base.weight) + m.scale * torch.cat([h @ down.T @ up.T for _, _, down, up in m.parts()], dim=-1)
+    torch.testing.assert_close(found, y if kind == "lora" else y * m._ratio())
+
+
+def test_the_networks_of_p_tuning_and_prefix():
+    """A recurrent one that reads both ways and two layers; two layers with a tanh. Only what they make is used."""
+    net = random_net()
+    adapt(net, "p-tuning:tokens=5", "")
+    p, size = net.prompt, net.embed.weight.std()
+    assert p.encoder.bidirectional and p().shape == (5, 32)
+    h = p.encoder(p.embeddings[None] / size)[0][0]
+    hidden = F.relu(F.linear(h, p.layers[0].weight, p.layers[0].bias))
+    torch.testing.assert_close(p(), F.linear(hidden, p.layers[2].weight, p.layers[2].bias) * size)
+    for i in (0, 4):  # the first hears the last, and the other way round
+        assert torch.autograd.grad(p()[4 - i].sum(), p.embeddings)[0][i].abs().sum() > 0
+    assert (net.embed.weight[:, None] == p.embeddings).all(-1).any(0).all()  # tokens of the vocabulary, at first
+    net = random_net()
+    adapt(net, "prefix:tokens=5,width=12", "")
+    p = net.prefix
+    hidden = torch.tanh(F.linear(p.embeddings, p.layers[0].weight, p.layers[0].bias))
+    assert hidden.shape == (5, 12) and p().shape == (5, 2, 2, 2, 8)
+    torch.testing.assert_close(p().flatten(1), F.linear(hidden, p.layers[2].weight, p.layers[2].bias))
 
 
 def test_ia3_scales_keys_values_and_what_enters_down():
@@ -368,9 +407,10 @@ def test_the_reference_shares_the_base():
 # QLoRA
 
 
-def test_qlora_needs_4_bits_a_weight_and_learns_on_what_they_mean():
-    net, plain = random_net(), random_net()
-    adapt(net, "qlora:targets=(q|v)_proj$", "")
+@pytest.mark.parametrize("targets", ["(q|v)_proj$", "down_proj$"])
+def test_qlora_needs_4_bits_a_weight_and_learns_on_what_they_mean(targets):
+    net, plain = random_net("qwen2"), random_net("qwen2")
+    adapt(net, f"qlora:targets={targets}", "")
     quantized = [m for m in net.modules() if isinstance(m, lora.NF4Linear)]
     assert len(quantized) == 4 * 2  # factors or not
     n = sum(math.prod(m.shape) for m in quantized)
@@ -380,7 +420,7 @@ def test_qlora_needs_4_bits_a_weight_and_learns_on_what_they_mean():
             linear = plain.get_submodule(path.removesuffix(".base"))
             linear.weight.data = kernels.nf4_dequantize(kernels.nf4_quantize(linear.weight.data))
     assert torch.equal(net(ids(2, 9)), plain(ids(2, 9)))
-    adapt(plain, "lora:targets=(q|v)_proj$", "")
+    adapt(plain, f"lora:targets={targets}", "")
     learned = dict(disturbed(net).named_parameters())
     for name, p in plain.named_parameters():
         if p.requires_grad:
@@ -416,6 +456,26 @@ def test_merged_is_adapted(text):
     assert torch.equal(net(ids(3, 9)), before) and net.adapter.method == parse(text).method
 
 
+@pytest.mark.parametrize("text", ["lora:rank=4,alpha=12", "dora", "ia3"])
+def test_merging_into_a_narrow_base(text):
+    """L7: W + scale B A in fp32, then cast once."""
+    net = random_net(dtype=torch.bfloat16)
+    adapt(net, text, "")
+    disturbed(net)
+    wide_net = copy.deepcopy(net).float()
+    merge(wide_net), merge(net)
+    for (name, p), wanted in zip(net.named_parameters(), wide_net.parameters(), strict=True):
+        assert p.dtype == torch.bfloat16 and torch.equal(p, wanted.bfloat16()), name
+
+
+def test_what_was_quantized_and_not_adapted_is_not_merged():
+    net = random_net()
+    adapt(net, "qlora:targets=q_proj$", "")
+    with pytest.raises(UserError, match=r"attention\.out is quantized"):
+        merge(net)
+    assert net.adapter is not None and isinstance(net.blocks[0].attention.qkv, lora.LoRA)
+
+
 @pytest.mark.parametrize("text", ["prompt", "prefix", "adapter", "bitfit", "mam"])
 def test_what_is_no_matrix_is_not_merged(text):
     net = random_net()
@@ -424,7 +484,8 @@ def test_what_is_no_matrix_is_not_merged(text):
         merge(net)
 
 
-@pytest.mark.parametrize("text", [*PUT, "lora:init=pissa,rslora=true", "lora:targets=(q|down)_proj$,rank=2"])
+@pytest.mark.parametrize("text", [*PUT, "lora:init=pissa,rslora=true", "lora:targets=(q|down)_proj$,rank=2",
+                                  "lora:dropout=0.25"])  # fmt: skip
 def test_a_saved_adapter_is_itself_when_it_is_loaded(base, tmp_path, text):
     net = load(base)[0]
     adapt(net, text, base)
@@ -435,6 +496,7 @@ def test_a_saved_adapter_is_itself_when_it_is_loaded(base, tmp_path, text):
     torch.manual_seed(5)
     torch.testing.assert_close(again.eval()(ids(3, 9)), net.eval()(ids(3, 9)), atol=1e-4, rtol=1e-4)
     assert (c.method == parse(text).method) == (text not in ("prefix", "p-tuning"))
+    assert c.dropout == parse(text).dropout and c.base == str(base)
     assert not (tmp_path / "saved" / "model.safetensors").exists()
 
 
@@ -465,6 +527,20 @@ def test_folders_that_are_not_understood_are_refused(base, tmp_path, change, sai
     path.write_text(json.dumps({key: value for key, value in fields.items() if value is not None}))
     with pytest.raises(UserError, match=said):
         adapt(load(base)[0], str(tmp_path / "saved"), base)
+
+
+def test_tensors_without_a_place_are_refused(base, tmp_path):
+    """L10: of a head or an embedding that peft adapted, or one too few."""
+    net = load(base)[0]
+    adapt(net, "lora", base)
+    save(net, None, tmp_path / "saved")
+    path = tmp_path / "saved" / "adapter_model.safetensors"
+    tensors = read_safetensors(path)
+    more = {f"base_model.model.lm_head.lora_{x}.weight": torch.zeros(8, 8) for x in "AB"}
+    for changed in (tensors | more, {name: t for name, t in tensors.items() if "1.mlp.up_proj.lora_B" not in name}):
+        write_safetensors(path, changed)
+        with pytest.raises(UserError, match=r"no place for .*lm_head|1\.mlp\.up_proj\.lora_B.* is expected"):
+            adapt(load(base)[0], str(tmp_path / "saved"), base)
 
 
 PEFT = {
@@ -570,6 +646,8 @@ def test_the_new_task_is_to_sort_the_other_way():
     assert lora.exchange("new", (0, 1), "train") != lora.exchange("new", (1, 1), "train")
     other = lora.examples(lora.get_args(["--steps", "1", "--task", "known", "--seed", "3"]), tiny(), None)[0]
     assert all("arrange " in tiny().decode(row.input_ids) for row in other)
+    other = lora.examples(lora.get_args(["--steps", "1", "--seed", "3"]), tiny(), None)[0]
+    assert len({str(row.input_ids) for row in other} & {str(row.input_ids) for row in rows}) < 5
 
 
 def test_what_is_measured(monkeypatch):
@@ -816,6 +894,7 @@ def test_resuming_is_exact(checkpoint, data, tmp_path, monkeypatch, text):
         before = load(checkpoint)[0].state_dict()
         moved = sum(int((p != before[name]).sum()) for name, p in load(folders[0])[0].named_parameters())
         assert 0 < moved <= 0.051 * sum(p.numel() for p in load(checkpoint)[0].parameters())
+        assert whole["metrics"]["trainable %"]["after"] == pytest.approx(5, abs=0.01)
         return
     assert difference(learned(tmp_path / "whole"), learned(tmp_path / "parts")) == 0
     names = {file.name for file in folders[1].iterdir()}
@@ -839,6 +918,24 @@ def test_going_on_with_a_trained_adapter(checkpoint, data, tmp_path):
     more = train(checkpoint, data, tmp_path / "more", "--adapter", tmp_path / "first" / "checkpoint")
     assert more["before"] == pytest.approx(first["after"], rel=1e-4)
     assert more["after"] < more["before"] < first["before"] and more["variant"] == first["variant"] == "dora"
+
+
+def test_measuring_on_the_way_changes_nothing(checkpoint, data, tmp_path, capsys):
+    train(checkpoint, data, tmp_path / "quiet", "--method", "lora:dropout=0.3")
+    assert "step 2:" not in capsys.readouterr().err
+    train(checkpoint, data, tmp_path / "out", "--method", "lora:dropout=0.3", "--eval-every", 2)
+    assert re.findall(r"step (\d): loss \d\.\d\d\d", capsys.readouterr().err) == ["2"]  # the end has its own line
+    assert difference(learned(tmp_path / "quiet"), learned(tmp_path / "out")) == 0
+
+
+def test_forward_passes_are_in_dtype(checkpoint, data, tmp_path):
+    for text in ("qlora", "prefix", "bitfit"):
+        wide, narrow = (
+            train(checkpoint, data, tmp_path / f"{text}-{dtype}", "--method", text, "--steps", 1, "--dtype", dtype)
+            for dtype in ("fp32", "bf16")
+        )
+        assert narrow["after"] != wide["after"] and narrow["after"] == pytest.approx(wide["after"], rel=0.02)
+        assert all(t.dtype == torch.float32 for t in learned(tmp_path / f"{text}-bf16").values())
 
 
 def test_only_what_learns_is_wide(checkpoint, capsys, tmp_path):
@@ -902,7 +999,9 @@ def test_merge_writes_a_plain_checkpoint(tmp_path, capsys, dtype, key):
 
 def test_a_merged_checkpoint_has_the_tokenizer(checkpoint, data, tmp_path):
     train(checkpoint, data, tmp_path / "run", "--method", "lora")
-    flags = ["--merge", "--model", checkpoint, "--adapter", tmp_path / "run" / "checkpoint", "--out", tmp_path / "out"]
+    shutil.copytree(checkpoint, tmp_path / "whole" / "checkpoint")  # --model may be the folder of a run
+    flags = ["--merge", "--model", tmp_path / "whole", "--adapter", tmp_path / "run" / "checkpoint",
+             "--out", tmp_path / "out"]  # fmt: skip
     lora.main(lora.get_args(list(map(str, flags))))
     model, tokenizer = load(tmp_path / "out")
     assert tokenizer.encode("a b") == tiny().encode("a b")
@@ -948,6 +1047,7 @@ def test_a_table_of_all_methods(tmp_path, monkeypatch, capsys):
         runs.append(args)
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "result.json").write_text(json.dumps(result_of(args, args.task)))
+        (args.out / "settings.json").write_text(json.dumps(loop_module._identity(args)))
         print("a run's own words")
 
     args = lora.get_args(["--method", "all", "--out", str(tmp_path), "--seeds", "2"])
@@ -992,14 +1092,16 @@ def test_default_rates_are_those_of_full_fine_tuning_times_the_methods(checkpoin
         assert lora.get_args(["--method", method]).lr == pytest.approx(5e-4 * hyper["lr"])
         assert lora.get_args(["--method", method, *model]).lr == pytest.approx(1e-5 * hyper["lr"])
         assert lora.get_args(["--method", method, "--lr", "0.3"]).lr == 0.3
-    for flags, times in ((("--method", "lora:lr=7"), 7), (("--adapter", "prompt"), 100), (("--adapter", folder), 20),
-                         (("--adapter", "dora:lr=3"), 3)):  # fmt: skip
+    given = {("--method", "lora:lr=7"): 7, ("--adapter", "dora:lr=3"): 3, ("--adapter", "prompt"): 100,
+             ("--adapter", folder): METHODS["vera"][1]["lr"]}  # fmt: skip
+    for flags, times in given.items():
         assert lora.get_args([*flags]).lr == pytest.approx(5e-4 * times)
         assert lora.get_args([*flags, "--lr", "0.3"]).lr == 0.3
         if flags[0] == "--adapter":
             assert sft.get_args([*flags]).lr == pytest.approx(1e-3 * times)
             assert sft.get_args([*flags, "--lr", "0.3"]).lr == 0.3
             assert dpo.get_args([*flags]).lr == pytest.approx(dpo.get_args([]).lr * times)
+            assert dpo.get_args([*flags, *model]).lr == pytest.approx(dpo.get_args([*model]).lr * times)
             assert dpo.get_args([*flags, "--lr", "0.3"]).lr == 0.3
     args, of_model = lora.get_args([]), lora.get_args([*model, "--data", "x"])
     assert (args.batch_size, args.micro_batch_size, args.max_length, args.steps) == (32, 32, 128, 300)
@@ -1126,8 +1228,8 @@ def test_the_end_of_dpo_is_measured_against_the_adapter_that_it_began_with(check
     monkeypatch.setattr(world, "sft_test", lambda n: [world.exchange("add", world.rng_for("x", 1), "test")])
     for lr, least, most in ((1e-9, 0.0, 1e-3), (1.0, 1e-2, math.inf)):
         flags = ["--model", checkpoint, "--out", tmp_path / "out", "--adapter", "prompt", "--loss", "simpo", "--lr", lr,
-                 "--steps", 1, "--batch-size", 4, "--max-new-tokens", 8, "--pairs", "written", "--device",
-                 "cpu"]  # fmt: skip
+                 "--steps", 1, "--batch-size", 4, "--max-length", 128, "--max-new-tokens", 8, "--pairs", "written",
+                 "--device", "cpu"]  # fmt: skip
         result = dpo.main(dpo.get_args(list(map(str, flags))))
         assert least <= abs(result["metrics"]["KL"]["after"]) <= most
 

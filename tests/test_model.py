@@ -6,6 +6,7 @@ import json
 import math
 import re
 import runpy
+import shutil
 import struct
 import subprocess
 import sys
@@ -826,6 +827,17 @@ def folder(tmp_path) -> Path:
     config = Config.from_depth(2, 31, 96)
     save(random_net(config, torch.float32), None, tmp_path)
     return tmp_path
+
+
+def test_the_folder_of_a_run_stands_for_its_checkpoint(folder, tmp_path_factory):
+    run = tmp_path_factory.mktemp("run")
+    shutil.copytree(folder, run / "checkpoint")
+    wanted = load(folder)[0].state_dict()
+    assert all(torch.equal(x, wanted[name]) for name, x in load(run)[0].state_dict().items())
+    other = load(folder)[0]
+    nn.init.zeros_(other.norm.weight)
+    save(other, None, run)  # a model of the folder itself goes first
+    assert not load(run)[0].norm.weight.any()
 
 
 @pytest.mark.parametrize("words", WRONG_TENSORS)

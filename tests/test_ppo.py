@@ -232,7 +232,7 @@ def checkpoint(tmp_path_factory) -> Path:
 def args_for(checkpoint: Path, out: Path, *flags: object) -> Namespace:
     argv = ["--model", checkpoint / "policy", "--reward-model", checkpoint / "reward", "--out", out, "--device", "cpu",
             "--batch-size", 8, "--steps", 3, "--lr", 1e-3, "--max-new-tokens", 12, "--tests", 6, "--show-every", 0,
-            "--rm-pairs", 0, *flags]  # fmt: skip
+            "--rm-pairs", 0, "--max-length", 128, "--micro-batch-size", 128, "--warmup", 2, *flags]  # fmt: skip
     return get_args(list(map(str, argv)))
 
 

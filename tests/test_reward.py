@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import random
+import statistics
 import sys
 from argparse import Namespace
 from collections import Counter
@@ -529,7 +530,7 @@ def a_loop(tmp_path, *flags: str) -> tuple[Namespace, Loop]:
 def test_odds_are_of_the_first_token_after_each_prompt(tmp_path):
     model, tokenizer = small(tiny().vocab_size).eval(), tiny()
     _, loop = a_loop(tmp_path)
-    prompts = [reward.question(text, tokenizer) for text in ("Is it?", "Hello", "What is 3 + 4? Is it more than 5?")]
+    prompts = [chat.prompt_ids(text, tokenizer) for text in ("Is it?", "Hello", "What is 3 + 4? Is it more than 5?")]
     yes, no = tokenizer.encode("yes")[0], tokenizer.encode("no")[0]
     wanted = [model(torch.tensor([ids]))[0, -1].log_softmax(-1) for ids in prompts]
     found = reward.odds(model, tokenizer, prompts, ("yes", "no"), loop)
@@ -610,7 +611,7 @@ def test_a_judge_that_prefers_a_place_says_nothing(bias, tmp_path, monkeypatch, 
         return torch.tensor(found)
 
     monkeypatch.setattr(reward, "odds", odds)
-    monkeypatch.setattr(reward, "load", lambda path, device, dtype: (None, tiny()))
+    monkeypatch.setattr(reward, "load", lambda path, **how: (None, tiny()))
     args, loop = a_loop(tmp_path, "--labels", "ai", "--judge", "somewhere")
     prompt = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Say something."}]
     rows = [
@@ -851,7 +852,7 @@ def test_a_reward_that_is_the_utility_reaches_the_ceiling(tmp_path, monkeypatch)
     monkeypatch.setattr(reward, "scores", utilities(1.0))
     found = reward.evaluate(small(), tiny(), test, args, loop)
     ceiling = manners.best_accuracy(test["pairs"])
-    assert len(found["pair accuracy"]) == 1000 and reward.mean(found["pair accuracy"]) == pytest.approx(
+    assert len(found["pair accuracy"]) == 1000 and statistics.fmean(found["pair accuracy"]) == pytest.approx(
         ceiling, abs=0.03
     )
     base = reward.baselines(test, tiny(), args)
@@ -860,7 +861,8 @@ def test_a_reward_that_is_the_utility_reaches_the_ceiling(tmp_path, monkeypatch)
     assert found["EPIC distance to utility"] == pytest.approx([0.0], abs=1e-3) and found["calibration error"][0] < 0.05
     assert found["correlation with length"] == pytest.approx(found["utility's correlation with length"])
     told = [(a, r["asker"], r["name"]) for r in test["requests"] for a in r["answers"]]
-    assert found["mean reward"] == pytest.approx([0.5 + reward.mean([manners.utility(*x) for x in told])], abs=1e-5)
+    mean = statistics.fmean(manners.utility(*x) for x in told)
+    assert found["mean reward"] == pytest.approx([0.5 + mean], abs=1e-5)
     lengths, worth = [float(len(a)) for a, *_ in told], [manners.utility(*x) for x in told]
     assert found["correlation with length"][0] == pytest.approx(
         pearson(torch.tensor(lengths), torch.tensor(worth)), abs=1e-6
@@ -874,7 +876,7 @@ def test_a_reward_that_is_the_utility_reaches_the_ceiling(tmp_path, monkeypatch)
         assert hits == wanted and 100 < len(hits) < 900
     monkeypatch.setattr(reward, "scores", utilities(-1.0))
     worst = reward.evaluate(small(), tiny(), test, args, loop)
-    assert reward.mean(worst["pair accuracy"]) == pytest.approx(1 - reward.mean(found["pair accuracy"]))
+    assert statistics.fmean(worst["pair accuracy"]) == pytest.approx(1 - statistics.fmean(found["pair accuracy"]))
     assert worst["EPIC distance to utility"] == pytest.approx([1.0]) and worst["calibration error"][0] > 0.3
 
 
@@ -1085,6 +1087,23 @@ def test_the_default_run_starts_from_the_sft_model_and_is_a_stage(checkpoint, tm
         assert name in reward.LOGGED or name.split(":")[0] in reward.LOGGED, f"--help does not explain {name!r}"
 
 
+def test_other_settings_leave_the_stages_alone():
+    for flags, folder in (((), "reward"), (("--feedback", "steps"), "prm"), (("--labels", "ai"), "reward-custom"),
+                          (("--feedback", "steps", "--seed", "1"), "reward-custom")):  # fmt: skip
+        assert Loop(get_args([*flags, "--device", "cpu"]), "reward").out == loop_module.ROOT / "out" / folder
+
+
+def test_no_steps_are_no_steps(checkpoint, preferences, tmp_path):
+    result = run(checkpoint, preferences, tmp_path / "out", "--steps", 0)
+    assert result["before"] == result["after"] and not (tmp_path / "out" / "checkpoint").exists()
+
+
+def test_a_judge_needs_a_tokenizer(checkpoint, preferences, tmp_path):
+    save(small(), None, tmp_path / "mute")
+    with pytest.raises(UserError, match="mute: no tokenizer.json in it"):
+        run(checkpoint, preferences, tmp_path / "out", "--labels", "ai", "--judge", tmp_path / "mute")
+
+
 def test_rewards_are_centred(checkpoint, preferences, tmp_path):
     """R9: the squared sum draws the level of rewards to 0, the order stays."""
     levels = {}
@@ -1103,19 +1122,28 @@ def test_compiled_runs_see_few_lengths_and_forward_passes_are_in_dtype(checkpoin
     import kernels
     from model import Block
 
-    seen = []
+    seen, measured = [], []
 
     def watched(model, batch, args):
         losses, margins = losses_of(model, batch, args)
         seen.append((batch.input_ids.shape[1], torch.is_autocast_enabled("cpu"), losses.dtype))
         return losses, margins
 
+    def collated(*how):
+        measured.append(collate(*how))
+        return measured[-1]
+
     monkeypatch.setattr(reward, "losses_of", watched)
+    monkeypatch.setattr(reward, "collate", collated)
     monkeypatch.setattr(kernels, "use_compile", lambda wanted: wanted)
     monkeypatch.setattr(Block, "compile", lambda block, dynamic: None)
     with torch._dynamo.config.patch(recompile_limit=8):
         run(checkpoint, preferences, tmp_path / "out", "--steps", 2, "--compile", "on", "--dtype", "bf16")
+        args, loop = a_loop(tmp_path, "--compile", "on")
+        loop.compile(small(tiny().vocab_size))
+        reward.odds(small(tiny().vocab_size), tiny(), [[1, 2, 3]], ("yes", "no"), loop)
     assert {(n % 64, narrow, dtype) for n, narrow, dtype in seen} == {(0, True, torch.float32)}
+    assert len(measured) > len(seen) and all(batch.input_ids.shape[1] % 64 == 0 for batch in measured)
     assert {w.dtype for w in weights(tmp_path / "out").values()} == {torch.float32}
 
 

@@ -9,12 +9,14 @@ import re
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
 from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -28,8 +30,8 @@ from data import chat, world
 from data.chat import Row
 from data.formats import UserError
 from data.tokenizer import tiny
-from loop import learning_rate
-from model import Block, Config, Transformer, load, save
+from loop import Loop, learning_rate
+from model import Block, Config, Transformer, load, save, token_logps
 from sft import Batch, Lomo, collate, document, fit, get_args, ifd, main, neftune, pack, rouge_l, sft_loss
 from tests.test_loop import on_two_ranks
 
@@ -513,10 +515,32 @@ def test_forward_passes_are_in_dtype_and_weights_in_fp32(checkpoint, problems, t
 def test_compiled_runs_see_few_lengths(checkpoint, unequal, tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "use_compile", lambda wanted: wanted)
     monkeypatch.setattr(Block, "compile", lambda block, dynamic: None)
-    calls = watch_loss(monkeypatch)
+    calls, measured = watch_loss(monkeypatch), []
+    monkeypatch.setattr(sft, "token_logps", lambda model, ids: measured.append(ids.shape[1]) or token_logps(model, ids))
     with torch._dynamo.config.patch(recompile_limit=8):
         run(checkpoint, unequal, tmp_path / "out", "--compile", "on", "--epochs", 2, "--no-pack")
     assert all(call.batch.input_ids.shape[1] % 64 == 0 for call in calls)
+    assert measured and all(length % 64 == 0 for length in measured)
+
+
+def test_a_compiled_run_with_many_lengths_stays_under_the_limit(checkpoint, tmp_path, monkeypatch):
+    """As on CUDA, where beyond the limit the run fails; Dynamo itself, and in the compiler's place plain PyTorch."""
+    rows = ({"prompt": "a " * n, "completion": str(n)} for n in range(1, 64, 5))
+    path, whole = write_jsonl(tmp_path / "many.jsonl", rows), Loop.compile
+
+    def compiled(loop, model):
+        whole(loop, model)
+        torch._dynamo.config.recompile_limit = 8  # two padded lengths, with and without gradient, and the last batch
+
+    monkeypatch.setattr(kernels, "use_compile", lambda wanted: wanted)
+    monkeypatch.setattr(Loop, "compile", compiled)
+    monkeypatch.setattr(Block, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        run(checkpoint, path, tmp_path / "out", "--map", "prompt=prompt", "--compile", "on", "--epochs", 1, "--no-pack",
+            "--batch-size", 2)  # fmt: skip
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 2
+    torch._dynamo.reset()
 
 
 def test_speed_counts_tokens_without_their_padding(checkpoint, unequal, tmp_path, monkeypatch):
@@ -601,7 +625,7 @@ def test_held_out_loss_is_the_mean_over_tokens(tmp_path):
     rows = ragged((3, 97, 4, 20, 60))
     found = sft.evaluate(small(), tiny(), {"rows": rows}, args, loop_module.Loop(args, "sft"))["loss"]
     wanted = brute_force(small(), rows) / sum(sum(row.completion_mask) for row in rows)
-    assert len(found) == 5 and sft.mean(found) == pytest.approx(wanted, rel=1e-5)
+    assert len(found) == 5 and statistics.fmean(found) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_resuming_is_exact(checkpoint, problems, tmp_path, monkeypatch):

@@ -1,13 +1,16 @@
 """The scripts stay alike: same parts under the same titles in the same order, same flags, nothing done at import."""
 
 import ast
+import importlib
 import re
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from data.formats import UserError
 from loop import COMMON
+from model import Config, Transformer, save
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINERS = ("sft.py", "reward.py", "dpo.py", "ppo.py", "grpo.py", "lora.py", "distill.py", "vlm.py")
@@ -113,3 +116,11 @@ def test_nothing_runs_at_import(script):
             assert not found, f"line {node.lineno}: {ast.unparse(node)}"
         else:
             assert isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef), f"line {node.lineno}"
+
+
+def test_a_start_without_a_tokenizer_is_refused(script, tmp_path):
+    if script in TRAINERS:
+        save(Transformer(Config.from_depth(1, 1024, 64)), None, tmp_path / "mute")
+        module = importlib.import_module(script[:-3])
+        with pytest.raises(UserError, match="mute: no tokenizer.json in it"):
+            module.main(module.get_args(["--model", str(tmp_path / "mute"), "--out", str(tmp_path / "out")]))

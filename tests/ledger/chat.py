@@ -13,6 +13,7 @@ PLACE = "test_a_template_in_the_settings_or_in_a_file"
 LACKS = "test_a_tokenizer_without_the_tokens_of_the_format_is_refused"
 MASK = "test_the_mask_covers_each_answer_and_its_ending_token"
 QWEN3 = "test_qwen3_trains_on_what_follows_the_last_question"
+ASKED = "test_a_prompt_is_a_question_or_a_conversation"
 PREFIX = "test_a_generation_prompt_is_the_beginning_of_what_was_trained_on"
 SEAM = "test_no_token_reaches_across_the_seam"
 PAD = "test_padding_may_be_the_ending_token"
@@ -80,6 +81,18 @@ IN_CHAT = [
         'yield from (*header("assistant"), Part("\\n\\n"))',
         'yield from header("assistant")',
         PREFIX,
+    ),
+    (
+        "S14: a question without a generation prompt",
+        "return render(messages, tokenizer, add_generation_prompt=True,",
+        "return render(messages, tokenizer, add_generation_prompt=False,",
+        ASKED,
+    ),
+    (
+        "S14: a question in the tokenizer's own format",
+        "add_generation_prompt=True, chat_format=chat_format).input_ids",
+        "add_generation_prompt=True).input_ids",
+        ASKED,
     ),
     (
         "no generation prompt",

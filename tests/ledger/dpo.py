@@ -539,12 +539,6 @@ MUTANTS = [
             "test_an_empty_batch_is_worth_nothing_and_still_runs",
         ),
         (
-            "the reference is rounded where the policy is not",
-            "p.data.to(loop.dtype) if p.ndim == 2 else p.data",
-            "p.data.to(loop.dtype)",
-            "test_a_run_begins_where_the_policy_is_its_reference",
-        ),
-        (
             "the implicit reward is without beta",
             "    return of_answers(s).detach() * (args.beta or 1.0)",
             "    return of_answers(s).detach()",
@@ -643,14 +637,21 @@ MUTANTS = [
         ),
         (
             "npo learns from good answers",
-            '        rows = [row for row in rows if not row.get("label")]\n',
+            "        rows = bad\n",
             "",
             "test_a_file_of_lone_answers_with_an_odd_batch",
         ),
         (
             "held-out rows are trained on",
-            "            rows, held_out = formats.hold_out(rows)",
-            "            held_out = formats.hold_out(rows)[1]",
+            "(rows,), held_out = formats.split([args.data], args.eval_data, read, loop.say)",
+            "(rows,), held_out = formats.split([args.data], args.eval_data, read, loop.say)\n"
+            "            rows = rows + held_out",
+            "test_held_out_pairs",
+        ),
+        (
+            "--eval-data is not read",
+            "formats.split([args.data], args.eval_data, read",
+            "formats.split([args.data], None, read",
             "test_held_out_pairs",
         ),
         (
@@ -939,9 +940,75 @@ MUTANTS = [
         ),
         (
             "defaults of the world for a real model",
-            "setattr(args, name, defaults[name][args.data is not None])",
-            "setattr(args, name, defaults[name][0])",
+            '[(args.model if name == "lr" else args.data) is not None]',
+            "[0]",
             "test_settings_are_resolved_and_kept",
+        ),
+        (
+            "the learning rate of a real model for the tiny one",
+            '(args.model if name == "lr" else args.data) is not None',
+            "args.data is not None",
+            "test_settings_are_resolved_and_kept",
+        ),
+        (
+            "sizes that the tiny model cannot read",
+            "fill(args, DEFAULTS, args.model is not None)",
+            "fill(args, DEFAULTS, args.data is not None)",
+            "test_settings_are_resolved_and_kept",
+        ),
+        (
+            "log(1 - p): the gradient of the branch not taken",
+            "    far = torch.where(near, -1.0, x)",
+            "    far = x",
+            "test_log1mexp_has_a_gradient_everywhere",
+        ),
+        (
+            "log(1 - p) of a certain token is infinite",
+            "    x = x.clamp(max=-torch.finfo(x.dtype).tiny)\n",
+            "",
+            "test_orpo_learns_where_a_token_is_certain",
+        ),
+        (
+            "--credit compares in another precision than it trained in",
+            "        with loop.autocast():\n            logps, ref_logps = (token",
+            "        if True:\n            logps, ref_logps = (token",
+            "test_credit_is_shown_in_bf16_and_once",
+        ),
+        (
+            "every rank shows --credit",
+            "        if not loop.main:\n            continue\n",
+            "",
+            "test_credit_is_shown_in_bf16_and_once",
+        ),
+        (
+            "only rank 0 takes part in what all gather",
+            "    for e in rows:\n        batch = collate([e]",
+            "    for e in rows * loop.main:\n        batch = collate([e]",
+            "test_credit_is_shown_in_bf16_and_once",
+        ),
+        (
+            "compiled runs are measured at every length",
+            "collate(some, loop.device, 64 if loop.compiled else 1)",
+            "collate(some, loop.device)",
+            "test_compiled_runs_see_few_lengths",
+        ),
+        (
+            "compiled runs judge at every length",
+            "[0.0] * len(some))], loop.device, 64 if loop.compiled else 1)",
+            "[0.0] * len(some))], loop.device)",
+            "test_compiled_runs_see_few_lengths",
+        ),
+        (
+            "compiled runs show --credit at every length",
+            "collate([e], loop.device, 64 if loop.compiled else 1)",
+            "collate([e], loop.device)",
+            "test_compiled_runs_see_few_lengths",
+        ),
+        (
+            "--steps 0 trains an epoch",
+            "args.steps if args.steps is not None else",
+            "args.steps or",
+            "test_no_steps_are_no_steps",
         ),
     ]
 ]

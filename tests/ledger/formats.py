@@ -4,6 +4,7 @@ from tests.mutants import Mutant
 
 TESTS = "tests/test_formats.py::"
 
+SPLIT = "test_rows_of_files_and_what_is_held_out_of_them"
 EACH = "test_each_schema_is_read_as_it_is"
 FIRST = "test_the_first_row_decides_the_schema_and_the_others_follow"
 EDITOR = "test_what_a_text_editor_leaves_is_no_error"
@@ -187,5 +188,20 @@ MUTANTS = [
             EQUAL,
         ),
         ("nothing left to train on", "    if not train:\n", "    if False:\n", EQUAL),
+        (
+            "rows are held out for nothing beside --eval-data",
+            "return parts, read(eval_path)",
+            "return [hold_out(rows)[0] for rows in parts], read(eval_path)",
+            SPLIT,
+        ),
+        ("--eval-data is not looked at", "return parts, read(eval_path)", "return parts, sum(parts, [])", SPLIT),
+        (
+            "held-out rows are trained on",
+            "    parts, held_out = zip(*map(hold_out, parts), strict=True)",
+            "    held_out = [hold_out(rows)[1] for rows in parts]",
+            SPLIT,
+        ),
+        ("only the last file's rows are held out", "held_out = sum(held_out, [])", "held_out = held_out[-1]", SPLIT),
+        ("nothing is measured of a small file", "        held_out = sum(parts, [])\n", "", SPLIT),
     ]
 ]

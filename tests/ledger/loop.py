@@ -507,6 +507,18 @@ MUTANTS = [
             "test_the_interval_is_that_of_the_paired_difference",
         ),
         (
+            "norms of a frozen model are rounded, too",
+            "if p.ndim == 2 and not p.requires_grad:\n                p.data",
+            "if not p.requires_grad:\n                p.data",
+            "test_narrow_rounds_frozen_matrices_of_blocks",
+        ),
+        (
+            "what learns is rounded",
+            "if p.ndim == 2 and not p.requires_grad:\n                p.data",
+            "if p.ndim == 2:\n                p.data",
+            "test_narrow_rounds_frozen_matrices_of_blocks",
+        ),
+        (
             "peak memory a thousand times too large",
             'if sys.platform == "darwin" else 2**10',
             'if sys.platform == "darwin" else 1',
@@ -639,12 +651,90 @@ MUTANTS = [
             "for kind in () if",
             "test_a_stale_stage_is_refused_with_the_command",
         ),
+        (
+            "any run of a stage's script overwrites the stage",
+            "        if name in STAGES:\n",
+            "        if name not in STAGES:\n",
+            "test_runs_with_settings_of_their_own_leave_the_stages_alone",
+        ),
+        (
+            "the stage itself is written elsewhere",
+            "if _of_stage(stage) == self.identity), None)",
+            "if _of_stage(stage) is self.identity), None)",
+            "test_runs_with_settings_of_their_own_leave_the_stages_alone",
+        ),
+        (
+            "all runs of their own share a folder with the stage of another",
+            'name = same or f"{name}-custom"',
+            'name = same or f"{self.script}-custom"',
+            "test_runs_with_settings_of_their_own_leave_the_stages_alone",
+        ),
+        (
+            "--resume goes on with rows that are no longer there",
+            "            if os.path.isfile(path):",
+            "            if False:",
+            "test_resume_refuses_a_file_that_has_changed",
+        ),
+        (
+            "the content of --eval-data does not count",
+            'FILES = ("data", "eval_data",',
+            'FILES = ("data",',
+            "test_resume_refuses_a_file_that_has_changed",
+        ),
+        (
+            "of several files none counts",
+            '(flags.get(name) or "").split(",")',
+            '[flags.get(name) or ""]',
+            "test_resume_refuses_a_file_that_has_changed",
+        ),
+        (
+            "long rows meet the limit of graphs",
+            "max(64, 4 * math.ceil(self.args.max_length / 64))",
+            "64",
+            "test_every_padded_length_may_have_its_graphs",
+        ),
+    ]
+] + [
+    Mutant(name, file, old, new, "tests/" + test)
+    for name, file, old, new, test in [
+        (
+            "a flag that was given is overwritten by the table",
+            "loop.py",
+            "        if getattr(args, name) is None:\n",
+            "        if True:\n",
+            "test_sft.py::test_defaults_are_of_one_table",
+        ),
+        (
+            "positions that the model was never built for",
+            "loop.py",
+            "if self.args.max_length > (most := model.config.max_length):",
+            "if self.args.max_length > 2 * (most := model.config.max_length):",
+            "test_sft.py::test_a_context_that_the_model_lacks_is_refused",
+        ),
+        (
+            "a start without a tokenizer",
+            "model.py",
+            "    if with_tokenizer and not tokenizer:\n",
+            "    if False:\n",
+            "test_siblings.py::test_a_start_without_a_tokenizer_is_refused",
+        ),
+        (
+            "the process reward model in the folder of the reward model",
+            "loop.py",
+            """== f"{self.script}.py")
+            same""",
+            """== f"{self.script}.py" and stage == name)
+            same""",
+            "test_reward.py::test_other_settings_leave_the_stages_alone",
+        ),
     ]
 ] + [
     Mutant(name, "loop.py", old, new, "tests/test_dpo.py::test_a_table_of_all_losses")
     for name, old, new in [
         ("the table's seeds are all the same", '"seed": seed, "out": folder', '"seed": args.seed, "out": folder'),
-        ("the table runs what is finished again", "if not (args.resume and (folder", "if not (False and (folder"),
+        ("the table runs what is finished again", "if not (finished and", "if not (False and"),
+        ("the table keeps runs of other settings", ".read_text()) == _identity(one)):", ".read_text())):"),
+        ("the number of seeds is a setting of each run", '"resume", "seeds"}', '"resume"}'),
         ("the table has the start where the end belongs", '[(name, "after", runs)]', '[(name, "before", runs)]'),
         ("the table's first row is the end", '("SFT", "before", runs[:1])', '("SFT", "after", runs[:1])'),
         ("the table repeats every variant", "args.seeds if name in repeated else 1", "args.seeds"),

@@ -30,6 +30,7 @@ SHARE = "test_each_token_gets_its_share_of_the_uniforms"
 GO = "test_safetensors_go_round_and_agree_with_the_library"
 BF = "test_a_bf16_checkpoint_is_read_in_the_dtype_asked_for_and_saved_in_its_own"
 TAMPER = "test_tampered_safetensors_are_refused_before_anything_is_allocated"
+RUN = "test_the_folder_of_a_run_stands_for_its_checkpoint"
 FIT = "test_tensors_that_do_not_fit_are_refused_by_name"
 SAVE = "test_what_is_saved_here_loads_there_and_is_what_was_loaded"
 OLD = "test_older_and_newer_configs_say_the_same"
@@ -83,7 +84,12 @@ MUTANTS = [
             PAR + "[qwen3]",
         ),
         ("the epsilon of the last norm", "RMSNorm(config.width, config.norm_eps)", "RMSNorm(config.width, 1e-5)", PAR),
-        ("P13: no final norm", "return self.norm(x[:, T - n_tokens :])", "return x[:, T - n_tokens :]", PAR + "[llama]"),
+        (
+            "P13: no final norm",
+            "return self.norm(x[:, T - n_tokens :])",
+            "return x[:, T - n_tokens :]",
+            PAR + "[llama]",
+        ),
         (
             "v takes the place of k",
             "            qk, v = qkv.split_with_sizes((self.sizes[0] + self.sizes[1], self.sizes[2]), dim=2)",
@@ -195,7 +201,12 @@ MUTANTS = [
         ("the embedding starts like the others", 'in ("embed.weight", "head.weight")', 'in ("head.weight",)', FRESH),
         ("the head starts like the others", 'in ("embed.weight", "head.weight")', 'in ("embed.weight",)', FRESH),
         ("biases start at random", "nn.init.zeros_(p)", "nn.init.ones_(p)", FRESH),
-        ("D4: the frozen model is the model", "return copy.deepcopy(model, shared).eval()", "return model.eval()", FROZEN),
+        (
+            "D4: the frozen model is the model",
+            "return copy.deepcopy(model, shared).eval()",
+            "return model.eval()",
+            FROZEN,
+        ),
         ("the frozen model takes gradients", ".eval().requires_grad_(False)", ".eval()", FROZEN),
         ("K8: the frozen model trains", "copy.deepcopy(model, shared).eval()", "copy.deepcopy(model, shared)", FROZEN),
         (
@@ -398,8 +409,18 @@ MUTANTS = [
             "test_a_bf16_model_samples_from_fp32_logits",
         ),
         ("values stay where they were", "self.values[:, rows]", "self.values[:, : len(rows)]", CACHE),
-        ("no room for the prompt", "if model.virtual + longest + max_new_tokens > model", "if model.virtual + longest > model", CANNOT),
-        ("no room for the last token", "if model.virtual + longest + max_new_tokens >", "if model.virtual + longest + max_new_tokens >=", CANNOT),
+        (
+            "no room for the prompt",
+            "if model.virtual + longest + max_new_tokens > model",
+            "if model.virtual + longest > model",
+            CANNOT,
+        ),
+        (
+            "no room for the last token",
+            "if model.virtual + longest + max_new_tokens >",
+            "if model.virtual + longest + max_new_tokens >=",
+            CANNOT,
+        ),
         ("an empty prompt", "if min(map(len, prompts)) == 0:", "if max(map(len, prompts)) == 0:", CANNOT),
         # a pinned cache and CUDA graphs
         ("pinned: what is not written is seen", "self.column :] = -torch.inf", "self.column :] = 0.0", PINNED),
@@ -680,6 +701,7 @@ MUTANTS = [
         ("an empty prompt on the command line", "if not prompt or room < 1:", "if room < 1:", REF),
         ("a device that is not there", "    except (RuntimeError, AssertionError):", "    except KeyError:", REF),
         ("a prompt longer than the context", "if not prompt or room < 1:", "if not prompt:", REF),
+        ("a run's folder before the model in it", 'if not (path / "config.json").exists() and (path', "if (path", RUN),
         ("a traceback for a user's error", "    except UserError as error:", "    except KeyError as error:", REF),
         ("exit code 1 for a user's error", "sys.exit(2)", "sys.exit(1)", REF),
     ]

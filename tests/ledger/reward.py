@@ -49,6 +49,7 @@ ONCE = "test_rows_are_trained_on_once_an_epoch_and_held_out_ones_never"
 BY_AI = "test_a_file_is_labelled_by_the_ai"
 SORTED = "test_ranked_answers_are_sorted_by_their_scores"
 DTYPE = "test_compiled_runs_see_few_lengths_and_forward_passes_are_in_dtype"
+NONE = "test_no_steps_are_no_steps"
 DEFAULTS = "test_defaults_are_of_one_table"
 FLAGS = "test_bad_flags_are_one_line_and_exit_2"
 ROWS = "test_bad_rows_are_one_line_and_exit_2"
@@ -271,16 +272,12 @@ MUTANTS = [
             ("ranked from bad to good", "key=lambda i: -row", "key=lambda i: row", SORTED),
             (
                 "what is measured is trained on",
-                "rows, held_out = (rows, []) if args.eval_data else formats.hold_out(rows)",
-                "held_out = formats.hold_out(rows)[1]",
+                "(rows,), held_out = formats.split([args.data], args.eval_data, read, loop.say)",
+                "(rows,), held_out = formats.split([args.data], args.eval_data, read, loop.say)\n"
+                "        rows = rows + held_out",
                 ONCE,
             ),
-            (
-                "--eval-data is not read",
-                "        if args.eval_data:\n            held_out",
-                "        if False:\n            held_out",
-                ONCE,
-            ),
+            ("--eval-data is not read", "split([args.data], args.eval_data,", "split([args.data], None,", ONCE),
             (
                 "the AI labels the test as well",
                 "rows = ai_labels(model, tokenizer, rows, args, loop) if args.labels",
@@ -446,8 +443,26 @@ MUTANTS = [
                 "            with torch.enable_grad():\n                losses,",
                 DTYPE,
             ),
-            ("compiled runs see every length", "64 if loop.compiled else 1", "1", DTYPE),
-            ("defaults of the tiny model for all", "values[1 if args.model else 0]", "values[0]", DEFAULTS),
+            (
+                "compiled runs see every length",
+                "in some], loop.device, 64 if loop.compiled else 1)",
+                "in some], loop.device)",
+                DTYPE,
+            ),
+            (
+                "compiled runs are measured at every length",
+                "in places], loop.device, 64 if loop.compiled else 1)",
+                "in places], loop.device)",
+                DTYPE,
+            ),
+            (
+                "compiled runs judge at every length",
+                "collate(rows, loop.device, 64 if loop.compiled else 1)",
+                "collate(rows, loop.device)",
+                DTYPE,
+            ),
+            ("defaults of the tiny model for all", "DEFAULTS, args.model is not None)", "DEFAULTS, 0)", DEFAULTS),
+            ("--steps 0 trains an epoch", "args.steps if args.steps is not None else", "args.steps or", NONE),
             (
                 "labels may be smoothed upside down",
                 "args.label_smoothing >= 0.5,",

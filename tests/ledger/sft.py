@@ -466,9 +466,15 @@ MUTANTS = [
         ),
         (
             "batches of any length are compiled one by one",
-            "64 if loop.compiled else 1",
-            "1",
+            "for i in some], loop.device, 64 if loop.compiled else 1",
+            "for i in some], loop.device, 1",
             "test_compiled_runs_see_few_lengths",
+        ),
+        (
+            "rows of any length are compiled one by one to be measured",
+            "collate(some, loop.device, 64 if loop.compiled else 1)",
+            "collate(some, loop.device)",
+            ("test_compiled_runs_see_few_lengths", "test_a_compiled_run_with_many_lengths_stays_under_the_limit"),
         ),
         # rows
         (
@@ -521,32 +527,26 @@ MUTANTS = [
         ),
         (
             "held-out rows are trained on",
-            "rows, held = (rows, []) if args.eval_data else formats.hold_out(rows)",
-            "rows, held = (rows, []) if args.eval_data else (rows, formats.hold_out(rows)[1])",
-            "test_held_out_rows_are_not_trained_on",
-        ),
-        (
-            "rows are held out for nothing beside --eval-data",
-            "rows, held = (rows, []) if args.eval_data else formats.hold_out(rows)",
-            "rows, held = formats.hold_out(rows)",
+            "        train += rows * int(weight) + chosen\n",
+            "        train += rows * int(weight) + chosen + held_out\n",
             "test_held_out_rows_are_not_trained_on",
         ),
         (
             "--eval-data is not looked at",
-            "        held_out = formats.read_jsonl(args.eval_data, schemas",
-            "        held_out = formats.read_jsonl(path, schemas",
+            "formats.split(files, args.eval_data, read",
+            "formats.split(files, None, read",
             "test_held_out_rows_are_not_trained_on",
         ),
         (
-            "--map is for the training file alone",
-            "formats.read_jsonl(args.eval_data, schemas, mapping=formats.parse_map(args.map))",
-            "formats.read_jsonl(args.eval_data, schemas)",
+            "--map is not looked at",
+            "schemas=schemas, mapping=formats.parse_map(args.map))\n    train",
+            "schemas=schemas)\n    train",
             "test_held_out_rows_are_not_trained_on",
         ),
         (
             "training rows measured in place of the held-out ones",
-            "fit((encode(row, tokenizer, args) for row in held_out)",
-            "fit((encode(row, tokenizer, args) for row in train)",
+            "(encode(row, tokenizer, args) for row in held_out)",
+            "(encode(row, tokenizer, args) for row in train)",
             "test_held_out_rows_are_not_trained_on",
         ),
         (
@@ -673,8 +673,8 @@ MUTANTS = [
         # answers
         (
             "S14: no generation prompt at inference",
-            "add_generation_prompt=True).input_ids for messages",
-            "add_generation_prompt=False).input_ids for messages",
+            "[chat.prompt_ids(messages, tokenizer) for messages",
+            "[chat.render(messages, tokenizer).input_ids for messages",
             "test_answers_are_asked_for_as_they_were_taught",
         ),
         (
@@ -863,14 +863,14 @@ MUTANTS = [
         ),
         (
             "a run on a user's rows trains random weights as well",
-            "not (args.data or args.model or args.from_scratch)",
-            "not (args.model or args.from_scratch)",
+            "not (args.data or args.model or args.from_scratch or",
+            "not (args.model or args.from_scratch or",
             "test_the_default_run_is_compared_with_random_weights",
         ),
         (
             "a run of a user's model trains random weights as well",
-            "not (args.data or args.model or args.from_scratch)",
-            "not (args.data or args.from_scratch)",
+            "not (args.data or args.model or args.from_scratch or",
+            "not (args.data or args.from_scratch or",
             "test_the_default_run_is_compared_with_random_weights",
         ),
         (
@@ -899,21 +899,15 @@ MUTANTS = [
             "test_no_steps_are_no_steps",
         ),
         (
-            "a flag that was given is overwritten by the table",
-            "        if getattr(args, name) is None:\n",
-            "        if True:\n",
-            "test_defaults_are_of_one_table",
-        ),
-        (
             "a real model gets the learning rate of the tiny one",
-            'values[2 if args.model else 0 if args.stage == "base" else 1]',
-            'values[0 if args.stage == "base" else 1]',
+            'DEFAULTS, args.adapter), 2 if args.model else 0 if args.stage == "base" else 1)',
+            'DEFAULTS, args.adapter), 0 if args.stage == "base" else 1)',
             "test_defaults_are_of_one_table",
         ),
         (
             "the columns of the table change places",
-            '0 if args.stage == "base" else 1]',
-            '1 if args.stage == "base" else 0]',
+            '0 if args.stage == "base" else 1)',
+            '1 if args.stage == "base" else 0)',
             "test_defaults_are_of_one_table",
         ),
         (
@@ -955,8 +949,8 @@ MUTANTS = [
         # the run
         (
             "--from-scratch trains the base model",
-            'elif args.stage == "base" or args.from_scratch:',
-            'elif args.stage == "base":',
+            'if not start and (args.stage == "base" or args.from_scratch):',
+            'if not start and args.stage == "base":',
             "test_the_model_that_a_run_begins_with",
         ),
         (
@@ -979,8 +973,8 @@ MUTANTS = [
         ),
         (
             "positions that the model was never built for",
-            "if args.max_length > model.config.max_length:",
-            "if args.max_length > 2 * model.config.max_length:",
+            "    loop.check_length(model)\n",
+            "",
             "test_a_context_that_the_model_lacks_is_refused",
         ),
         (
@@ -1003,7 +997,7 @@ MUTANTS = [
         ),
         (
             "nothing is said of rows that were cut",
-            '        loop.say(f"--max-length {args.max_length}: {n} rows {kind}")',
+            '        loop.say(f"--max-length {args.max_length}: {n} {what} {kind}")',
             "        pass",
             "test_what_was_cut_is_counted_out_loud",
         ),
