@@ -632,6 +632,7 @@ def test_the_new_task_is_to_sort_the_other_way():
     texts = [tiny().decode(row.input_ids) for row in rows]
     assert len(rows) == 240 and len(set(texts)) > 200 and all("rank " in text for text in texts)
     assert [row["part"] for row in test["questions"][:400]] == ["task"] * 400
+    assert all("rank " in row["messages"][0]["content"] for row in test["questions"][:400])
     assert test["questions"][400:] == world.sft_test(20)
     for task, word, falling in (("new", "rank", True), ("known", "arrange", False)):
         asked = {"train": set(), "test": set()}
@@ -1073,6 +1074,8 @@ def test_a_table_of_all_methods(tmp_path, monkeypatch, capsys):
     assert len({one.out for one in runs}) == len(runs) == 2 * sum(n for _, n in wanted[1:])
     assert "own words" not in (said := capsys.readouterr().out)
     assert [line.split()[0] for line in said.splitlines()] == ["method", "SFT", *lora.TABLE]
+    lora.quiet(runs[0])  # what a process of its own says on stdout, nobody redirects
+    assert runs.pop() is runs[0] and not capsys.readouterr().out
     (tmp_path / "vera-0" / "result.json").unlink()
     again = whole(lora.get_args(["--method", "all", "--out", str(tmp_path), "--seeds", "2", "--resume"]))
     assert again["rows"] == table["rows"] and [one.method for one in runs[-2:]] == ["vera", "vera"]
