@@ -742,7 +742,7 @@ def grpo_trainer(name: str, args: argparse.Namespace, *, prompts: int, group: in
             batch = grpo.Batch(*rollout[:3], advantages, None, None)
             n_rows, n_tokens = len(advantages), int(rollout.completion_mask.sum())
             for part in grpo.by_length(batch, range(n_rows), ours_args.micro_batch_size):
-                logps, _ = grpo.score(model, part.input_ids, part.completion_mask, tokenizer, 1.0)
+                logps, *_ = grpo.score(model, part.input_ids, part.completion_mask, tokenizer, 1.0)
                 x = grpo.Tokens(logps, logps.detach(), part.advantages, part.completion_mask)
                 weights = grpo.token_weights(part.completion_mask, ours_args.aggregate, n_rows=n_rows,
                                              n_tokens=n_tokens, longest=new)  # fmt: skip

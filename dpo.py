@@ -595,7 +595,7 @@ def judged(model: Transformer, tokenizer: Tokenizer, prompts: list[tuple[list[in
         said = reward.opinions(model, tokenizer, [text for some in texts for text in some], rules, args, loop)
         return [[reward.worth(said[text], rules) for text in some] for some in texts]
     path = loop.require("reward") if args.judge == "reward" else args.judge
-    judge, found = load(path, labels=1)[0].to(loop.device).eval(), []
+    judge, found = reward.load_reward_model(path, tokenizer, loop.device), []
     for (ids, _), some in zip(prompts, answers, strict=True):
         batch = collate([Example(ids, some, [0.0] * len(some))], loop.device, 64 if loop.compiled else 1)
         with torch.no_grad(), loop.autocast():

@@ -7,9 +7,7 @@
 (DeepSeekMath, Shao et al. 2024, arXiv 2402.03300, equations 3, 4 and 21; DeepSeek-R1, Guo et al. 2025, 2501.12948.)
 Each prompt gets a group of sampled answers, a rule says which are right, and what is better than the group's mean
 becomes more likely. --loss picks a variant among the functions below, each with its paper; their defaults are in
-LOSSES. Because it divides by the standard deviation, plain `grpo` does not rest at ref * exp(reward / beta), where
-dr_grpo and rloo do with --kl k2, or k3 --kl-weighted, but (with k2) at ref * exp(reward / (beta * std)): of three arms
-with reward 1, .5, 0, ref .2, .3, .5 and beta 1 that is .35, .32, .33 and grpo's fixed point .75, .19, .06.
+LOSSES. Plain `grpo` does not rest at ref * exp(reward / beta), where dr_grpo and rloo do: see `standardized`.
 
     --reward exact format=0.2     rules of data/checkers.py, each with a weight; FILE.py:function is your own
     --reward majority             agreement with most of the group, no answers needed (TTRL, 2504.16084)
@@ -49,10 +47,23 @@ from torch import Tensor
 from data import chat, checkers, formats, world
 from data.formats import UserError
 from data.tokenizer import Tokenizer
-from kernels import IGNORED, linear_logps
-from loop import COUNT, REAL, ROOT, WHOLE, Loop, RunFailed, adamw, clip, compare, parser, run, set_lr
+from loop import COUNT, REAL, ROOT, WHOLE, Loop, adamw, clip, compare, fill, parser, run, set_lr
+from lora import adapt, rates_of
 from model import Transformer, frozen, generate, load
-from ppo import clipped_surrogate
+from ppo import (
+    Task,
+    check_length,
+    clipped_surrogate,
+    everybodys,
+    file_tasks,
+    imitate,
+    prompt_text,
+    ratio_and_mismatch,
+    score,
+    scored,
+    task_of,
+)
+from reward import load_reward_model, token_rewards
 
 # 1. The objective
 
@@ -69,7 +80,12 @@ def moments(reward: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def standardized(reward: Tensor, counted: Tensor, baseline: float) -> Tensor:
-    """(r - mean) / std of the group (GRPO, 2402.03300, section 4.1.2)."""
+    """(r - mean) / std of the group (GRPO, 2402.03300, section 4.1.2).
+
+    Because of std, grpo rests (with --kl k2) at ref * exp(reward / (beta * std)), where dr_grpo and rloo, with k2 or
+    k3 --kl-weighted, rest at ref * exp(reward / beta): of three arms with reward 1, .5, 0, ref .2, .3, .5 and beta 1
+    the latter is .35, .32, .33 and grpo's fixed point .75, .19, .06.
+    """
     _, mean, std = moments(reward, counted)
     return torch.where(counted, (reward - mean) / (std + 1e-4), 0.0)
 
@@ -252,12 +268,6 @@ def majority(answers: Sequence[str]) -> list[float]:
 # 2. Data
 
 
-class Task(NamedTuple):
-    prompt: list[int]
-    row: dict  # {"prompt": text or messages, "answer"}
-    messages: list[dict] | None = None  # what a tool's answer is put behind
-
-
 class Rollout(NamedTuple):
     """Row r is answer r % group_size to task r // group_size."""
 
@@ -267,6 +277,24 @@ class Rollout(NamedTuple):
     completions: list[str]  # all that was said, for people
     answers: list[str]  # what is rewarded: the same, or behind a tool's answer the last turn
     finished: Tensor  # (B,): whether the answer ended by itself
+
+
+class Judged(NamedTuple):
+    """What G answers to each of P prompts are worth."""
+
+    reward: Tensor  # (P, G)
+    unshaped: Tensor  # (P, G): without the penalties of length
+    passed: Tensor  # (P, G): whether an answer passes the first of --reward
+    steps: tuple[Tensor, Tensor] | None  # the PRM's (rewards, ends), both (P, G, T)
+
+
+class Sampled(NamedTuple):
+    """This rank's part of a step."""
+
+    tasks: list[Task]
+    rollout: Rollout
+    judged: Judged
+    no_spread: float  # share of the groups sampled whose answers are all worth the same
 
 
 def world_task(args: argparse.Namespace, tokenizer: Tokenizer, key: Sequence, split: str, terms: int = 0) -> Task:
@@ -284,39 +312,19 @@ def world_task(args: argparse.Namespace, tokenizer: Tokenizer, key: Sequence, sp
     return task_of({"prompt": question, "answer": answer}, tokenizer, args)
 
 
-def task_of(row: dict, tokenizer: Tokenizer, args: argparse.Namespace) -> Task:
-    messages = [{"role": "user", "content": row["prompt"]}] if isinstance(row["prompt"], str) else row["prompt"]
-    ids = chat.render(messages, tokenizer, add_generation_prompt=True, chat_format=args.chat_format).input_ids
-    return Task(ids, row, messages)
-
-
 def tasks_of(args: argparse.Namespace, tokenizer: Tokenizer, loop: Loop) -> tuple[list[Task], dict[str, list[Task]]]:
     """The questions to train on, and the held-out ones: {"test", and of the world "longer"}."""
-    if not args.data:
-        n = args.questions or args.steps * args.batch_size
+    if args.data:
+        train, held_out = file_tasks([name for name, _ in args.rewards], tokenizer, args, loop)
+        test = {"test": held_out}
+    else:
+        n = args.questions or max(1, args.steps) * args.batch_size
         train = [world_task(args, tokenizer, ("rl", args.seed, i), "train") for i in range(n)]
         test = {"test": [world_task(args, tokenizer, ("rl test", i), "test") for i in range(args.tests)]}
         if not args.tools:
             test["longer"] = [world_task(args, tokenizer, ("rl longer", i), "test", 6 + i % 3) for i in range(100)]
-        return train, test
-    needs = any(name in checkers.NEED_ANSWER for name, _ in args.rewards)
-    schemas, mapping = ("answer",) if needs else ("answer", "prompt"), formats.parse_map(args.map)
-    rows, held_out = formats.read_jsonl(args.data, schemas, mapping=mapping), []
-    if args.eval_data:
-        held_out = formats.read_jsonl(args.eval_data, schemas, mapping=mapping)
-    else:
-        rows, held_out = formats.hold_out(rows)
-    for name, _ in args.rewards:
-        if name in checkers.NEED_ANSWER:
-            checkers.check_answers(name, rows + held_out)
-    if not held_out:
-        loop.say(f"only {len(rows)} rows: none are held out, and what is measured are the training rows")
-    rows, held_out = ([task_of(row, tokenizer, args) for row in some] for some in (rows, held_out or rows))
-    too_long = [task for task in rows if len(task.prompt) + args.max_new_tokens > args.max_length]
-    if too_long:
-        raise UserError(f"{len(too_long)} prompts and --max-new-tokens {args.max_new_tokens} exceed --max-length "
-                        f"{args.max_length}; the longest prompt has {max(len(t.prompt) for t in too_long)} tokens")
-    return rows, {"test": held_out}
+    check_length([*train, *(task for tasks in test.values() for task in tasks)], args)
+    return train, test
 
 
 def rollout_of(model: Transformer, tokenizer: Tokenizer, tasks: Sequence[Task], samples: int, temperature: float,
@@ -376,19 +384,26 @@ def with_tool_turn(model: Transformer, tokenizer: Tokenizer, rollout: Rollout, s
     return Rollout(ids, mask, logps, completions, answers, finished)
 
 
-def reward_of(rollout: Rollout, tasks: Sequence[Task], tokenizer: Tokenizer, prm: Transformer | None,
-              args: argparse.Namespace, loop: Loop) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:  # fmt: skip
-    """Rewards (P, G), whether an answer passes the first of --reward (P, G), and the PRM's (rewards, ends) (P, G, T).
+def withheld(values: Tensor, finished: Tensor, loop: Loop) -> Tensor:
+    """`values`; an answer that did not end by itself gets the least of 0 and of what any got that did, on all ranks."""
+    least = values.masked_fill(~finished, math.inf).amin().clamp(max=0.0)
+    return torch.where(finished, values, everybodys(least[None], loop).amin().cpu())
 
-    An answer that did not end by itself gets nothing from a rule, whatever it says.
+
+def reward_of(rollout: Rollout, tasks: Sequence[Task], tokenizer: Tokenizer, prm: Transformer | None,
+              args: argparse.Namespace, loop: Loop) -> Judged:  # fmt: skip
+    """The sum of --reward, each with its weight and `withheld` from what was cut off, and the penalties of length.
+
+    On the CPU, in float64: there are devices without.
     """
     G = len(rollout.completions) // len(tasks)
-    total, passed, steps = torch.zeros(len(tasks), G, dtype=torch.float64), None, None
+    unshaped, passed, steps = torch.zeros(len(tasks), G, dtype=torch.float64), None, None
     finished, lengths = rollout.finished.view(-1, G).cpu(), rollout.completion_mask.sum(-1).view(-1, G).cpu()
     groups = [rollout.answers[i : i + G] for i in range(0, len(rollout.answers), G)]
     for name, weight in args.rewards:
         if name == "majority":
-            values = [majority([world.final_answer(text) for text in texts]) for texts in groups]
+            values = [majority([world.final_answer(text) if ended else "" for text, ended in zip(*group, strict=True)])
+                      for group in zip(groups, finished, strict=True)]  # fmt: skip
         elif name == "prm":
             steps = step_scores(prm, rollout, tokenizer, G, loop)
             values = torch.where(steps[1], steps[0], 1.0).amin(-1).cpu() * steps[1].any(-1).cpu()
@@ -396,31 +411,25 @@ def reward_of(rollout: Rollout, tasks: Sequence[Task], tokenizer: Tokenizer, prm
             rule = checkers.load_reward(name)
             values = [[rule(prompt_text(task), text, task.row) for text in texts]
                       for task, texts in zip(tasks, groups, strict=True)]  # fmt: skip
-        values = torch.as_tensor(values, dtype=torch.float64) * finished
-        passed = values >= (1.0 if name != "prm" else 0.5) if passed is None else passed
-        total += weight * values
+        values = torch.as_tensor(values, dtype=torch.float64)
+        passed = finished & (values >= (1.0 if name != "prm" else 0.5)) if passed is None else passed
+        unshaped += withheld(weight * values, finished, loop)
+    reward = unshaped - args.length_penalty * lengths / args.max_new_tokens
     if args.overlong_buffer:
-        total += overlong_penalty(lengths, args.max_new_tokens, args.overlong_buffer)
-    return total - args.length_penalty * lengths / args.max_new_tokens, passed, steps
-
-
-def prompt_text(task: Task) -> str:
-    prompt = task.row["prompt"]
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        reward += overlong_penalty(lengths, args.max_new_tokens, args.overlong_buffer)
+    return Judged(reward, unshaped, passed, steps)
 
 
 @torch.no_grad()
 def step_scores(prm: Transformer, rollout: Rollout, tokenizer: Tokenizer, G: int, loop: Loop
                 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """P(step is right) at the last token of each step, and where these are, (P, G, T); a step ends with a full stop."""
-    from reward import token_rewards  # a sibling, which only this reward needs
-
     with loop.autocast():
         scores = token_rewards(prm, rollout.input_ids).float().sigmoid()
     stops = [i for i in range(tokenizer.vocab_size) if tokenizer.decode([i]).endswith(".")]
-    there = rollout.completion_mask.bool()
-    last = there & (rollout.completion_mask.flip(-1).cumsum(-1).flip(-1) == 1)
-    ends = (there & torch.isin(rollout.input_ids, torch.tensor(stops, device=scores.device))) | last
+    said = rollout.completion_mask.bool()
+    last = said & (rollout.completion_mask.flip(-1).cumsum(-1).flip(-1) == 1)
+    ends = (said & torch.isin(rollout.input_ids, torch.tensor(stops, device=scores.device))) | last
     return scores.view(-1, G, scores.shape[1]), ends.view(-1, G, scores.shape[1])
 
 
@@ -438,41 +447,32 @@ def rows_of(rollout: Rollout, rows: Sequence[int]) -> Rollout:
 
 
 def sampled_step(model: Transformer, tokenizer: Tokenizer, tasks: list[Task], step: int, prm: Transformer | None,
-                 args: argparse.Namespace, loop: Loop):  # fmt: skip
-    """This rank's part of a step: (tasks, rollout, reward (P, G), passed (P, G), step scores, share without spread).
+                 args: argparse.Namespace, loop: Loop) -> Sampled:  # fmt: skip
+    """Answers to the prompts of `step`, and what they are worth.
 
-    With --dynamic-sampling N (DAPO, 2503.14476, section 3.2), groups whose rewards are all alike make room for the next
-    prompts, up to N times; what is still missing then is filled up with such groups, so that a step keeps its size.
+    With --dynamic-sampling N (DAPO, 2503.14476, equation 11), groups whose answers are all right or all wrong make room
+    for the next prompts, up to N times; what is still missing then is filled up with such groups, so that a step keeps
+    its size. Rewards of several values count before the penalties of length, with which no group would be alike.
     """
-    wanted, kept, spare, alike, n = args.batch_size // loop.world_size, [], [], 0, 0
+    G, wanted, drawn = args.group_size, args.batch_size // loop.world_size, []
     for turn in range(max(1, args.dynamic_sampling)):
         rows = loop.batch_indices(len(tasks), step + turn * args.steps)[loop.rank :: loop.world_size]
         some = [tasks[i] for i in rows]
         with loop.autocast():
-            rollout = rollout_of(model, tokenizer, some, args.group_size, args.temperature,
-                                 (args.seed, step, turn, loop.rank), args)  # fmt: skip
-        reward, passed, steps = reward_of(rollout, some, tokenizer, prm, args, loop)
-        flat = (reward - reward[:, :1]).abs().amax(-1) < 1e-9
-        alike, n = alike + int(flat.sum()), n + len(some)
-        if not args.dynamic_sampling:
-            return some, rollout, reward, passed, steps, alike / n
-        for p, task in enumerate(some):
-            group = range(p * args.group_size, (p + 1) * args.group_size)
-            (spare if flat[p] else kept).append((task, rows_of(rollout, group), reward[p], passed[p]))
-        if len(kept) >= wanted:
+            rollout = rollout_of(model, tokenizer, some, G, args.temperature, (args.seed, step, turn, loop.rank), args)
+        drawn.append((some, rollout, reward_of(rollout, some, tokenizer, prm, args, loop)))
+        unshaped = torch.cat([judged.unshaped for _, _, judged in drawn])
+        alike = (unshaped - unshaped[:, :1]).abs().amax(-1) < 1e-9
+        if not loop.sum_over_ranks(int((~alike).sum() < wanted)):  # all ranks go on, or none
             break
-    kept = (kept + spare)[:wanted]
-    some, parts, reward, passed = zip(*kept, strict=True)
-    return list(some), joined(parts), torch.stack(reward), torch.stack(passed), None, alike / n
-
-
-def score(model: Transformer, input_ids: Tensor, completion_mask: Tensor, tokenizer: Tokenizer, temperature: float
-          ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """log pi and entropy (B, T) of the completions at the sampling temperature, 0 elsewhere; no head for the prompt."""
-    targets = input_ids.masked_fill(completion_mask == 0, IGNORED)
-    head = model.head.weight[: tokenizer.vocab_size]  # ids beyond it are never sampled
-    hidden = model.hidden_before(input_ids)
-    return linear_logps(hidden, head, targets, temperature=temperature, with_entropy=True)
+    groups, rollouts, judged = zip(*drawn, strict=True)
+    order = sorted(range(len(alike)), key=lambda p: bool(args.dynamic_sampling and alike[p]))[:wanted]
+    some = [task for tasks in groups for task in tasks]
+    reward, unshaped, passed = (torch.cat(parts)[order] for parts in list(zip(*judged, strict=True))[:3])
+    steps = None if args.dynamic_sampling else judged[0].steps  # --process-weight takes no --dynamic-sampling
+    rollout = rows_of(joined(rollouts), [p * G + g for p in order for g in range(G)])
+    judged = Judged(reward, unshaped, passed, steps)
+    return Sampled([some[p] for p in order], rollout, judged, alike.double().mean().item())
 
 
 class Batch(NamedTuple):
@@ -495,26 +495,6 @@ def by_length(batch: Batch, rows: Sequence[int], size: int) -> list[Batch]:
     return [Batch(*(None if x is None else x[part, : max(ends[part[-1]], 1)] for x in batch)) for part in parts]
 
 
-@torch.no_grad()
-def scored(model: Transformer, rollout: Rollout, tokenizer: Tokenizer, args: argparse.Namespace, loop: Loop) -> Tensor:
-    """log pi (B, T) of a whole rollout, without a gradient."""
-    ids, mask, found = rollout.input_ids, rollout.completion_mask, torch.zeros_like(rollout.sampled_logps)
-    for start in range(0, len(ids), args.micro_batch_size):
-        rows = slice(start, start + args.micro_batch_size)
-        with loop.autocast():
-            found[rows] = score(model, ids[rows], mask[rows], tokenizer, args.temperature)[0]
-    return found
-
-
-def everybodys(x: Tensor, loop: Loop) -> Tensor:
-    """(world_size * n, ...): the rows (n, ...) of all ranks, in their order."""
-    if loop.world_size == 1:
-        return x
-    whole = torch.zeros(loop.world_size, *x.shape, dtype=x.dtype, device=loop.device)
-    whole[loop.rank] = x.to(loop.device)
-    return loop.sum_over_ranks(whole).flatten(0, 1)
-
-
 def advantages_of(rollout: Rollout, reward: Tensor, counted: Tensor, steps: tuple[Tensor, Tensor] | None,
                   kl_to_go: Tensor | None, baseline: float, args: argparse.Namespace, loop: Loop
                   ) -> Tensor:  # fmt: skip
@@ -526,21 +506,21 @@ def advantages_of(rollout: Rollout, reward: Tensor, counted: Tensor, steps: tupl
     device, (P, G), width = rollout.input_ids.device, reward.shape, rollout.input_ids.shape[1]
     _, _, of_group, _ = LOSSES[args.loss]
     mask = rollout.completion_mask.bool() & counted.to(device).flatten()[:, None]
-    if kl_to_go is None:
-        kl_to_go = torch.zeros_like(rollout.sampled_logps)
     if args.loss == "reinforce++":
-        to_go = reward.to(device).flatten()[:, None] - args.kl_coef * kl_to_go.double()
-        whole, all_counted = (everybodys(F.pad(x, (0, args.max_length - width)), loop) for x in (to_go, mask.double()))
+        to_go = reward.float().to(device).flatten()[:, None] - (0.0 if kl_to_go is None else args.kl_coef * kl_to_go)
+        to_go, longest = to_go.expand(-1, width), int(everybodys(torch.tensor([float(width)]), loop).amax())
+        whole, all_counted = (everybodys(F.pad(x, (0, longest - width)), loop) for x in (to_go, mask.float()))
         first = loop.rank * P * G if loop.world_size > 1 else 0
         return of_group(whole, all_counted > 0, baseline)[first : first + P * G, :width].float()
-    reward = reward - args.kl_coef * kl_to_go[:, 0].view(P, G).to(reward)
-    whole = of_group(everybodys(reward, loop), everybodys(counted.double(), loop) > 0, baseline).to(device)
+    if kl_to_go is not None:
+        reward = reward - args.kl_coef * kl_to_go[:, 0].cpu().view(P, G).to(reward)
+    whole = of_group(everybodys(reward, loop), everybodys(counted.double(), loop) > 0, baseline).float().to(device)
     first = loop.rank * P if loop.world_size > 1 else 0
     advantages = whole[first : first + P].reshape(-1, 1).expand(-1, width)
     if steps is not None and args.process_weight:
         ends = steps[1] & mask.view(P, G, width)
-        advantages = advantages + args.process_weight * process_advantages(steps[0].double(), ends).flatten(0, 1)
-    return (advantages * mask).float()
+        advantages = advantages + args.process_weight * process_advantages(steps[0], ends).flatten(0, 1)
+    return advantages * mask
 
 
 @torch.no_grad()
@@ -555,18 +535,16 @@ def observe(sums: Tensor, largest: Tensor, x: Tokens, loss: Tensor, kl: Tensor, 
     largest.copy_(torch.maximum(largest, torch.stack([ratio.amax(), gap.amax()])))
 
 
-def measured(rollout: Rollout, sums: Tensor, largest: Tensor, no_spread: float, loop: Loop) -> dict[str, float]:
-    """What LOGGED explains, of all ranks; RunFailed if the sampler and the training forward disagree."""
+def measured(rollout: Rollout, sums: Tensor, largest: Tensor, no_spread: float, updates: int, loop: Loop
+             ) -> dict[str, float]:  # fmt: skip
+    """What LOGGED explains, of all ranks and of the step's `updates`."""
     loss, *totals, n = loop.sum_over_ranks(sums).tolist()
     entropy, kl, clipped_share = (total / max(n, 1) for total in totals)
-    ratio_max, mismatch = everybodys(largest[None], loop).amax(0).tolist()
-    if mismatch > 1e-3 and loop.dtype == torch.float32 and loop.device.type == "cpu":
-        raise RunFailed(f"step {Loop.step}: log-probs as sampled and as rescored differ by {mismatch:.2g}")
     rows = torch.stack([rollout.completion_mask.sum(-1).float().mean(), 1 - rollout.finished.float().mean()])
     length, unfinished = (loop.sum_over_ranks(rows) / loop.world_size).tolist()
     return {"length": length, "no_spread": loop.sum_over_ranks(no_spread) / loop.world_size, "unfinished": unfinished,
-            "loss": loss, "entropy": entropy, "kl": kl, "clip_fraction": clipped_share, "ratio_max": ratio_max,
-            "mismatch": mismatch}  # fmt: skip
+            "loss": loss / updates, "entropy": entropy, "kl": kl, "clip_fraction": clipped_share,
+            **ratio_and_mismatch(largest, loop)}  # fmt: skip
 
 
 # Supervised steps: the warm-up of --preset cold and reft, and the baseline
@@ -588,59 +566,49 @@ def annotation(args: argparse.Namespace, tokenizer: Tokenizer, n: int) -> list[c
     return [chat.render(messages, tokenizer, chat_format=args.chat_format) for messages in chats]
 
 
-def imitate(model: Transformer, rows: list[chat.Row], tokenizer: Tokenizer, args: argparse.Namespace, loop: Loop, *,
-            steps: int = 0, seconds: float = 0.0) -> None:  # fmt: skip
-    """Supervised steps on `rows`, in place: `steps` of them, or for some `seconds`; the loss is that of sft.py."""
-    optimizer, start, done, size = adamw(model, args.sft_lr, 0.0), time.perf_counter(), 0, 64
-    while done < steps or time.perf_counter() - start < seconds:
-        some = [rows[(done * size + i) % len(rows)] for i in range(size)]
-        width = max(len(row.input_ids) for row in some)
-        ids, mask = (torch.tensor([part + [0] * (width - len(part)) for part in parts], device=loop.device)
-                     for parts in zip(*some, strict=True))  # fmt: skip
-        with loop.autocast():
-            loss = -score(model, ids, mask, tokenizer, 1.0)[0].sum() / mask.sum()
-        loss.backward()
-        clip(model, args.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        done += 1
-
-
 # The measurement
 
 
 @torch.no_grad()
 def evaluate(model: Transformer, ref_model: Transformer | None, tokenizer: Tokenizer, test: dict[str, list[Task]],
              args: argparse.Namespace, loop: Loop) -> dict[str, list[float]]:  # fmt: skip
-    """{metric: one number a held-out question}; ref_model None: this is the start."""
+    """{metric: one number a held-out question}; the first is what the run is for. ref_model None: this is the start.
+
+    Right is an answer that ended by itself and to which the rule gives 1 or more; of a function of the user's the mean
+    reward comes first.
+    """
     model.eval()
     name = next((name for name, _ in args.rewards if name not in ("majority", "prm", "format")), "exact")
-    rule, found = checkers.load_reward(name), {}
+    rule, own = checkers.load_reward(name), ":" in name
 
-    def ask(tasks: list[Task], samples: int, temperature: float) -> tuple[list[list[float]], list[Rollout]]:
+    def ask(tasks: list[Task], samples: int, temperature: float) -> tuple[list[Rollout], Tensor, Tensor]:
+        """Rollouts, what the rule pays for the greedy or sampled answers and whether they are right, (n, samples)."""
         parts = []
         for start in range(0, len(tasks), 256):
             with loop.autocast():
                 parts.append(rollout_of(model, tokenizer, tasks[start : start + 256], samples, temperature,
                                         (args.seed, 0, start, samples), args))  # fmt: skip
-        answers = [text for part in parts for text in part.answers]
-        passed = [float(rule(prompt_text(tasks[i // samples]), text, tasks[i // samples].row) >= 1)
-                  if "answer" in tasks[i // samples].row or ":" in name else math.nan
-                  for i, text in enumerate(answers)]  # fmt: skip
-        return [passed[i : i + samples] for i in range(0, len(passed), samples)], parts
+        asked = zip((task for task in tasks for _ in range(samples)), (a for part in parts for a in part.answers),
+                    strict=True)  # fmt: skip
+        value = torch.tensor([rule(prompt_text(task), text, task.row) if own or "answer" in task.row else math.nan
+                              for task, text in asked], dtype=torch.float64)  # fmt: skip
+        finished = torch.cat([part.finished for part in parts]).cpu()
+        right = (finished & (value >= 1)).double().masked_fill(value.isnan(), math.nan)
+        return parts, withheld(value, finished, loop).view(-1, samples), right.view(-1, samples)
 
-    right, greedy = ask(test["test"], 1, 0.0)
-    found["accuracy"] = [row[0] for row in right]
-    eights, parts = ask(test["test"], 8, 1.0)
-    found["pass@1"], found["pass@8"] = [statistics.fmean(row) for row in eights], [max(row) for row in eights]
+    greedy, value, right = ask(test["test"], 1, 0.0)
+    both = [("accuracy", right[:, 0].tolist()), ("reward", value[:, 0].tolist())]
+    found = dict(both[::-1] if own else both)
+    parts, _, eights = ask(test["test"], 8, 1.0)
+    found["pass@1"], found["pass@8"] = eights.mean(-1).tolist(), eights.amax(-1).tolist()
     found["length"] = [float(n) for part in greedy for n in part.completion_mask.sum(-1).tolist()]
     if "longer" in test:
-        found["accuracy with 6 to 8 terms"] = [row[0] for row in ask(test["longer"], 1, 0.0)[0]]
+        found["accuracy with 6 to 8 terms"] = ask(test["longer"], 1, 0.0)[2][:, 0].tolist()
     found["KL"] = [0.0] * len(right)
     if ref_model is not None:
         firsts = [rows_of(part, range(0, len(part.answers), 8)) for part in parts]
-        now, then = (torch.cat([scored(m, part, tokenizer, args, loop).sum(-1) for part in firsts])
-                     for m in (model, ref_model))  # fmt: skip
+        now, then = (torch.cat([scored(m, part.input_ids, part.completion_mask, tokenizer, 1.0, args, loop)[0].sum(-1)
+                                for part in firsts]) for m in (model, ref_model))  # fmt: skip
         found["KL"] = (now - then).tolist()
     model.train()
     return found
@@ -659,7 +627,7 @@ def conclude(model: Transformer, ref_model: Transformer, tokenizer: Tokenizer, t
 
 
 BASELINE = "SFT for as long on the annotation of the same questions"
-COLUMNS = ("accuracy", "pass@8", "length", "KL")
+COLUMNS = ("pass@8", "length", "KL")  # of the table, behind what the runs are for
 
 
 def pipeline(args: argparse.Namespace) -> dict:
@@ -668,7 +636,12 @@ def pipeline(args: argparse.Namespace) -> dict:
     (DeepSeek-R1, 2501.12948, section 2.3, with one kind of task.) Each part is a run in a folder of its own.
     """
     out = Path(args.out or ROOT / "out" / "grpo-r1")
-    first = argparse.Namespace(**vars(args) | {"preset": "cold", "out": out / "1"})
+
+    def part(folder: Path, **flags: str) -> argparse.Namespace:
+        resume = args.resume and (folder / "checkpoint").exists()  # else an earlier part was interrupted
+        return argparse.Namespace(**vars(args) | {"preset": "cold", "out": folder, "resume": resume} | flags)
+
+    first = part(out / "1")
     main(first)
     loop = Loop(argparse.Namespace(**vars(args) | {"out": out / "2", "resume": False}), "grpo")
     model, tokenizer = load(out / "1" / "checkpoint")
@@ -679,20 +652,22 @@ def pipeline(args: argparse.Namespace) -> dict:
         some = tasks[start : start + 250]
         rollout = rollout_of(model, tokenizer, some, 4, 1.0, (args.seed, 0, start), first)
         for i in range(0, len(rollout.answers), 4):  # the shortest of the right ones that keep the format
-            task, texts = some[i // 4], rollout.answers[i : i + 4]
-            right = [text for text in texts if checkers.exact("", text, task.row) and checkers.format("", text, {})]
+            task, ended = some[i // 4], rollout.finished[i : i + 4].tolist()
+            right = [text for text, whole in zip(rollout.answers[i : i + 4], ended, strict=True)
+                     if whole and checkers.exact("", text, task.row) and checkers.format("", text, {})]  # fmt: skip
             kept += [{"prompt": task.row["prompt"], "completion": min(right, key=len)}] if right else []
-    (out / "2").mkdir(parents=True, exist_ok=True)
-    (out / "2" / "kept.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    if loop.main:
+        (out / "2").mkdir(parents=True, exist_ok=True)
+        (out / "2" / "kept.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    loop.sum_over_ranks(0)  # nobody reads it before it is written
     loop.say(f"best of 4: {len(kept)} of {len(tasks)} questions have a right answer, which SFT now starts from")
-    last = {"preset": "cold", "out": out / "3", "sft_data": str(out / "2" / "kept.jsonl")}
-    return main(argparse.Namespace(**vars(args) | last))
+    return main(part(out / "3", sft_data=str(out / "2" / "kept.jsonl")))
 
 
 # 3. Config
 
-DEFAULTS = {  # flag: (the tiny model), (a --model of your own); of steps (the generated world), (--data)
-    "steps": (25, 200),
+STEPS = (25, 200)  # (the generated world), (--data)
+DEFAULTS = {  # flag: (the tiny model), (a --model of your own)
     "batch_size": (128, 32),
     "micro_batch_size": (256, 4),
     "lr": (2e-4, 1e-6),
@@ -710,8 +685,8 @@ PRESETS = {  # of the world: {flag: default}; `start` is a stage of loop.py
 LOGGED = """logged every --log-every steps, with what is healthy (printed once at the start):
   reward            mean over answers                                  rises
   pass_rate         share that passes the first of --reward            0.2 to 0.8 teaches most
-  no_spread         share of groups whose answers are all alike        below 0.5; such groups teach nothing
-  loss              about 0 at every first update: it is no progress measure
+  no_spread         groups whose answers are worth the same, length aside    below 0.5; such groups teach nothing
+  loss              mean over the step's updates, about 0 in a first one: it is no progress measure
   length            tokens of an answer                                no sudden jump
   unfinished        share of answers cut off at --max-new-tokens       below 0.1
   entropy           nats a token, of the rows trained on               falls slowly; near 0: nothing new is tried
@@ -730,8 +705,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         flags=("--model", "--data", "--out", "--steps", "--batch-size", "--micro-batch-size", "--lr", "--warmup",
                "--schedule", "--weight-decay", "--grad-clip", "--max-length", "--max-new-tokens", "--eval-data",
                "--seed", "--device", "--dtype", "--compile", "--parallel", "--log-every", "--eval-every",
-               "--save-every", "--resume"),
-        defaults=dict.fromkeys(DEFAULTS) | {"schedule": "constant", "weight_decay": 0.0, "grad_clip": 1.0,
+               "--save-every", "--resume", "--adapter"),
+        defaults=dict.fromkeys((*DEFAULTS, "steps")) | {"schedule": "constant", "weight_decay": 0.0, "grad_clip": 1.0,
                                             "log_every": 1},
     )
     cli.epilog = LOGGED
@@ -776,9 +751,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = cli.parse_args(argv)
     if args.steps is None and args.loss == "all":
         args.steps = 10
-    for name, values in DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, values[(args.data if name == "steps" else args.model) is not None])
+    fill(args, rates_of(DEFAULTS, args.adapter), args.model is not None)
+    fill(args, {"steps": STEPS}, args.data is not None)
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
@@ -813,6 +787,7 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
         ((args.clip_low or 0) >= 1, "--clip-low: expected less than 1"),
         (args.overlong_buffer > args.max_new_tokens, "--overlong-buffer is longer than --max-new-tokens"),
         (args.data and args.preset, "--preset is a recipe of the generated world: it takes no --data"),
+        (args.adapter and args.preset == "r1", "--preset r1 begins anew from the base model: it takes no --adapter"),
         (args.data and (args.tools or args.baseline), "--tools and --baseline are of the generated world: no --data"),
         (args.tools and (args.preset or args.baseline), "--tools takes no --preset and no --baseline"),
         (args.process_weight and "prm" not in names, "--process-weight needs --reward prm"),
@@ -828,7 +803,9 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> dict:
     if args.loss == "all":
-        return compare(main, resolved, args, LOSSES, Path(args.out or ROOT / "out" / "grpo"), COLUMNS, MAIN_LOSSES)
+        first = "reward" if any(":" in name for name, _ in args.rewards) else "accuracy"
+        return compare(main, resolved, args, LOSSES, Path(args.out or ROOT / "out" / "grpo"), (first, *COLUMNS),
+                       MAIN_LOSSES)  # fmt: skip
     if args.preset == "r1":
         return pipeline(args)
 
@@ -839,20 +816,21 @@ def main(args: argparse.Namespace) -> dict:
     start = args.model or loop.require(args.start)
     model, tokenizer = load(start, with_tokenizer=True)
     model.to(loop.device)
-    if max(args.max_length, 0) > model.config.max_length:
-        raise UserError(f"--max-length {args.max_length}: the model reads at most {model.config.max_length} tokens")
+    loop.check_length(model)
+    if args.adapter:
+        adapt(model, args.adapter, start, loop)
     hyper = (f"{name} {value}" for name in HYPER if (value := getattr(args, name)) is not None)
     loop.say(f"--loss {args.loss}: {', '.join(hyper)}")
     loop.say(LOGGED.rstrip()) if not args.resume else None
     tasks, test = tasks_of(args, tokenizer, loop)
     prm = None
     if any(name == "prm" for name, _ in args.rewards):
-        prm = load(args.prm or loop.require("prm"), labels=1)[0].to(loop.device).eval()
+        prm = load_reward_model(args.prm or loop.require("prm"), tokenizer, loop.device)
     if args.sft_steps and not args.resume:
-        imitate(model, annotation(args, tokenizer, len(tasks)), tokenizer, args, loop, steps=args.sft_steps)
+        imitate(model, annotation(args, tokenizer, len(tasks)), args, loop, steps=args.sft_steps)
     ref_model = frozen(model)
     optimizer = adamw(model, args.lr, args.weight_decay)
-    loop.compile(model)
+    loop.compile(model, dynamic=True)
     extra = loop.restore(model, optimizer)
     for name, p in ref_model.named_parameters():
         p.copy_(extra.get(f"ref.{name}", p))
@@ -865,7 +843,8 @@ def main(args: argparse.Namespace) -> dict:
         lr, begun = set_lr(optimizer, args, step), time.perf_counter()
 
         # rollout and reward
-        some, rollout, reward, passed, steps, no_spread = sampled_step(model, tokenizer, tasks, step, prm, args, loop)
+        some, rollout, judged, no_spread = sampled_step(model, tokenizer, tasks, step, prm, args, loop)
+        reward = judged.reward  # (P, G)
         B, rollout_seconds = len(rollout.answers), time.perf_counter() - begun
         counted = rollout.finished.view_as(reward).cpu() | (not args.mask_unfinished)
         mask = rollout.completion_mask * counted.flatten()[:, None].to(loop.device)
@@ -874,13 +853,15 @@ def main(args: argparse.Namespace) -> dict:
 
         # advantages
         one_update = args.passes * args.minibatches == 1
-        old_logps = None if one_update else scored(model, rollout, tokenizer, args, loop)
-        ref_logps = scored(ref_model, rollout, tokenizer, args, loop) if args.beta or args.kl_coef else None
-        kl_to_go = None
+        old_logps = ref_logps = kl_to_go = None
+        if not one_update:
+            old_logps, _ = scored(model, *rollout[:2], tokenizer, args.temperature, args, loop)
+        if args.beta or args.kl_coef:
+            ref_logps, _ = scored(ref_model, *rollout[:2], tokenizer, args.temperature, args, loop)
         if args.kl_coef:
-            behind = (rollout.sampled_logps if one_update else old_logps) - ref_logps
-            kl_to_go = (behind * rollout.completion_mask).flip(-1).cumsum(-1).flip(-1)
-        advantages = advantages_of(rollout, reward, counted, steps, kl_to_go, baseline or 0.0, args, loop)
+            log_ratios = (rollout.sampled_logps if one_update else old_logps) - ref_logps
+            kl_to_go = (log_ratios * rollout.completion_mask).flip(-1).cumsum(-1).flip(-1)
+        advantages = advantages_of(rollout, reward, counted, judged.steps, kl_to_go, baseline or 0.0, args, loop)
         rewards = everybodys(reward, loop)  # of all ranks
         if args.loss == "reinforce":
             baseline = rewards.mean().item() if baseline is None else 0.9 * baseline + 0.1 * rewards.mean().item()
@@ -896,7 +877,7 @@ def main(args: argparse.Namespace) -> dict:
                 rows = rows[(advantages[rows] != 0).any(-1).cpu()]
             for part in by_length(batch, rows.tolist(), args.micro_batch_size):
                 with loop.autocast():
-                    logps, entropy = score(model, part.input_ids, part.completion_mask, tokenizer, args.temperature)
+                    logps, entropy, _ = score(model, part.input_ids, part.completion_mask, tokenizer, args.temperature)
                 old = logps.detach() if part.old_logps is None else part.old_logps
                 x = Tokens(logps, old, part.advantages, part.completion_mask, part.ref_logps)
                 weights = token_weights(x.completion_mask, args.aggregate, n_rows=n_rows, n_tokens=n_tokens,
@@ -911,14 +892,14 @@ def main(args: argparse.Namespace) -> dict:
             optimizer.step()
             optimizer.zero_grad()
         loop.log(
-            step, pass_rate=everybodys(passed.double(), loop).mean(), reward=rewards.mean(),
-            **measured(rollout, sums, largest, no_spread, loop), grad_norm=grad_norm, lr=lr,
-            rollout_seconds=rollout_seconds, update_seconds=time.perf_counter() - begun - rollout_seconds,
+            step, pass_rate=everybodys(judged.passed.double(), loop).mean(), reward=rewards.mean(),
+            **measured(rollout, sums, largest, no_spread, args.passes * args.minibatches, loop), grad_norm=grad_norm,
+            lr=lr, rollout_seconds=rollout_seconds, update_seconds=time.perf_counter() - begun - rollout_seconds,
             tokens=loop.sum_over_ranks(n_read),
         )  # fmt: skip
         if args.eval_every and loop.due("eval", step) and step < args.steps:
-            found = evaluate(model, None, tokenizer, test, args, loop)
-            loop.say(f"step {step}: accuracy {statistics.fmean(found['accuracy']):.3f}")
+            name, values = next(iter(evaluate(model, None, tokenizer, test, args, loop).items()))
+            loop.say(f"step {step}: {name} {statistics.fmean(values):.3f}")
         if loop.due("save", step):
             kept = {"before": before, "baseline": baseline}
             kept |= {f"ref.{name}": p for name, p in ref_model.named_parameters()} if args.sft_steps else {}
@@ -929,10 +910,13 @@ def main(args: argparse.Namespace) -> dict:
     baselines = {}
     if args.baseline:
         other = load(start)[0].to(loop.device)
-        imitate(other, annotation(args, tokenizer, len(tasks)), tokenizer, args, loop, seconds=loop.seconds)
-        baselines[BASELINE] = statistics.fmean(evaluate(other, None, tokenizer, test, args, loop)["accuracy"])
-    elif not (args.data or args.preset or args.tools) and (stored := ROOT / "results" / "grpo.json").exists():
-        figures = json.loads(stored.read_text())["baselines"]
+        if args.adapter:
+            adapt(other, args.adapter, start)
+        imitate(other, annotation(args, tokenizer, len(tasks)), args, loop, seconds=loop.seconds)
+        baselines[BASELINE] = statistics.fmean(next(iter(evaluate(other, None, tokenizer, test, args, loop).values())))
+    elif args.rewards == [("exact", 1.0)] and not (args.data or args.preset or args.tools):
+        stored = ROOT / "results" / "grpo.json"
+        figures = json.loads(stored.read_text())["baselines"] if stored.exists() else {}
         baselines = {f"{name} (stored, of another run)": value for name, value in figures.items()}
     return conclude(model, ref_model, tokenizer, test, before, after, baselines, args, loop)
 

@@ -401,8 +401,10 @@ class Loop:
             if p.ndim == 2 and not p.requires_grad:
                 p.data = p.data.to(self.dtype)
 
-    def compile(self, model: nn.Module) -> None:
+    def compile(self, model: nn.Module, *, dynamic: bool = False) -> None:
         """Compile kernels.py and the blocks of `model`, in place, if --compile says so; auto means on CUDA.
+
+        Each padded length has a graph of its own; dynamic: a few serve all (B, T), of which rollouts have too many.
 
         On a CPU the eager kernels are faster than what torch.compile makes of their references: 19,000 tokens a second
         of sft.py --stage base were 14,500 compiled.
@@ -413,7 +415,7 @@ class Loop:
             # one graph for each padded length, with and without gradient, for whole batches and for the last
             torch._dynamo.config.recompile_limit = max(64, 4 * math.ceil(self.args.max_length / 64))
             for block in model.blocks:
-                block.compile(dynamic=False)
+                block.compile(dynamic=dynamic)
 
     def check_length(self, model: nn.Module) -> None:
         """UserError if `model` cannot read --max-length tokens."""

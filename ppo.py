@@ -21,6 +21,7 @@ An answer that is cut off ends there like any other, and its reward is --eos-pen
     gamma 1, lam 0.95, clip_eps 0.2, vf_coef 0.1, kl_coef 0.05    the defaults; in the generated world kl_coef is 0.1
     temperature in sampling and in log-probs, no top-k         `score`
     no dropout, policy and critic step together, linear lr     there is none; one optimizer; --schedule linear
+    Adam's eps 1e-5                                            1e-8, as in all scripts here
 
     --reward model     the reward model of reward.py, or --reward-model DIR (such as one of --labels ai)
     --reward judge     the SFT model's own opinion by the constitution (direct RLAIF, 2309.00267, section 3.2)
@@ -59,9 +60,11 @@ from data import chat, checkers, formats, manners, world
 from data.formats import UserError
 from data.tokenizer import Tokenizer
 from kernels import IGNORED, linear_logps
-from loop import COUNT, REAL, WHOLE, Loop, RunFailed, adamw, clip, curve, parser, run, set_lr
+from loop import COUNT, REAL, WHOLE, Loop, RunFailed, adamw, clip, curve, fill, parser, run, set_lr
+from lora import adapt, rates_of
 from model import Generation, Transformer, frozen, generate, load
-from reward import CONSTITUTION, bradley_terry, opinions, rewards_of, with_scalar_head, worth
+from reward import CONSTITUTION, bradley_terry, load_reward_model, opinions, rewards_of, with_scalar_head, worth
+from sft import collate, sft_loss
 
 # 1. The objective
 
@@ -89,24 +92,24 @@ def gae(rewards: Tensor, values: Tensor, completion_mask: Tensor, *, gamma: floa
 
     Behind the last token the value is 0: nothing follows.
     """
-    there = completion_mask.bool()
-    values = values.masked_fill(~there, 0.0)
+    real = completion_mask.bool()
+    values = values.masked_fill(~real, 0.0)
     advantages, following = torch.zeros_like(values), torch.zeros_like(values[:, 0])
     next_value = torch.zeros_like(following)
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        following = torch.where(there[:, t], delta + gamma * lam * following, 0.0)
+        following = torch.where(real[:, t], delta + gamma * lam * following, 0.0)
         advantages[:, t], next_value = following, values[:, t]
-    return advantages, (advantages + values).masked_fill(~there, 0.0)
+    return advantages, (advantages + values).masked_fill(~real, 0.0)
 
 
 def whitened(x: Tensor, completion_mask: Tensor, loop: Loop) -> Tensor:
     """x with mean 0 and deviation 1 over the real tokens of the whole step, on all ranks."""
-    real = x[completion_mask.bool()].double()
+    real = x[completion_mask.bool()]  # in its own dtype: an MPS device has no float64
     n, total = loop.sum_over_ranks(torch.stack([torch.ones_like(real).sum(), real.sum()]))
     squares = loop.sum_over_ranks((real - total / n).square().sum())
     white = (x - total / n) * (squares / (n - 1).clamp(min=1) + 1e-8).rsqrt()
-    return white.masked_fill(completion_mask == 0, 0.0).to(x.dtype)
+    return white.masked_fill(completion_mask == 0, 0.0)
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float) -> Tensor:
@@ -145,8 +148,8 @@ LOSSES = {  # name: {hyperparameter: default}
 }
 
 
-def score(model: Transformer, critic: nn.Module | None, ids: Tensor, mask: Tensor, tokenizer: Tokenizer,
-          temperature: float) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+def score(model: Transformer, ids: Tensor, mask: Tensor, tokenizer: Tokenizer, temperature: float,
+          critic: nn.Module | None = None) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """log pi, entropy and (with a critic) values of the completions, 0 elsewhere; a Linear critic shares the trunk."""
     targets, hidden = ids.masked_fill(mask == 0, IGNORED), model.hidden_before(ids)
     head, values = model.head.weight[: tokenizer.vocab_size], None  # ids beyond it are never sampled
@@ -173,6 +176,7 @@ def new_critic(model: Transformer, reward_model: Transformer | None, kind: str) 
 class Task(NamedTuple):
     prompt: list[int]
     row: dict  # "prompt", and what there is of "answer", "asker", "name" and the annotation, "messages"
+    messages: Sequence[dict] = ()  # the prompt as a conversation
 
 
 class Batch(NamedTuple):
@@ -189,35 +193,55 @@ class Batch(NamedTuple):
 def task_of(row: dict, tokenizer: Tokenizer, args: argparse.Namespace) -> Task:
     messages = [{"role": "user", "content": row["prompt"]}] if isinstance(row["prompt"], str) else row["prompt"]
     ids = chat.render(messages, tokenizer, add_generation_prompt=True, chat_format=args.chat_format).input_ids
-    return Task(ids, row)
+    return Task(ids, row, messages)
+
+
+def prompt_text(task: Task) -> str:
+    prompt = task.row["prompt"]
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+def file_tasks(rewards: Sequence[str], tokenizer: Tokenizer, args: argparse.Namespace, loop: Loop
+               ) -> tuple[list[Task], list[Task]]:  # fmt: skip
+    """(train, held out) of --data, as the `rewards` need it: a function of the user's sees every column of its row."""
+    needing, keep = [name for name in rewards if name in checkers.NEED_ANSWER], any(":" in name for name in rewards)
+    schemas, mapping = ("answer",) if needing else ("answer", "prompt"), formats.parse_map(args.map)
+    rows = formats.read_jsonl(args.data, schemas, mapping=mapping, keep=keep)
+    if args.eval_data:
+        held_out = formats.read_jsonl(args.eval_data, schemas, mapping=mapping, keep=keep)
+    else:
+        rows, held_out = formats.hold_out(rows)
+    for name in needing:
+        checkers.check_answers(name, rows + held_out)
+    if not held_out:
+        loop.say(f"only {len(rows)} rows: none are held out, and what is measured are the training rows")
+    train, test = ([task_of(row, tokenizer, args) for row in some] for some in (rows, held_out or rows))
+    return train, test
+
+
+def check_length(tasks: Sequence[Task], args: argparse.Namespace) -> None:
+    """UserError if a prompt leaves no room for an answer."""
+    longest = max(len(task.prompt) for task in tasks)
+    if longest + args.max_new_tokens > args.max_length:
+        raise UserError(f"a prompt of {longest} tokens and --max-new-tokens {args.max_new_tokens} exceed --max-length "
+                        f"{args.max_length}")  # fmt: skip
 
 
 def tasks_of(args: argparse.Namespace, tokenizer: Tokenizer, loop: Loop) -> tuple[list[Task], list[Task]]:
     """(train, held out): requests of data/manners.py for a learned reward, sums for a rule, or rows of --data."""
     if args.data:
-        schemas, mapping = ("answer",) if args.reward in checkers.NEED_ANSWER else ("answer", "prompt"), args.map
-        rows, held_out = formats.hold_out(formats.read_jsonl(args.data, schemas, mapping=formats.parse_map(mapping)))
-        if args.eval_data:
-            held_out = formats.read_jsonl(args.eval_data, schemas, mapping=formats.parse_map(mapping))
-        if not held_out:
-            loop.say(f"only {len(rows)} rows: none are held out, and what is measured are the training rows")
-        if args.reward in checkers.NEED_ANSWER:
-            checkers.check_answers(args.reward, rows + held_out)
-        train, test = ([task_of(row, tokenizer, args) for row in some] for some in (rows, held_out or rows))
+        train, test = file_tasks([args.reward], tokenizer, args, loop)
     else:
-        n = args.questions or args.steps * args.batch_size
+        n = args.questions or max(1, args.steps) * args.batch_size
         train = [task_of(world_row(("ppo", args.seed, i), "train", args), tokenizer, args) for i in range(n)]
         test = [task_of(world_row(("ppo test", i), "test", args), tokenizer, args) for i in range(args.tests)]
-    longest = max(len(task.prompt) for task in train + test)
-    if longest + args.max_new_tokens > args.max_length:
-        raise UserError(f"a prompt of {longest} tokens and --max-new-tokens {args.max_new_tokens} exceed --max-length "
-                        f"{args.max_length}")
+    check_length(train + test, args)
     return train, test
 
 
 def world_row(key: Sequence, split: str, args: argparse.Namespace) -> dict:
     rng = world.rng_for(*key)
-    if args.reward in ("model", "judge"):
+    if args.reward in LEARNED:
         return manners.draw_request(rng, split)
     row = world.exchange("sums", rng, split)
     return {"prompt": row["messages"][0]["content"], "answer": row["answer"], "messages": row["messages"]}
@@ -262,11 +286,6 @@ def opinions_of(judge: Transformer, tokenizer: Tokenizer, texts: list[str], args
     return [worth(yes[text], list(CONSTITUTION)) for text in texts]
 
 
-def prompt_text(task: Task) -> str:
-    prompt = task.row["prompt"]
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
-
-
 def utilities(texts: list[str], tasks: Sequence[Task]) -> list[float]:
     """The annotator's true utility of each answer; NaN where there is no annotator."""
     each = len(texts) // len(tasks)
@@ -276,18 +295,52 @@ def utilities(texts: list[str], tasks: Sequence[Task]) -> list[float]:
 
 
 @torch.no_grad()
-def scored(model: Transformer, critic: nn.Module | None, found: Generation, tokenizer: Tokenizer,
-           args: argparse.Namespace, loop: Loop) -> tuple[Tensor, Tensor]:  # fmt: skip
+def scored(model: Transformer, ids: Tensor, mask: Tensor, tokenizer: Tokenizer, temperature: float,
+           args: argparse.Namespace, loop: Loop, critic: nn.Module | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """log pi and values (B, T) of a whole rollout, without a gradient."""
-    logps, values = torch.zeros_like(found.logps), torch.zeros_like(found.logps)
-    for start in range(0, len(logps), args.micro_batch_size):
+    logps, values = torch.zeros(2, *ids.shape, device=ids.device)
+    for start in range(0, len(ids), args.micro_batch_size):
         rows = slice(start, start + args.micro_batch_size)
         with loop.autocast():
-            ids, mask = found.input_ids[rows], found.completion_mask[rows]
-            parts = score(model, critic, ids, mask, tokenizer, args.temperature)
-        logps[rows] = parts[0]
-        values[rows] = 0.0 if critic is None else parts[2]
+            logps[rows], _, found = score(model, ids[rows], mask[rows], tokenizer, temperature, critic)
+        values[rows] = 0.0 if critic is None else found
     return logps, values
+
+
+def everybodys(x: Tensor, loop: Loop) -> Tensor:
+    """(world_size * n, ...): the rows (n, ...) of all ranks, in their order."""
+    if loop.world_size == 1:
+        return x
+    whole = torch.zeros(loop.world_size, *x.shape, dtype=x.dtype, device=loop.device)
+    whole[loop.rank] = x.to(loop.device)
+    return loop.sum_over_ranks(whole).flatten(0, 1)
+
+
+def ratio_and_mismatch(largest: Tensor, loop: Loop) -> dict[str, float]:
+    """The largest ratio and |log-prob as sampled - as rescored| of all ranks, from this one's (2,).
+
+    RunFailed if the latter is no rounding: sampler and training forward are then of two models.
+    """
+    ratio_max, mismatch = everybodys(largest[None], loop).amax(0).tolist()
+    if mismatch > 1e-3 and loop.dtype == torch.float32 and loop.device.type == "cpu":
+        raise RunFailed(f"step {Loop.step}: log-probs as sampled and as rescored differ by {mismatch:.2g}")
+    return {"ratio_max": ratio_max, "mismatch": mismatch}
+
+
+def measured(found: Generation, texts: list[str], tasks: Sequence[Task], scores: Tensor, batch: Batch,
+             ref_logps: Tensor, sums: Tensor, largest: Tensor, loop: Loop) -> dict[str, float]:  # fmt: skip
+    """What LOGGED explains, of all ranks; sums (4,): means over the updates of what is named last."""
+    real, values, returns = batch.completion_mask.bool(), batch.old_values, batch.returns
+    explained = 1 - (returns - values)[real].var() / returns[real].var().clamp(min=1e-8)
+    means = torch.stack([
+        scores.mean(), torch.tensor(utilities(texts, tasks), device=loop.device).mean(),
+        (batch.old_logps - ref_logps).sum(-1).mean(), real.sum(-1).float().mean(), 1 - found.finished.float().mean(),
+        explained,
+    ])  # fmt: skip
+    names = ("reward", "utility", "kl", "length", "unfinished", "explained", "loss", "value_loss", "entropy",
+             "clip_fraction")  # fmt: skip
+    values = (loop.sum_over_ranks(means) / loop.world_size).tolist() + sums.tolist()
+    return dict(zip(names, values, strict=True)) | ratio_and_mismatch(largest, loop)
 
 
 def lesson(reward_model: Transformer, model: Transformer, judge: Transformer, tasks: Sequence[Task],
@@ -296,29 +349,37 @@ def lesson(reward_model: Transformer, model: Transformer, judge: Transformer, ta
 
     A reward model that has only seen what others wrote is blind to what this policy gets wrong (InstructGPT, section
     3.2, compares samples of its SFT model; 2204.05862, section 4.5, goes on with those of each new policy). `judge` is
-    the chat model of --judge ai, whose labels are chances; the annotator's are coins.
+    the chat model of --judge ai, whose labels are chances; the annotator's are coins. `tasks` are this rank's; 16 of
+    all ranks make an update.
     """
-    parts = []
-    for i in range(0, len(tasks), 128):
-        seed = (args.seed, step, "lesson", i)
-        parts.append(answers_to(model, tasks[i : i + 128], tokenizer, 2, args.temperature, seed, args, loop))
+    ranks = loop.world_size
+    size = max(1, 16 // ranks)  # of this rank in an update
+    parts, chunk, n_all = [], 128 // size * size, loop.sum_over_ranks(len(tasks))
+    for i in range(0, len(tasks), chunk):
+        seed = (args.seed, step, "lesson", loop.rank + i * ranks)  # the place of its first task among those of all
+        parts.append(answers_to(model, tasks[i : i + chunk], tokenizer, 2, args.temperature, seed, args, loop))
     if args.judge == "ai":
         liked = [x for _, texts in parts for x in opinions_of(judge, tokenizer, texts, args, loop)]
     else:
-        liked = [x for i, (_, texts) in enumerate(parts) for x in utilities(texts, tasks[128 * i : 128 * (i + 1)])]
+        liked = [x for i, (_, texts) in enumerate(parts) for x in utilities(texts, tasks[chunk * i : chunk * (i + 1)])]
     chances = [manners.prefers_first(a, b) for a, b in zip(liked[::2], liked[1::2], strict=True)]
     if args.judge == "annotator":
         rng = world.rng_for("coin", args.seed, step)
-        chances = [float(rng.random() < chance) for chance in chances]
+        coins = [rng.random() for _ in range(len(tasks) * ranks)][loop.rank :: ranks]
+        chances = [float(coin < chance) for coin, chance in zip(coins, chances, strict=True)]
     better = torch.tensor(chances, device=loop.device)
     optimizer = adamw(reward_model.requires_grad_(True), args.rm_lr, 0.0)
-    total = len(tasks) // 16
-    for n, start in enumerate(range(0, 16 * total, 16)):
-        found, first = parts[start // 128][0], 2 * (start % 128)
-        ids, mask = found.input_ids[first : first + 32], found.completion_mask[first : first + 32]
-        with loop.autocast():
-            rewards = rewards_of(reward_model, ids, mask).view(-1, 2)
-        bradley_terry(rewards[:, 0], rewards[:, 1], better[start : start + 16], 0.0, 0.01).mean().backward()
+    total = math.ceil(n_all / (size * ranks))
+    for n, start in enumerate(range(0, size * total, size)):
+        labels = better[start : start + size]
+        n_pairs = loop.sum_over_ranks(len(labels))
+        if len(labels):
+            found, first = parts[start // chunk][0], 2 * (start % chunk)
+            rows = slice(first, first + 2 * size)
+            with loop.autocast():
+                rewards = rewards_of(reward_model, found.input_ids[rows], found.completion_mask[rows]).view(-1, 2)
+            (bradley_terry(*rewards.T, labels, 0.0, 0.01).sum() / n_pairs).backward()
+        loop.all_reduce(reward_model)
         clip(reward_model, 1.0)
         for group in optimizer.param_groups:
             group["lr"] = args.rm_lr * min(1, (n + 1) / 5) * (1 - n / total)
@@ -327,22 +388,22 @@ def lesson(reward_model: Transformer, model: Transformer, judge: Transformer, ta
     reward_model.requires_grad_(False)
 
 
-def imitate(model: Transformer, tasks: Sequence[Task], tokenizer: Tokenizer, args: argparse.Namespace, loop: Loop
-            ) -> None:  # fmt: skip
-    """The warm-up of ReFT, in place: --sft-steps supervised steps on the annotation of the questions; sft.py's loss."""
-    optimizer = adamw(model, args.sft_lr, 0.0)
-    rows = [chat.render(task.row["messages"], tokenizer, chat_format=args.chat_format) for task in tasks]
-    for step in range(args.sft_steps):
-        some = [rows[(step * 64 + i) % len(rows)] for i in range(64)]
-        width = max(len(row.input_ids) for row in some)
-        ids, mask = (torch.tensor([part + [0] * (width - len(part)) for part in parts], device=loop.device)
-                     for parts in zip(*some, strict=True))  # fmt: skip
+def imitate(model: Transformer, rows: Sequence[chat.Row], args: argparse.Namespace, loop: Loop, *, steps: int = 0,
+            seconds: float = 0.0) -> None:  # fmt: skip
+    """Supervised steps on `rows` by sft.py's loss, in place, 64 rows each: `steps` of them, or for some `seconds`."""
+    optimizer, start, done = adamw(model, args.sft_lr, 0.0), time.perf_counter(), 0
+    while loop.sum_over_ranks(int(loop.main and (done < steps or time.perf_counter() - start < seconds))):
+        some = [rows[(done * 64 + i) % len(rows)] for i in range(64)][loop.rank :: loop.world_size]
+        batch = collate([[row] for row in some], loop.device)
+        n_tokens = loop.sum_over_ranks(int(batch.completion_mask.sum()))
         with loop.autocast():
-            loss = -score(model, None, ids, mask, tokenizer, 1.0)[0].sum() / mask.sum()
+            loss = sft_loss(model, batch) / n_tokens
         loss.backward()
+        loop.all_reduce(model)
         clip(model, args.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
+        done += 1
 
 
 # The measurement
@@ -353,21 +414,25 @@ def evaluate(model: Transformer, ref_model: Transformer | None, reward_model: Tr
              tokenizer: Tokenizer, args: argparse.Namespace, loop: Loop) -> dict[str, list[float]]:  # fmt: skip
     """{metric: one number a held-out question}, of one sample at temperature 1; the first is what the run is for.
 
-    ref_model None: this is the start. A rule is measured by the greedy answers instead.
+    ref_model None: this is the start. A rule is measured by the share of greedy answers that it gives 1 or more, a
+    function of the user's by its mean; what is cut off is not right and is paid as in training.
     """
     model.eval()
     found, texts = answers_to(model, tasks, tokenizer, 1, 1.0, (args.seed, "test"), args, loop)
-    proxy = scores_of(found, texts, tasks, tokenizer, reward_model, args, loop).tolist()
-    rows = {"reward": proxy, "length": found.completion_mask.sum(-1).float().tolist(), "KL": [0.0] * len(tasks)}
-    if args.reward not in ("model", "judge"):
-        _, greedy = said = answers_to(model, tasks, tokenizer, 1, 0.0, (0,), args, loop)
-        right = scores_of(said[0], greedy, tasks, tokenizer, reward_model, args, loop)
-        rows = {"accuracy": (right >= 1).float().tolist()} | rows
-    elif "asker" in tasks[0].row:
-        rows = {"utility": utilities(texts, tasks)} | rows
+    reward = scores_of(found, texts, tasks, tokenizer, reward_model, args, loop)
+    rows = {"length": found.completion_mask.sum(-1).float().tolist(), "KL": [0.0] * len(tasks)}
+    if args.reward in LEARNED:
+        rows = {"reward": reward.tolist()} | rows
+        rows = {"utility": utilities(texts, tasks)} | rows if "asker" in tasks[0].row else rows
+    else:
+        said, greedy = answers_to(model, tasks, tokenizer, 1, 0.0, (0,), args, loop)
+        right = (scores_of(said, greedy, tasks, tokenizer, None, args, loop) >= 1) & said.finished.to(loop.device)
+        paid = torch.where(found.finished.to(loop.device), reward, args.eos_penalty)
+        both = [("accuracy", right.float().tolist()), ("reward", paid.tolist())]
+        rows = dict(both[::-1] if ":" in args.reward else both) | rows
     if ref_model is not None:
-        at_one = argparse.Namespace(**vars(args) | {"temperature": 1.0})
-        now, then = (scored(m, None, found, tokenizer, at_one, loop)[0].sum(-1) for m in (model, ref_model))
+        now, then = (scored(m, found.input_ids, found.completion_mask, tokenizer, 1.0, args, loop)[0].sum(-1)
+                     for m in (model, ref_model))  # fmt: skip
         rows["KL"] = (now - then).tolist()
     model.train()
     return rows
@@ -391,7 +456,8 @@ def conclude(model: Transformer, ref_model: Transformer, tokenizer: Tokenizer, t
         for task, a, b in zip(tasks, *said, strict=False):
             print(f"\n  user    {prompt_text(task)}\n  before  {a}\n  after   {b}")
         series = ("reward", "utility") if "utility" in after else ("reward",)
-        lines = [json.loads(line) for line in loop.metrics_file.read_text().splitlines()]
+        written = loop.metrics_file.read_text() if loop.metrics_file.exists() else ""  # --steps 0
+        lines = [json.loads(line) for line in written.splitlines()]
         picture = curve([line | {"step": max(line["kl"], 0.0)} for line in lines], series,
                         title="reward as learned and utility as it is")  # fmt: skip
         Path(loop.out / "overoptimisation.svg").write_text(picture.replace(">step<", ">KL to the start, nats<"))
@@ -406,18 +472,16 @@ def conclude(model: Transformer, ref_model: Transformer, tokenizer: Tokenizer, t
 
 # 3. Config
 
-OF_DATA = ("steps", "kl_coef", "rm_pairs")
-DEFAULTS = {  # flag: (the tiny model), (a --model of your own); of OF_DATA (the generated world), (--data)
-    "steps": (20, 200),
+LEARNED = ("model", "judge")  # rewards that are no rule
+DEFAULTS = {  # flag: (the tiny model), (a --model of your own)
     "batch_size": (128, 64),
     "micro_batch_size": (128, 4),
     "lr": (3e-4, 3e-6),
     "warmup": (2, 10),
     "max_length": (128, 2048),
     "max_new_tokens": (72, 512),
-    "kl_coef": (0.1, 0.05),
-    "rm_pairs": (6000, 0),
 }
+OF_DATA = {"steps": (20, 200), "kl_coef": (0.1, 0.05), "rm_pairs": (6000, 0)}  # (the generated world), (--data)
 PRESETS = {  # of the generated world
     "": {"reward": "model", "sft_steps": 0, "questions": None, "eos_penalty": -1.0},
     "reft": {"reward": "reft", "sft_steps": 30, "questions": 500, "eos_penalty": 0.0},
@@ -429,12 +493,12 @@ LOGGED = """logged every --log-every steps, with what is healthy (printed once a
   kl_coef           moves with --kl-target only
   length            tokens of an answer                                   no sudden jump
   unfinished        share of answers cut off at --max-new-tokens          below 0.1
-  loss, value_loss  of the last pass; the latter should fall, below the variance of returns
   explained         share of the returns' variance that the critic foresaw   above 0, better above 0.5
-  entropy           nats a token                                          falls slowly; near 0: nothing new is tried
-  clip_fraction     share of tokens whose ratio is beyond the clip        0.01 to 0.3
-  ratio_max         largest pi / pi_old                                   below 10
-  step_kl           KL of the old to the new policy, nats a token         below 0.02, or see --stop-kl
+  loss, value_loss  means over the step's updates; the latter should fall, below the variance of returns
+  entropy           nats a token, mean over the updates                   falls slowly; near 0: nothing new is tried
+  clip_fraction     tokens whose ratio is beyond the clip, likewise       0.01 to 0.3
+  step_kl           KL of the old to the new policy, nats a token, in the last update    below 0.02, or see --stop-kl
+  ratio_max         largest pi / pi_old of all updates                    below 10
   updates           made of --passes * --minibatches                      all of them, unless --stop-kl stops
   grad_norm         before clipping                                       below 10 times its usual value
   mismatch          largest |log-prob as sampled - as rescored|           below 1e-3 in fp32, or the run fails
@@ -448,8 +512,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         flags=("--model", "--data", "--out", "--steps", "--batch-size", "--micro-batch-size", "--lr", "--warmup",
                "--schedule", "--weight-decay", "--grad-clip", "--max-length", "--max-new-tokens", "--eval-data",
                "--seed", "--device", "--dtype", "--compile", "--parallel", "--log-every", "--eval-every",
-               "--save-every", "--resume"),
-        defaults=dict.fromkeys(DEFAULTS) | {"schedule": "linear", "weight_decay": 0.0, "grad_clip": 1.0,
+               "--save-every", "--resume", "--adapter"),
+        defaults=dict.fromkeys(DEFAULTS | OF_DATA) | {"schedule": "linear", "weight_decay": 0.0, "grad_clip": 1.0,
                                             "log_every": 1},
     )
     cli.epilog = LOGGED
@@ -458,7 +522,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--reward", metavar="NAME", help="model, judge, exact, number, boxed, reft, format or "
                      "FILE.py:function (default: model)")  # fmt: skip
     cli.add_argument("--reward-model", metavar="DIR", help="checkpoint of reward.py (default: out/reward)")
-    cli.add_argument("--reward-clip", type=REAL, default=5.0, help="largest reward, in deviations; 0 never clips")
+    cli.add_argument("--reward-clip", type=REAL, help="largest reward, 0: none (default: 5 deviations of the "
+                     "start's, if it is learned; else 0)")  # fmt: skip
     cli.add_argument("--eos-penalty", type=float, help="reward of an answer that is cut off (default: -1; reft 0)")
     cli.add_argument("--critic", choices=("own", "shared"), default="own", help="a network, or a head on the policy")
     cli.add_argument("--critic-warmup", type=WHOLE, default=0, help="first steps in which only the critic learns")
@@ -488,12 +553,13 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--map", nargs="+", default=[], metavar="THEIRS=OURS", help="rename fields of the JSONL files")
     cli.add_argument("--chat-format", help="chatml, qwen2.5, qwen3 or llama3, where the checkpoint does not say")
     args = cli.parse_args(argv)
-    for name, values in DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, values[(args.data if name in OF_DATA else args.model) is not None])
+    fill(args, rates_of(DEFAULTS, args.adapter), args.model is not None)
+    fill(args, OF_DATA, args.data is not None)
     for name, value in (PRESETS[args.preset] | LOSSES[args.loss]).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.reward_clip is None:
+        args.reward_clip = 5.0 if args.reward in LEARNED else 0.0
     for is_wrong, text in (
         (args.temperature == 0, "--temperature 0: nothing new would ever be tried"),
         (args.parallel == "fsdp", "--parallel fsdp: ranks decode unequal numbers of tokens; only replicas work here"),
@@ -504,12 +570,16 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         (args.refresh_rm and args.reward != "model", "--refresh-rm teaches a reward model: it needs --reward model"),
         (args.data and (args.rm_pairs or args.refresh_rm), "--rm-pairs and --refresh-rm ask for the "
          "generated world's manners: they take no --data"),
-        (args.sft_steps and args.reward in ("model", "judge"), "--sft-steps needs annotated sums: --preset reft"),
+        (args.critic == "shared" and args.critic_warmup, "--critic-warmup leaves the policy alone, but --critic shared "
+         "learns in its trunk: choose --critic own"),
+        (args.adapter and args.critic == "own" and args.reward != "model", "--adapter: a critic of its own would be a "
+         "second whole model: choose --critic shared"),
+        (args.sft_steps and args.reward in LEARNED, "--sft-steps needs annotated sums: --preset reft"),
         (args.data and args.reward == "model" and not args.reward_model, "--data needs --reward-model or --reward"),
     ):  # fmt: skip
         if is_wrong:
             raise UserError(text)
-    if args.reward not in ("model", "judge"):
+    if args.reward not in LEARNED:
         checkers.load_reward(args.reward)
     return args
 
@@ -519,13 +589,15 @@ def main(args: argparse.Namespace) -> dict:
     loop = Loop(args, "ppo", out="-".join(filter(None, ["ppo", args.preset])))
     if args.batch_size % loop.world_size:
         raise UserError(f"--batch-size {args.batch_size}: expected a multiple of the {loop.world_size} ranks")
-    model, tokenizer = load(args.model or loop.require("sft"), with_tokenizer=True)
+    start = args.model or loop.require("sft")
+    model, tokenizer = load(start, with_tokenizer=True)
     model.to(loop.device)
-    if args.max_length > model.config.max_length:
-        raise UserError(f"--max-length {args.max_length}: the model reads at most {model.config.max_length} tokens")
+    loop.check_length(model)
+    if args.adapter:
+        adapt(model, args.adapter, start, loop)
     reward_model = None
     if args.reward == "model":
-        reward_model = load(args.reward_model or loop.require("reward"), labels=1)[0].to(loop.device).eval()
+        reward_model = load_reward_model(args.reward_model or loop.require("reward"), tokenizer, loop.device)
     elif args.reward == "judge":
         reward_model = frozen(model)
     loop.say(f"--loss {args.loss}: " + ", ".join(f"{name} {getattr(args, name)}" for name in LOSSES[args.loss]))
@@ -533,25 +605,27 @@ def main(args: argparse.Namespace) -> dict:
         loop.say(LOGGED.rstrip())
     tasks, test = tasks_of(args, tokenizer, loop)
     if args.sft_steps and not args.resume:
-        imitate(model, tasks, tokenizer, args, loop)
+        rows = [chat.render(task.row["messages"], tokenizer, chat_format=args.chat_format) for task in tasks]
+        imitate(model, rows, args, loop, steps=args.sft_steps)
     ref_model = frozen(model)
     loop.seed(0)  # the critic's head is the same whatever was drawn before it
     critic = new_critic(model, reward_model if args.reward == "model" else None, args.critic)
     both = nn.ModuleDict({"policy": model, "critic": critic})
     optimizer = adamw(both, args.lr, args.weight_decay)
-    loop.compile(model)
+    loop.compile(model, dynamic=True)
     extra = loop.restore(model, optimizer)
     for name, module in (("ref", ref_model), ("critic", critic), ("reward_model", reward_model)):
         if kept := {key.removeprefix(f"{name}."): value for key, value in extra.items() if key.startswith(f"{name}.")}:
             module.load_state_dict(kept)
     loop.describe(model)
     if args.reward == "model" and args.rm_pairs and not args.resume:
-        rows = (world_row(("lesson", args.seed, i), "train", args) for i in range(args.rm_pairs))
+        mine = range(loop.rank, args.rm_pairs, loop.world_size)
+        rows = (world_row(("lesson", args.seed, i), "train", args) for i in mine)
         own = [task_of(row, tokenizer, args) for row in rows]
         lesson(reward_model, model, ref_model, own, tokenizer, 0, args, loop)
     before = extra.get("before") or evaluate(model, None, reward_model, test, tokenizer, args, loop)
     scale = {"mean": 0.0, "std": 1.0}  # of the scores of the start
-    if args.reward in ("model", "judge"):
+    if args.reward in LEARNED:
         scale = {"mean": statistics.fmean(before["reward"]), "std": max(statistics.pstdev(before["reward"]), 1e-3)}
     baselines = extra.get("baselines", {})
     if "utility" in before and not extra:
@@ -576,64 +650,55 @@ def main(args: argparse.Namespace) -> dict:
 
         # advantages
         mask = found.completion_mask
-        old_logps, old_values = scored(model, critic, found, tokenizer, args, loop)
-        ref_logps, _ = scored(ref_model, None, found, tokenizer, args, loop)
+        old_logps, old_values = scored(model, found.input_ids, mask, tokenizer, args.temperature, args, loop, critic)
+        ref_logps, _ = scored(ref_model, found.input_ids, mask, tokenizer, args.temperature, args, loop)
         rewards = token_rewards(reward, old_logps, ref_logps, mask, kl_coef=kl_coef)
         advantages, returns = gae(rewards, old_values, mask, gamma=args.gamma, lam=args.lam)
         advantages = whitened(advantages, mask, loop)
         batch = Batch(found.input_ids, mask, old_logps, old_values, advantages, returns)
 
         # updates: forward -> loss -> backward -> clip -> step
-        updates, n_read = 0, 0
+        updates, n_read, sums = 0, 0, torch.zeros(5, device=loop.device)
+        largest = torch.stack([torch.zeros_like(old_logps[0, 0]), (old_logps - found.logps).abs().max()])
         for rows in (rows for _ in range(args.passes) for rows in torch.randperm(len(mask)).tensor_split(
                 args.minibatches)):  # fmt: skip
             n_tokens = max(1, loop.sum_over_ranks(int(mask[rows].sum())))
-            sums, ratio_max = torch.zeros(5, device=loop.device), torch.zeros(1, device=loop.device)
+            update = torch.zeros(5, device=loop.device)
             for part in (Batch(*(x[few] for x in batch)) for few in rows.split(args.micro_batch_size)):
                 with loop.autocast():
-                    logps, entropy, values = score(model, critic, part.input_ids, part.completion_mask, tokenizer,
-                                                   args.temperature)  # fmt: skip
+                    logps, entropy, values = score(model, part.input_ids, part.completion_mask, tokenizer,
+                                                   args.temperature, critic)  # fmt: skip
                 losses, ratio = policy_loss(logps, part.old_logps, part.advantages, part.completion_mask,
                                             clip_eps=args.clip_eps)  # fmt: skip
                 value_losses = value_loss(values, part.old_values, part.returns, part.completion_mask,
                                           value_clip=args.value_clip)  # fmt: skip
-                policy_weight = float(step > args.critic_warmup)
-                ((policy_weight * losses + args.vf_coef * value_losses).sum() / n_tokens).backward()
+                loss = args.vf_coef * value_losses + (losses if step > args.critic_warmup else 0.0)
+                (loss.sum() / n_tokens).backward()
                 with torch.no_grad():
                     beyond = ((ratio - 1).abs() > (args.clip_eps or math.inf)).float()
                     step_kl = ratio - 1 - ratio.log()  # of pi_old to pi
-                    sums += torch.stack([x.sum() for x in (losses, value_losses, entropy, beyond, step_kl)]) / n_tokens
-                    ratio_max = torch.maximum(ratio_max, ratio.amax()[None])
+                    parts = (losses, value_losses, entropy, beyond, step_kl)
+                    update += torch.stack([x.sum() for x in parts]) / n_tokens
+                    largest[0] = torch.maximum(largest[0], ratio.amax())
                 n_read += part.input_ids.numel()
             loop.all_reduce(both)
             grad_norm = clip(both, args.grad_clip)
             optimizer.step()
             optimizer.zero_grad()
-            updates += 1
-            sums = loop.sum_over_ranks(sums)
-            if args.stop_kl and sums[4] > args.stop_kl:
+            update, updates = loop.sum_over_ranks(update), updates + 1
+            sums += update
+            if args.stop_kl and update[4] > args.stop_kl:
                 break
 
         # log
-        kl = (old_logps - ref_logps).sum(-1)
-        there = mask.bool()
-        foreseen = 1 - (returns - old_values)[there].var() / returns[there].var().clamp(min=1e-8)
-        means = torch.stack([scores.mean(), torch.tensor(utilities(texts, some), device=loop.device).mean(), kl.mean(),
-                             mask.sum(-1).float().mean(), 1 - found.finished.float().mean(), foreseen,
-                             ratio_max[0]])  # fmt: skip
-        names = ("reward", "utility", "kl", "length", "unfinished", "explained", "ratio_max")
-        means = dict(zip(names, (loop.sum_over_ranks(means) / loop.world_size).tolist(), strict=True))
-        mismatch = (old_logps - found.logps).abs().max().item()
-        if mismatch > 1e-3 and loop.dtype == torch.float32 and loop.device.type == "cpu":
-            raise RunFailed(f"step {step}: log-probs as sampled and as rescored differ by {mismatch:.2g}")
-        names = ("loss", "value_loss", "entropy", "clip_fraction", "step_kl")
+        metrics = measured(found, texts, some, scores, batch, ref_logps, sums[:4] / updates, largest, loop)
         loop.log(
-            step, **means, kl_coef=kl_coef, **dict(zip(names, sums.tolist(), strict=True)), updates=updates,
-            grad_norm=grad_norm, lr=lr, mismatch=mismatch, rollout_seconds=rollout_seconds,
-            update_seconds=time.perf_counter() - begun - rollout_seconds, tokens=loop.sum_over_ranks(n_read),
+            step, **metrics, step_kl=update[4], kl_coef=kl_coef, updates=updates, grad_norm=grad_norm, lr=lr,
+            rollout_seconds=rollout_seconds, update_seconds=time.perf_counter() - begun - rollout_seconds,
+            tokens=loop.sum_over_ranks(n_read),
         )  # fmt: skip
         if args.kl_target:
-            kl_coef = adapted(kl_coef, means["kl"], args.kl_target)
+            kl_coef = adapted(kl_coef, metrics["kl"], args.kl_target)
         if args.eval_every and loop.due("eval", step) and step < args.steps:
             name, values = next(iter(evaluate(model, None, reward_model, test, tokenizer, args, loop).items()))
             loop.say(f"step {step}: {name} {statistics.fmean(values):.3f}")

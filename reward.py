@@ -66,6 +66,15 @@ def with_scalar_head(model: Transformer) -> Transformer:
     return new
 
 
+def load_reward_model(path: str | Path, tokenizer: Tokenizer, device: torch.device) -> Transformer:
+    """The reward model in `path`, to score ids of `tokenizer`; UserError if one of these is another token to it."""
+    model, own = load(path, labels=1)
+    for kind in ("token_bytes", "special_tokens"):
+        if own is None or not getattr(tokenizer, kind).items() <= getattr(own, kind).items():
+            raise UserError(f"{path}: the reward model's tokenizer is not the policy's: it would read other words")
+    return model.to(device).eval()
+
+
 def token_rewards(model: Transformer, input_ids: Tensor) -> Tensor:
     """The reward (B, T) of each row as far as token t, that one included; in fp32 under autocast."""
     return (model.hidden(input_ids) * model.head.weight).sum(-1)

@@ -9,37 +9,41 @@ and never closed is no answer.
     boxed      1 if the one thing in \\boxed{...} is the right one, as text without spaces or as a number
     reft       1 the right number, 0.1 another number, 0 none (ReFT, arXiv 2401.08967, section 3.2)
     format     1 if the completion is <think>reasoning</think>answer and nothing else (DeepSeek-R1, 2501.12948, 2.2.2)
-    FILE.py:function    your own
+    FILE.py:function    your own; the row has all the columns of its file
 
-They are paid to be gamed: a list of guesses, a second \\boxed, digits of other scripts, 1e999 and text that copies the
-question's markup get nothing, and no text takes more than a pass over it.
+A minus is - or U+2212, and a space may follow it. Rules are there to be gamed: a list of guesses, a second \\boxed,
+digits of other scripts, 1e999 and text that copies the question's markup get nothing, and no text takes more than a
+pass over it.
 """
 
+import functools
 import importlib.util
 import math
 import re
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 
 from data.formats import UserError
 from data.world import final_answer
 
 Reward = Callable[[str, str, dict], float]
-_NUMBER = re.compile(r"(?<![\w.,])[-+]?\$?([0-9]{1,3}(?:,[0-9]{3}){1,6}|[0-9]{1,20})(\.[0-9]{1,20})?(?![\w,]|\.\w)")
+_NUMBER = re.compile(r"(?<![\w.,])(?:[-+\u2212]\s*)?"
+                     r"\$?([0-9]{1,3}(?:,[0-9]{3}){1,6}|[0-9]{1,20})(\.[0-9]{1,20})?(?![\w,]|\.\w)")  # fmt: skip
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 
 
 def number_in(text: str) -> Fraction | None:
     """The only number in `text`, exactly; None if there is none, another one, or something that only looks like one.
 
-    >>> number_in("So it is $1,234.50."), number_in("4 or 5"), number_in("1e9")
-    (Fraction(2469, 2), None, None)
+    >>> number_in("So it is $1,234.50."), number_in("- 5"), number_in("4 or 5"), number_in("1e9")
+    (Fraction(2469, 2), Fraction(-5, 1), None, None)
     """
     found = list(_NUMBER.finditer(text))
     if len(found) != 1 or any(c.isnumeric() for c in text[: found[0].start()] + text[found[0].end() :]):
         return None
-    sign = -1 if found[0][0].startswith("-") else 1
+    sign = -1 if found[0][0][0] in "-\u2212" else 1
     return sign * Fraction(found[0][1].replace(",", "") + (found[0][2] or ""))
 
 
@@ -116,6 +120,14 @@ def check_answers(name: str, rows: list[dict]) -> None:
             raise UserError(f"--reward {name}: row {i}: the answer {gold[:40]!r} is not one that it can find right")
 
 
+@functools.cache  # what it computes at import or keeps from call to call is there once
+def _module(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def load_reward(name: str) -> Reward:
     """The checker called `name`, or the function of FILE.py:function; UserError if there is none."""
     if name in CHECKERS:
@@ -125,10 +137,7 @@ def load_reward(name: str) -> Reward:
         raise UserError(f"--reward {name}: expected {', '.join(CHECKERS)} or FILE.py:function")
     if not Path(path).exists():
         raise UserError(f"--reward {name}: there is no file {path}")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not callable(found := getattr(module, function, None)):
+    if not callable(found := getattr(_module(path), function, None)):
         raise UserError(f"--reward {name}: {path} has no function {function}")
 
     def reward(prompt: str, completion: str, row: dict) -> float:

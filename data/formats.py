@@ -50,8 +50,9 @@ KINDS = {  # kind: what is expected, in words
 }
 
 
-def read_jsonl(path: str | Path, schemas: str | Sequence[str], *, mapping: dict[str, str] | None = None) -> list[dict]:
-    """The rows of `path`, each with the fields of the first of `schemas` that its first row fits, and no others.
+def read_jsonl(path: str | Path, schemas: str | Sequence[str], *, mapping: dict[str, str] | None = None,
+               keep: bool = False) -> list[dict]:  # fmt: skip
+    """The rows of `path`, each with the fields of the first of `schemas` that its first row fits, or with all (`keep`).
 
     `mapping` renames fields first: {"question": "prompt"}. Empty lines at the end are allowed, elsewhere refused.
     UserError names the file, the line, what was found and what was expected.
@@ -92,10 +93,10 @@ def read_jsonl(path: str | Path, schemas: str | Sequence[str], *, mapping: dict[
         lengths = {len(row[name]) for name, kind in fields.items() if kind in ("texts", "truths", "numbers")}
         if len(lengths) > 1:
             raise UserError(f"{where}: the lists {_names(fields)} are of different lengths")
-        ignored |= row.keys() - fields.keys()
+        ignored |= set() if keep else row.keys() - fields.keys()
         said = [message for name in fields if isinstance(row[name], list) for message in row[name]]
         ignored |= {f"{name} of a message" for message in said if isinstance(message, dict) for name in message}
-        rows.append({name: row[name] for name in fields})
+        rows.append(row if keep else {name: row[name] for name in fields})
     if ignored := ignored - {"role of a message", "content of a message"}:
         print(f"{path}: ignored the fields {_names(sorted(ignored))}", file=sys.stderr)
     return rows

@@ -16,7 +16,7 @@ RIGHT = {
     "exact": ("42", " 42\n", "<think>40 + 2 = 42.</think>42", "<think>a</think>\n\n42"),
     "number": ("42", "42.", "So it is 42.", "The answer is $42", "6 * 7 = 42", "40 + 2 = 42. So it is 42.", "42.0",
                "+42", "first 3, then 4.\n#### 42", "<think>41</think>42", "I counted 7. It has 42 wheels", "**42**",
-               "(42)", "Answer: 42", "7 of them.\n42", "42 kg", "is 42."),
+               "(42)", "Answer: 42", "+ 42", "7 of them.\n42", "42 kg", "is 42."),
     "boxed": (r"\boxed{42}", r"So $\boxed{42}$.", r"\boxed{ 42 }", r"\boxed{42.0}",
               r"<think>\boxed{1}</think>\boxed{42}"),
     "format": ("<think>a</think>42", "<think>\na\n</think>\n\nx"),
@@ -24,6 +24,7 @@ RIGHT = {
 WRONG = {
     "exact": ("", "43", "42.", "the 42", "42 42", "<think>42", "<think>42</think>", "</think>", "４２"),
     "number": ("", "43", "41 or 42", "42 or 41", "42, 42", "1 2 3 42", "4 2", "4,2", "420", "142", "-42", "42.5",
+               "- 42", "\u221242", "\u2212 42", "x = - 42", "-$42", "- $42",
                "0.42", "42e0", "42kg", "x42", "0x42", "42/1 or 43/1", "#### 42 #### 43", "#### 41 42", "42 ####",
                "٤٢", "４２", "42 ４２",
                "forty-two", "<think>42", "<think>42</think>", "<think>42</think>none", "4²", "42%3", "1,42",
@@ -49,7 +50,8 @@ def test_wrong_answers_are_not(name):
 
 def test_numbers_are_exact():
     """G19: thousands, decimals, signs; the gold answer of GSM8K with its working."""
-    for text, answer in (("1,234", "1234"), ("-3", "-3"), ("0.1", "0.10"), ("12,345,678.5", "12345678.50")):
+    for text, answer in (("1,234", "1234"), ("-3", "-3"), ("0.1", "0.10"), ("12,345,678.5", "12345678.50"),
+                         ("\u22123", "-3"), ("- 3", "-3"), ("x = \u2212 $3", "-3")):  # fmt: skip
         assert CHECKERS["number"]("", text, {"answer": answer}) == 1.0
     for text, answer in (("3", "-3"), ("1234", "1,235"), ("12,34", "1234"), ("0.1", "0.1000000000000000001")):
         assert CHECKERS["number"]("", text, {"answer": answer}) == 0.0
@@ -123,6 +125,12 @@ def test_a_function_of_your_own(tmp_path):
                        ("exakt", "expected exact"), ("no.py:f", "there is no file"), (f"{path}", "expected exact")):
         with pytest.raises(UserError, match=said):
             load_reward(name)
+
+
+def test_a_file_of_rewards_runs_once(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("n = []\ndef f(*x):\n    n.append(x)\n    return len(n)\ndef g(*x):\n    return f(*x)\n")
+    assert [load_reward(f"{path}:{name}")("", "", {}) for name in "fgf"] == [1, 2, 3]
 
 
 def test_texts_that_are_looked_at():

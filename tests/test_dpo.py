@@ -845,6 +845,9 @@ def test_other_judges(one, tmp_path, monkeypatch):
     wanted = reward.rewards_of(judge, batch.input_ids, batch.completion_mask).tolist()
     assert wanted[0] != wanted[1]
     assert dpo.judged(model, tiny(), prompts, answers, one.args, one) == [pytest.approx(wanted, abs=1e-4)]
+    (tmp_path / "judge" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="tokenizer is not the policy's"):
+        dpo.judged(model, tiny(), prompts, answers, one.args, one)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

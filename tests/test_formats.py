@@ -154,6 +154,13 @@ def test_fields_that_no_schema_knows_are_named_once(tmp_path, capsys):
     assert capsys.readouterr().err.endswith("ignored the fields name of a message\n")
 
 
+def test_all_fields_may_be_kept(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "tests": 1}\n{"prompt": "b", "answer": 2}\n')
+    rows = read_jsonl(path, ("answer", "prompt"), keep=True)
+    assert rows == [{"prompt": "a", "tests": 1}, {"prompt": "b", "answer": 2}] and not capsys.readouterr().err
+
+
 def test_map_renames_fields(tmp_path):
     theirs = {"question": "a", "answer": "b", "prompt_id": 7}
     mapping = {"question": "prompt", "answer": "completion"}

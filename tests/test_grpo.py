@@ -21,6 +21,7 @@ from loop import Loop, RunFailed
 from model import Config, Transformer, load, save
 from tests.oracle import oracle
 from tests.test_loop import on_two_ranks
+from tests.test_ppo import NoFloat64
 
 CPU = torch.device("cpu")
 
@@ -370,6 +371,19 @@ def test_every_token_gets_its_answers_advantage():
     torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["grpo", "reinforce++"])
+def test_advantages_need_no_float64(name):
+    """Rewards are float64 on the CPU; on the device, here meta, nothing is."""
+    args, loop = one_rank("--loss", name, "--batch-size", 3, "--reward", "prm", "--process-weight", 1)
+    torch.set_default_dtype(torch.float32)
+    rollout, counted = some_rollout(3, 4), torch.ones(3, 4, dtype=torch.bool)
+    rollout = rollout._replace(**{name: x.to("meta") for name, x in rollout._asdict().items() if torch.is_tensor(x)})
+    steps = torch.zeros(3, 4, 9, device="meta"), torch.ones(3, 4, 9, dtype=torch.bool, device="meta")
+    with NoFloat64("meta"):
+        found = grpo.advantages_of(rollout, torch.rand(3, 4).double(), counted, steps, None, 0.0, args, loop)
+    assert found.shape == (12, 9) and found.dtype == torch.float32
+
+
 def test_the_kl_is_taken_off_the_reward():
     """RLOO: the whole answer's, before the group is compared, as RLOOTrainer does. REINFORCE++: from each token on."""
     to_go = torch.randn(12, 9)
@@ -488,13 +502,14 @@ def test_kl_in_the_reward_rests_there_too():
 
 
 def test_plain_grpo_rests_elsewhere():
-    """At ref * exp(r / (beta std)), std that of its own rewards: what the docstring of grpo.py says."""
+    """At ref * exp(r / (beta std)), std that of its own rewards: what its docstring says."""
     found = rest_of("grpo", "--beta", 1.0, "--kl", "k2")
     r = REWARD.double()
     std = ((found * r**2).sum() - (found * r).sum() ** 2).sqrt()
     wanted = REF.double() * (r / std).exp()
     torch.testing.assert_close(found, wanted / wanted.sum(), rtol=0.01, atol=0.002)
-    said = [float(word) for word in grpo.__doc__.split("fixed point ")[1].split(".\n")[0].replace(",", "").split()[:3]]
+    said = grpo.standardized.__doc__.split("fixed point ")[1].split(".\n")[0].replace(",", "").split()[:3]
+    said = [float(word) for word in said]
     assert found.tolist() == pytest.approx(said, abs=0.006)
     closed = REF.double() * r.exp()
     assert (found - closed / closed.sum()).abs().max() > 0.1
@@ -590,14 +605,10 @@ def test_answers_of_a_group_are_different_and_aligned(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_what_was_sampled_is_scored_alike(checkpoint, tmp_path, temperature):
-    """The temperature goes into both, and ids beyond the vocabulary into neither."""
     args, loop, model, tasks = asked(checkpoint, tmp_path, "--temperature", temperature)
     rollout = grpo.rollout_of(model, tiny(), tasks, 4, temperature, (0, 1), args)
-    found = grpo.scored(model, rollout, tiny(), args, loop)
+    found, _ = grpo.scored(model, *rollout[:2], tiny(), temperature, args, loop)
     torch.testing.assert_close(found, rollout.sampled_logps, atol=1e-4, rtol=0)
-    other = grpo.scored(model, rollout, tiny(), args_for(checkpoint, tmp_path, "--temperature", 0.5), loop)
-    assert (other - rollout.sampled_logps).abs().max() > 0.1
-    assert (found[rollout.completion_mask == 0] == 0).all()
 
 
 def test_a_sampler_that_differs_fails_the_run(checkpoint, tmp_path, mine, monkeypatch):
@@ -630,33 +641,70 @@ def test_rewards_are_paired_with_their_prompts(checkpoint, tmp_path, mine):
     tasks = [grpo.Task([1], {"prompt": "A", "answer": "7"}), grpo.Task([1], {"prompt": "BB", "answer": "8"})]
     texts = ["7", "8", "<think>x</think>7", "7", "8", "8"]
     rollout = scripted(texts, [True, True, True, True, True, False])
-    reward, passed, steps = grpo.reward_of(rollout, tasks, tiny(), None, args, loop)
+    reward, unshaped, passed, steps = grpo.reward_of(rollout, tasks, tiny(), None, args, loop)
     assert passed.tolist() == [[True, False, True], [False, True, False]] and steps is None
     n = rollout.completion_mask.sum(-1).tolist()
     for i, text in enumerate(texts):
         p, ended = i // 3, i != 5
         own = 1 / (1 + len(text)) + 0.01 * (1 + len("ABB"[p : 2 * p + 1]))
         wanted = ended * ((text[-1] == "78"[p]) + 0.5 * ("think" in text) + 2 * own)
+        assert unshaped[p, i % 3].item() == pytest.approx(wanted, rel=1e-6)
         wanted += max(-1, min(0, (12 - 6 - n[i]) / 6)) - 0.3 * n[i] / 12
         assert reward[p, i % 3].item() == pytest.approx(wanted, rel=1e-6)
+
+
+def test_an_answer_that_is_cut_off_is_never_worth_more(checkpoint, tmp_path):
+    """Of rewards below 0 it gets the least that a finished answer of the step got, of any prompt; else 0."""
+    (tmp_path / "mine.py").write_text("def f(prompt, completion, row):\n    return float(completion)\n")
+    mine, tasks = f"{tmp_path / 'mine.py'}:f", [grpo.Task([1], {"prompt": "A"})] * 2
+    for weight, texts, wanted in (
+        (1, ["-1", "3", "-2", "5"], [[-1, -2], [-2, -2]]), (1, ["1", "3", "2", "5"], [[1, 0], [2, 0]]),
+        (-2, ["1", "3", "2", "5"], [[-2, -4], [-4, -4]]),
+    ):  # fmt: skip
+        args, loop, _, _ = asked(checkpoint, tmp_path, "--reward", f"{mine}={weight}")
+        judged = grpo.reward_of(scripted(texts, [True, False] * 2), tasks, tiny(), None, args, loop)
+        assert judged.reward.tolist() == wanted and not judged.passed[:, 1].any()
+    none = torch.zeros(1, 2, dtype=torch.bool)
+    assert grpo.withheld(torch.tensor([[-3.0, 4.0]]), none, loop).tolist() == [[0, 0]]
+
+
+def withheld_on_a_rank(rank: int, folder: Path) -> None:
+    _, loop = one_rank()
+    found = grpo.withheld(torch.tensor([-1.0 - rank, 9.0]), torch.tensor([True, False]), loop)
+    assert found.tolist() == [-1.0 - rank, -2.0]
+
+
+def test_an_answer_that_is_cut_off_is_never_worth_more_on_any_rank(tmp_path):
+    on_two_ranks(withheld_on_a_rank, tmp_path)
+
+
+def test_what_is_cut_off_is_not_right(checkpoint, tmp_path, monkeypatch):
+    """As in training: neither in what is measured, nor has it a vote."""
+    args, loop, model, _ = asked(checkpoint, tmp_path, "--reward", "exact")
+    test = {"test": [grpo.Task([1], {"prompt": "A", "answer": "7"})] * 2}
+    monkeypatch.setattr(grpo, "rollout_of", lambda model, tokenizer, tasks, samples, *rest: scripted(
+        ["7"] * 2 * samples, [True] * samples + [False] * samples))  # fmt: skip
+    found = grpo.evaluate(model, None, tiny(), test, args, loop)
+    assert found["accuracy"] == found["reward"] == found["pass@1"] == found["pass@8"] == [1, 0]
+    args, loop, _, _ = asked(checkpoint, tmp_path, "--reward", "majority")
+    judged = grpo.reward_of(scripted(["8", "8", "7"], [False, False, True]), test["test"][:1], tiny(), None, args, loop)
+    assert judged.reward.tolist() == [[0, 0, 1]]
 
 
 def test_majority_needs_no_answers(checkpoint, tmp_path):
     args, loop, _, _ = asked(checkpoint, tmp_path, "--reward", "majority")
     tasks = [grpo.Task([1], {"prompt": "A"})] * 2
     texts = ["<think>a</think>7", "7", "8", "1", "<think>2", "2"]
-    reward, passed, _ = grpo.reward_of(scripted(texts), tasks, tiny(), None, args, loop)
+    reward, _, passed, _ = grpo.reward_of(scripted(texts), tasks, tiny(), None, args, loop)
     assert reward.tolist() == [[1, 1, 0], [1, 0, 0]] and passed.tolist() == [[True, True, False], [True, False, False]]
 
 
 def test_steps_are_scored_where_they_end(checkpoint, tmp_path, monkeypatch):
     """The PRM's probability at each full stop and at the end; the reward is the least of them."""
-    import reward as reward_module
-
-    monkeypatch.setattr(reward_module, "token_rewards", lambda model, ids: (ids % 7).double() - 3)
+    monkeypatch.setattr(grpo, "token_rewards", lambda model, ids: (ids % 7).double() - 3)
     args, loop, _, _ = asked(checkpoint, tmp_path, "--reward", "prm")
     rollout = scripted(["1 + 2 = 3. 3 + 4 = 7. So 7", "5"])
-    found, _, (scores, ends) = grpo.reward_of(rollout, [grpo.Task([1], {"prompt": "A"})], tiny(), None, args, loop)
+    found, _, _, (scores, ends) = grpo.reward_of(rollout, [grpo.Task([1], {"prompt": "A"})], tiny(), None, args, loop)
     texts = [[tiny().decode([i]) for i in row] for row in rollout.input_ids.tolist()]
     for b in range(2):
         n = int(rollout.completion_mask[b].sum()) + 1
@@ -694,8 +742,7 @@ def test_tools_are_called_and_masked(checkpoint, tmp_path, monkeypatch):
     n = len(mask) - mask[::-1].index(1)
     assert rollout.input_ids[0, :n].tolist() == ids[:n] and rollout.completion_mask[0, :n].tolist() == mask[:n]
     torch.testing.assert_close(rollout.sampled_logps, -0.5 * rollout.completion_mask.float())
-    reward, passed, _ = grpo.reward_of(rollout, tasks, tiny(), None, args, loop)
-    assert passed.tolist() == [[True], [True]]
+    assert grpo.reward_of(rollout, tasks, tiny(), None, args, loop).passed.tolist() == [[True], [True]]
 
 
 def test_only_a_call_at_the_end_is_a_call():
@@ -784,6 +831,8 @@ def test_several_updates_leave_the_old_policy_where_it_was(checkpoint, tmp_path,
     assert all(line["ratio_max"] == 1.0 for line in logged(tmp_path / "one"))
     run(checkpoint, tmp_path / "two", "--reward", mine, "--passes", 2, "--minibatches", 2, "--lr", 3e-3)
     assert all(line["ratio_max"] > 1.001 for line in logged(tmp_path / "two"))
+    run(checkpoint, tmp_path / "warm", "--reward", mine, "--passes", 2, "--lr", 1e-6, "--temperature", 0.7)
+    assert all(line["ratio_max"] < 1.001 for line in logged(tmp_path / "warm"))
     args, loop, model, _ = asked(checkpoint, tmp_path)
     seen = random_tokens()
     assert grpo.log_ratio(seen._replace(old_logps=seen.logps.detach())).abs().max() == 0
@@ -861,7 +910,7 @@ def test_answers_are_decoded_as_many_at_a_time_as_asked(checkpoint, tmp_path, mi
 
 
 def test_dynamic_sampling_takes_groups_with_spread(checkpoint, tmp_path, monkeypatch):
-    """DAPO: groups that are all alike make room for the next prompts; the size of a step stays."""
+    """DAPO: groups that are alike but for their lengths make room for the next prompts; the size of a step stays."""
     args, loop, model, tasks = asked(checkpoint, tmp_path, "--loss", "dapo", "--steps", 2, "--overlong-buffer", 6)
     calls = []
 
@@ -870,17 +919,19 @@ def test_dynamic_sampling_takes_groups_with_spread(checkpoint, tmp_path, monkeyp
         spread = torch.zeros(4, 3)
         n = len(calls)  # groups with spread: 1 of the first four, 2 of the next, 3 of the third
         spread[:n, 0] = torch.arange(1.0, n + 1)
-        return spread.double(), spread > 0, None
+        return grpo.Judged(spread.double() - torch.rand(4, 3), spread.double(), spread > 0, None)
 
     monkeypatch.setattr(grpo, "reward_of", reward_of)
-    some, rollout, reward, passed, _, alike = grpo.sampled_step(model, tiny(), tasks, 1, None, args, loop)
+    some, rollout, judged, alike = grpo.sampled_step(model, tiny(), tasks, 1, None, args, loop)
     assert len(calls) == 3 and len(some) == 4 and rollout.input_ids.shape[0] == 12
-    assert reward.amax(-1).tolist() == [1, 1, 2, 1] and alike == pytest.approx(6 / 12)
+    assert judged.unshaped.amax(-1).tolist() == [1, 1, 2, 1] and alike == pytest.approx(6 / 12)
+    assert (judged.passed == (judged.unshaped > 0)).all()
+    assert ((judged.unshaped - judged.reward >= 0) & (judged.unshaped - judged.reward < 1)).all()
     for p, task in enumerate(some):
         assert all(rollout.input_ids[3 * p + g, : len(task.prompt)].tolist() == task.prompt for g in range(3))
     monkeypatch.setattr(grpo, "reward_of", lambda rollout, some, *rest: (
-        torch.zeros(4, 3, dtype=torch.float64), torch.zeros(4, 3) > 0, None))  # fmt: skip
-    some, _, reward, _, _, alike = grpo.sampled_step(model, tiny(), tasks, 1, None, args, loop)
+        grpo.Judged(-torch.rand(4, 3).double(), torch.zeros(4, 3).double(), torch.zeros(4, 3) > 0, None)))  # fmt: skip
+    some, _, _, alike = grpo.sampled_step(model, tiny(), tasks, 1, None, args, loop)
     assert len(some) == 4 and alike == 1.0
 
 
@@ -926,6 +977,66 @@ def test_a_run_on_a_file(checkpoint, tmp_path, mine):
         run(checkpoint, tmp_path / "out", *flags, "--reward", mine.replace("shorter", "bad"))
 
 
+def test_a_function_of_the_users_sees_its_columns_and_is_the_metric(checkpoint, tmp_path):
+    path, mine = tmp_path / "rows.jsonl", tmp_path / "mine.py"
+    mine.write_text("def f(prompt, completion, row):\n    return 0.5 * row['tests']\n")
+    path.write_text("".join(json.dumps({"prompt": f"Say {i}.", "tests": 1}) + "\n" for i in range(40)))
+    result = run(checkpoint, tmp_path / "out", "--data", path, "--max-length", 100, "--reward", f"{mine}:f",
+                 "--max-new-tokens", 30, "--steps", 1)  # fmt: skip
+    assert result["metric"] == "reward" and 0.25 < result["before"] <= 0.5
+    assert result["metrics"]["accuracy"]["before"] == 0
+
+
+def test_a_long_prompt_is_refused_before_anything_runs(checkpoint, tmp_path):
+    (tmp_path / "a").write_text("".join(json.dumps({"prompt": f"Say {i}.", "answer": "1"}) + "\n" for i in range(40)))
+    (tmp_path / "b").write_text(json.dumps({"prompt": "Say it. " * 40, "answer": "1"}) + "\n")
+    with pytest.raises(UserError, match="exceed --max-length 100"):
+        run(checkpoint, tmp_path / "out", "--data", tmp_path / "a", "--eval-data", tmp_path / "b", "--max-length", 100)
+
+
+def test_a_process_reward_model_of_another_tokenizer_is_refused(checkpoint, tmp_path):
+    from reward import with_scalar_head
+
+    save(with_scalar_head(load(checkpoint)[0]), tiny(), tmp_path / "prm")
+    path = tmp_path / "prm" / "tokenizer.json"
+    parts = json.loads(path.read_text())
+    vocab = parts["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    path.write_text(json.dumps(parts))
+    with pytest.raises(UserError, match="tokenizer is not the policy's"):
+        run(checkpoint, tmp_path / "out", "--reward", "prm", "--prm", tmp_path / "prm")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_kl_is_the_log_ratio_of_whole_answers_at_temperature_1(checkpoint, tmp_path, mine, temperature):
+    flags = ("--reward", mine, "--lr", 1e-2, "--temperature", temperature)
+    result = run(checkpoint, tmp_path / "out", *flags)
+    args, loop, ref, _ = asked(checkpoint, tmp_path, *flags)
+    model = load(tmp_path / "out" / "checkpoint")[0]
+    _, test = grpo.tasks_of(args, tiny(), loop)
+    rollout = grpo.rollout_of(model, tiny(), test["test"], 8, 1.0, (args.seed, 0, 0, 8), args)
+    total = 0.0
+    for ids, mask in zip(rollout.input_ids[::8], rollout.completion_mask[::8], strict=True):
+        logps = [m(ids[None])[0].log_softmax(-1)[:-1].gather(-1, ids[1:, None])[:, 0] for m in (model, ref)]
+        total += ((logps[0] - logps[1]) * mask[1:]).sum().item() / 6
+    assert result["metrics"]["KL"]["after"] == pytest.approx(total, rel=1e-3, abs=1e-4) and abs(total) > 0.05
+
+
+def test_the_loss_is_the_mean_over_updates(checkpoint, tmp_path, mine, monkeypatch):
+    losses, whole = [], grpo.observe
+    monkeypatch.setattr(grpo, "observe", lambda *a: losses.append(a[3].item()) or whole(*a))
+    run(checkpoint, tmp_path / "out", "--reward", mine, "--passes", 3, "--steps", 1, "--beta", 0.3, "--lr", 1e-2)
+    (line,) = logged(tmp_path / "out")
+    assert len(losses) == 3 and line["loss"] == pytest.approx(statistics.fmean(losses), rel=1e-4)
+
+
+def test_no_steps_are_a_measurement(checkpoint, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(Loop, "compile", lambda loop, model, dynamic=False: told.append(dynamic))
+    result = run(checkpoint, tmp_path / "out", "--steps", 0, "--preset", "cold", "--sft-steps", 1)
+    assert result["before"] == result["after"] and told == [True]
+
+
 @pytest.mark.parametrize(("flags", "said"), [
     (("--group-size", 1), "compares the answers of a group"), (("--temperature", 0), "would be the same"),
     (("--parallel", "fsdp"), "only replicas"), (("--reward", "nothing"), "expected exact"),
@@ -965,22 +1076,6 @@ def test_annotation_is_of_the_questions_of_rl():
     assert not test & {tuple(task.prompt) for task in tasks}
 
 
-def test_imitation_lowers_the_loss_of_its_rows(checkpoint, tmp_path):
-    args, loop, model, _ = asked(checkpoint, tmp_path)
-    rows = grpo.annotation(args, tiny(), 8)
-
-    def cost() -> float:
-        total = 0.0
-        for ids, mask in rows:
-            logps = model(torch.tensor([ids]))[0].log_softmax(-1)[:-1].gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
-            total -= logps[torch.tensor(mask[1:]).bool()].sum().item()
-        return total
-
-    before = cost()
-    grpo.imitate(model, rows, tiny(), args, loop, steps=20)
-    assert cost() < 0.9 * before
-
-
 def test_a_table_of_all_losses(checkpoint, tmp_path, mine, monkeypatch, capsys):
     monkeypatch.setattr(grpo, "LOSSES", {name: LOSSES[name] for name in ("grpo", "cispo")})
     result = run(checkpoint, tmp_path / "out", "--loss", "all", "--seeds", 2, "--reward", mine, "--steps", 1)
@@ -998,13 +1093,16 @@ def test_the_pipeline_of_r1(checkpoint, tmp_path, monkeypatch):
 
     def rollout_of(model, tokenizer, tasks, samples, *rest):
         said = [f"{next(texts)}{task.row['answer']}" for task in tasks for _ in range(samples)]
-        return Namespace(answers=said)
+        said[3::8] = [text.replace("x", "y") for text in said[3::8]]  # half of the shortest are cut off
+        return Namespace(answers=said, finished=torch.tensor(["y" not in text for text in said]))
 
-    parts = []
+    parts, dies = [], [True]
     monkeypatch.setattr(grpo, "rollout_of", rollout_of)
     whole = grpo.main
 
     def part(args):
+        if args.sft_data.endswith("kept.jsonl") and dies.pop():
+            raise Stop
         parts.append(args)
         out = Path(args.out) / "checkpoint"
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -1012,11 +1110,17 @@ def test_the_pipeline_of_r1(checkpoint, tmp_path, monkeypatch):
         return {}
 
     monkeypatch.setattr(grpo, "main", part)
-    whole(args_for(checkpoint, tmp_path / "r1", "--preset", "r1"))
-    assert [args.preset for args in parts] == ["cold", "cold"]
+    with pytest.raises(Stop):
+        whole(args_for(checkpoint, tmp_path / "r1", "--preset", "r1"))
+    dies.append(False)
+    whole(args_for(checkpoint, tmp_path / "r1", "--preset", "r1", "--resume"))
+    assert [args.preset for args in parts] == ["cold"] * 3
+    assert [args.resume for args in parts] == [False, True, False]  # part 3 has saved nothing yet
     kept = [json.loads(line) for line in (tmp_path / "r1" / "2" / "kept.jsonl").read_text().splitlines()]
-    assert len(kept) == 1000 and all(row["completion"].startswith("<think>x</think>") for row in kept)
-    assert parts[1].sft_data == str(tmp_path / "r1" / "2" / "kept.jsonl")
+    assert len(kept) == 1000
+    for i, row in enumerate(kept):
+        assert row["completion"].startswith("<think>x</think>" if i % 2 else "<think>1 + 1 = 2.</think>")
+    assert parts[2].sft_data == str(tmp_path / "r1" / "2" / "kept.jsonl")
 
 
 @pytest.mark.slow

@@ -746,6 +746,23 @@ def test_every_padded_length_may_have_its_graphs(monkeypatch, longest):
         assert torch._dynamo.config.recompile_limit >= max(64, 4 * longest // 64)
 
 
+def test_a_dynamic_graph_serves_many_shapes(monkeypatch):
+    """Rollouts have ever new (B, T), and running into the limit of recompilations is an error."""
+    model, whole = new_model(), torch.nn.Module.compile
+    monkeypatch.setattr(kernels, "use_compile", lambda on: on)
+    monkeypatch.setattr(kernels, "_compiled", lambda body, dynamic: body)
+    monkeypatch.setattr(kernels, "_compiling", True)
+    monkeypatch.setattr(type(model.blocks[0]), "compile", lambda block, dynamic: whole(
+        block, backend="eager", dynamic=dynamic))  # fmt: skip
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        Loop(get_args("--compile", "on"), "toy").compile(model, dynamic=True)
+        torch._dynamo.config.recompile_limit = 12
+        for i in range(15):
+            model.hidden(torch.zeros(1 + i * 5 % 9, 2 + i * 7 % 15, dtype=torch.long)).sum().backward()
+    torch._dynamo.reset()
+
+
 def test_without_a_compiler_the_run_is_eager(monkeypatch):
     told, model = [], new_model()
     monkeypatch.setattr(kernels, "use_compile", lambda on: False)

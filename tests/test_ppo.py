@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ppo
 import reward as reward_module
-from data import manners, world
+from data import chat, manners, world
 from data.formats import UserError
 from data.tokenizer import tiny
 from loop import Loop, RunFailed
@@ -125,12 +126,38 @@ def test_whitening_is_over_real_tokens():
     assert (white[mask == 0] == 0).all() and (real.argsort() == x[mask.bool()].argsort()).all()
 
 
+class NoFloat64(TorchDispatchMode):
+    """Like an MPS device: whatever would be a float64 tensor (on `device`, if given) is an error."""
+
+    def __init__(self, device: str = ""):
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else [out]:
+            bad = isinstance(x, torch.Tensor) and x.dtype == torch.float64 and self.device in (x.device.type, "")
+            assert not bad, f"{function} in float64"
+        return out
+
+
+def test_advantages_need_no_float64():
+    mask, x, *_ = ragged()
+    x, loop = x.float(), one()
+    with NoFloat64():
+        white = whitened(x, mask, loop)
+    torch.testing.assert_close(white.double(), whitened(x.double(), mask, loop), rtol=1e-5, atol=1e-5)
+
+
 def test_rewards_are_scaled_clipped_and_withheld():
     """P14, P16: what does not end gets the penalty, whatever its score; a clip in deviations of the start."""
     scores, finished = torch.tensor([3.0, 30.0, -30.0, 30.0]), torch.tensor([True, True, True, False])
     found = final_reward(scores, finished, mean=1.0, std=2.0, clip_at=5.0, eos_penalty=-1.5)
     assert found.tolist() == [1.0, 5.0, -5.0, -1.5]
     assert final_reward(scores, finished, mean=0.0, std=1.0, clip_at=0.0, eos_penalty=0.0).tolist() == [3, 30, -30, 0]
+    clips = [get_args(flags).reward_clip for flags in ([], ["--reward", "judge"], ["--reward", "exact"],
+                                                       ["--reward", "exact", "--reward-clip", "2"])]  # fmt: skip
+    assert clips == [5, 5, 0, 2]  # a rule's reward is in no deviations
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -220,7 +247,7 @@ def checkpoint(tmp_path_factory) -> Path:
         ids = torch.tensor([p + c + [0] * (width - len(p) - len(c)) for p, c in zip(prompts, said, strict=True)])
         mask = torch.tensor([[0] * len(p) + [1] * len(c) + [0] * (width - len(p) - len(c))
                              for p, c in zip(prompts, said, strict=True)])  # fmt: skip
-        (-ppo.score(model, None, ids, mask, tiny(), 1.0)[0].sum() / mask.sum()).backward()
+        (-ppo.score(model, ids, mask, tiny(), 1.0)[0].sum() / mask.sum()).backward()
         optimizer.step()
         optimizer.zero_grad()
     folder = tmp_path_factory.mktemp("model")
@@ -263,8 +290,11 @@ def rollout(checkpoint, tmp_path, *flags):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_what_was_sampled_is_scored_alike(checkpoint, tmp_path, temperature):
     args, loop, model, _, (found, texts) = rollout(checkpoint, tmp_path, "--temperature", temperature)
-    logps, values = ppo.scored(model, None, found, tiny(), args, loop)
+    of = (found.input_ids, found.completion_mask, tiny())
+    logps, values = ppo.scored(model, *of, temperature, args, loop)
     torch.testing.assert_close(logps, found.logps, atol=1e-4, rtol=0)
+    assert (ppo.scored(model, *of, 0.5, args, loop)[0] - found.logps).abs().max() > 0.1
+    assert (logps[found.completion_mask == 0] == 0).all()
     assert (values == 0).all() and len(set(texts)) > 6
 
 
@@ -275,16 +305,16 @@ def test_values_are_of_the_state_before_the_token(checkpoint, tmp_path, kind):
     critic = ppo.new_critic(model, None, kind)
     weight = critic.head.weight if kind == "own" else critic.weight
     assert weight.std().item() == pytest.approx((model.config.width + 1) ** -0.5, rel=0.3)
-    _, values = ppo.scored(model, critic, found, tiny(), args, loop)
+    of = (found.completion_mask, tiny(), 1.0, args, loop, critic)
+    _, values = ppo.scored(model, found.input_ids, *of)
     mask = found.completion_mask.bool()
     trunk = critic if kind == "own" else model
     wanted = (trunk.hidden(found.input_ids) @ weight[0]).detach()[:, :-1]
     torch.testing.assert_close(values[:, 1:][mask[:, 1:]], wanted[mask[:, 1:]])
     assert (values[~mask] == 0).all()
-    other = found._replace(input_ids=found.input_ids.clone())
-    t = int(mask[0].nonzero()[1])
-    other.input_ids[0, t:] = 5
-    _, changed = ppo.scored(model, critic, other, tiny(), args, loop)
+    other, t = found.input_ids.clone(), int(mask[0].nonzero()[1])
+    other[0, t:] = 5
+    _, changed = ppo.scored(model, other, *of)
     assert changed[0, t] == values[0, t] and (t + 1 == mask.shape[1] or (changed != values).any() or not mask[0, t + 1])
 
 
@@ -378,7 +408,7 @@ def test_a_run_is_a_plain_loop(checkpoint, tmp_path, monkeypatch):
                 nxt = values[i]
             rows.append((ids, places, old, v, torch.tensor(a), torch.tensor(a) + v))
         flat = torch.cat([row[4] for row in rows])
-        n = len(flat)
+        n, losses = len(flat), []
         for _ in range(2):
             optimizer.zero_grad()
             policy, value = 0.0, 0.0
@@ -390,12 +420,14 @@ def test_a_run_is_a_plain_loop(checkpoint, tmp_path, monkeypatch):
                 near = v_old + (v - v_old).clamp(-0.1, 0.1)
                 value = value + 0.5 * torch.max((v - returns) ** 2, (near - returns) ** 2).sum() / n
             (policy + 0.5 * value).backward()
+            losses.append((policy.item(), value.item()))
             norm = torch.nn.utils.clip_grad_norm_(parameters, 0.5)
             for group in optimizer.param_groups:
                 group["lr"] = line["lr"]
             optimizer.step()
-        assert line["loss"] == pytest.approx(policy.item(), abs=2e-4)
-        assert line["value_loss"] == pytest.approx(value.item(), rel=2e-3)
+        policy, value = map(statistics.fmean, zip(*losses, strict=True))
+        assert line["loss"] == pytest.approx(policy, abs=2e-4)
+        assert line["value_loss"] == pytest.approx(value, rel=2e-3)
         assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-2)
         assert line["lr"] == pytest.approx(1e-3 * (step / 2 if step < 3 else 1.0))
     assert difference(weights(tmp_path / "out"), dict(model.named_parameters())) < 5e-4
@@ -451,6 +483,79 @@ def test_two_ranks_are_one_batch(checkpoint, tmp_path, monkeypatch):
     assert difference(weights(tmp_path / "one"), weights(tmp_path / "two")) < 5e-4
 
 
+def each_by_itself(model, tasks, tokenizer, samples, temperature, seed, args, loop):
+    """What ppo.answers_to may return, but depending on the task alone and not on who asks."""
+    parts = [loop.whole(model, [task], tokenizer, samples, temperature, task.prompt, args, loop) for task in tasks]
+    width = max(part.input_ids.shape[1] for part, _ in parts)
+    fields = [torch.cat([torch.nn.functional.pad(part[i], (0, width - part[i].shape[1])) for part, _ in parts])
+              for i in range(3)]  # fmt: skip
+    finished = torch.cat([part.finished for part, _ in parts])
+    return ppo.Generation(*fields, [], finished), [text for _, some in parts for text in some]
+
+
+def taught(folder: Path, n: int = 45) -> dict[str, torch.Tensor]:
+    """The reward model after a lesson on n comparisons, the policy after four steps of imitation, gradient norms."""
+    args = args_for(folder / "model", folder / "out", "--judge", "annotator", "--rm-lr", 1e-2)
+    loop, model = Loop(args, "ppo"), load(args.model)[0]
+    loop.whole, ppo.answers_to = ppo.answers_to, each_by_itself
+    norms, clip, ppo.clip = [], ppo.clip, lambda *a: norms.append(clip(*a))
+    try:
+        judge = load(args.reward_model, labels=1)[0]
+        tasks = [ppo.task_of(ppo.world_row(("z", i), "train", args), tiny(), args) for i in range(n)]
+        ppo.lesson(judge, model, model, tasks[loop.rank :: loop.world_size], tiny(), 1, args, loop)
+        ppo.imitate(model, sums_to_imitate(), args, loop, steps=4)
+    finally:
+        ppo.answers_to, ppo.clip = loop.whole, clip
+    found = {"log of norms": torch.stack(norms).log()}
+    return dict(judge.named_parameters(prefix="judge")) | dict(model.named_parameters(prefix="model")) | found
+
+
+def sums_to_imitate() -> list[chat.Row]:
+    rows = [world.exchange("sums", world.rng_for("imitate", i), "train")["messages"] for i in range(90)]
+    return [chat.render(messages, tiny()) for messages in rows]
+
+
+def taught_on_a_rank(rank: int, folder: Path) -> None:
+    torch.save(taught(folder), folder / f"{rank}.pt")
+
+
+def test_two_ranks_teach_one_model(checkpoint, tmp_path):
+    """The reward model of --rm-pairs and --refresh-rm, and the steps of imitation: gradients of all ranks."""
+    shutil.copytree(checkpoint, tmp_path / "model")
+    on_two_ranks(taught_on_a_rank, tmp_path)
+    ranks, one_rank = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)], taught(tmp_path)
+    before = dict(load(checkpoint / "reward", labels=1)[0].named_parameters(prefix="judge"))
+    before |= dict(load(checkpoint / "policy")[0].named_parameters(prefix="model"))
+    assert difference(*ranks) == 0 and difference(ranks[0], one_rank) < 1e-3
+    for part in ("judge", "model"):
+        a, b = ({name: p for name, p in x.items() if name.startswith(part)} for x in (before, one_rank))
+        assert difference(a, b) > 3e-3
+
+
+def test_a_short_lesson_is_one(checkpoint, tmp_path):
+    """Fewer than 16 comparisons, and what is left of more, are learned from too."""
+    shutil.copytree(checkpoint, tmp_path / "model")
+    before = dict(load(checkpoint / "reward", labels=1)[0].named_parameters(prefix="judge"))
+    found = [{k: v for k, v in taught(tmp_path, n).items() if k in before} for n in (3, 16, 19)]
+    assert difference(before, found[0]) > 1e-3 and difference(found[1], found[2]) > 1e-3
+
+
+def test_imitation_lowers_the_loss_of_its_rows(checkpoint, tmp_path):
+    args, loop, model, _, _ = rollout(checkpoint, tmp_path)
+    rows = sums_to_imitate()[:8]
+
+    def cost() -> float:
+        total = 0.0
+        for ids, mask in rows:
+            logps = model(torch.tensor([ids]))[0].log_softmax(-1)[:-1].gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
+            total -= logps[torch.tensor(mask[1:]).bool()].sum().item()
+        return total
+
+    before = cost()
+    ppo.imitate(model, rows, args, loop, steps=20)
+    assert cost() < 0.9 * before
+
+
 class Stop(Exception): ...
 
 
@@ -467,6 +572,7 @@ def stopping(after: int):
 @pytest.mark.parametrize("flags", [
     (), ("--critic", "shared", "--kl-target", 1.0), ("--refresh-rm", 2, "--batch-size", 16, "--rm-pairs", 32),
     ("--preset", "reft", "--sft-steps", 2), ("--loss", "a2c", "--reward", "judge"),
+    ("--critic-warmup", 2, "--weight-decay", 0.1),
 ])  # fmt: skip
 def test_resuming_is_exact(checkpoint, tmp_path, monkeypatch, flags):
     """The critic, the controller, the reward model, the start after SFT: all come back."""
@@ -504,6 +610,19 @@ def test_the_ratio_moves_after_the_first_pass_only(checkpoint, tmp_path):
     assert all(line["ratio_max"] > 1.005 and line["updates"] == 4 for line in logged(tmp_path / "four"))
 
 
+def test_graphs_are_for_all_shapes(checkpoint, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(Loop, "compile", lambda loop, model, dynamic=False: told.append(dynamic))
+    run(checkpoint, tmp_path / "out", "--steps", 0)
+    assert told == [True]
+
+
+def test_no_steps_are_a_measurement(checkpoint, tmp_path):
+    result = run(checkpoint, tmp_path / "out", "--steps", 0)
+    assert result["before"] == result["after"] and result["n"] == 6
+    run(checkpoint, tmp_path / "sft", "--steps", 0, "--reward", "exact", "--sft-steps", 1)
+
+
 def test_updates_stop_where_the_policy_has_gone_too_far(checkpoint, tmp_path):
     run(checkpoint, tmp_path / "out", "--passes", 8, "--lr", 3e-2, "--stop-kl", 0.01, "--warmup", 0)
     assert all(line["updates"] < 8 and line["step_kl"] > 0.01 for line in logged(tmp_path / "out"))
@@ -517,7 +636,7 @@ def test_a2c_is_one_pass_without_a_clip(checkpoint, tmp_path):
 
 
 def test_the_critic_may_learn_first(checkpoint, tmp_path):
-    run(checkpoint, tmp_path / "out", "--critic-warmup", 3)
+    run(checkpoint, tmp_path / "out", "--critic-warmup", 3, "--weight-decay", 0.5)
     before = dict(load(checkpoint / "policy")[0].named_parameters())
     assert difference(before, weights(tmp_path / "out")) == 0
 
@@ -538,8 +657,10 @@ def test_the_reference_is_frozen_and_the_rest_moves(checkpoint, tmp_path, monkey
     assert [line["kl"] for line in logged(tmp_path / "out")][0] == pytest.approx(0, abs=1e-4)
 
 
-def test_kl_is_the_log_ratio_of_whole_answers(checkpoint, tmp_path, monkeypatch):
-    result = run(checkpoint, tmp_path / "out", "--lr", 1e-2)
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_kl_is_the_log_ratio_of_whole_answers(checkpoint, tmp_path, temperature):
+    """At temperature 1, whatever that of training is."""
+    result = run(checkpoint, tmp_path / "out", "--lr", 1e-2, "--temperature", temperature)
     args, loop, ref, _, _ = rollout(checkpoint, tmp_path)
     model = load(tmp_path / "out" / "checkpoint")[0]
     _, test = ppo.tasks_of(args, tiny(), loop)
@@ -573,6 +694,21 @@ def test_the_reward_model_learns_from_new_answers(checkpoint, tmp_path, monkeypa
     assert agree.float().mean() > 0.8 and not any(p.requires_grad for p in judge.parameters())
 
 
+def test_a_reward_model_of_another_tokenizer_is_refused(checkpoint, tmp_path):
+    """Two ids exchanged: everything would run, on other words."""
+    shutil.copytree(checkpoint, tmp_path / "model")
+    path = tmp_path / "model" / "reward" / "tokenizer.json"
+    parts = json.loads(path.read_text())
+    vocab = parts["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    path.write_text(json.dumps(parts))
+    with pytest.raises(UserError, match="tokenizer is not the policy's"):
+        run(tmp_path / "model", tmp_path / "out")
+    path.unlink()
+    with pytest.raises(UserError, match="tokenizer is not the policy's"):
+        run(tmp_path / "model", tmp_path / "out")
+
+
 def test_a_sampler_that_differs_fails_the_run(checkpoint, tmp_path, monkeypatch):
     whole = ppo.generate
 
@@ -604,11 +740,54 @@ def test_a_run_on_a_file(checkpoint, tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = run(checkpoint, tmp_path / "out", "--data", path, "--max-length", 100)
     assert result["n"] == 16 and result["metric"] == "reward"
+    path.write_text(json.dumps({"prompt": "Say x.", "answer": "x"}) + "\n")
+    with pytest.raises(UserError, match="row 1: the answer 'x'"):
+        run(checkpoint, tmp_path / "out", "--data", path, "--max-length", 100, "--reward", "number")
     with pytest.raises(UserError, match="exceed --max-length 20"):
         run(checkpoint, tmp_path / "out", "--data", path, "--max-length", 20)
 
 
+OWN = """
+def tests(prompt, completion, row):
+    return 0.1 * row["tests"] + (len(completion) > 0)
+def right(prompt, completion, row):
+    return 1.0
+"""
+
+
+def test_a_function_of_the_users_sees_its_columns_and_is_the_metric(checkpoint, tmp_path):
+    """What is cut off is neither right nor paid."""
+    path, mine = tmp_path / "rows.jsonl", tmp_path / "mine.py"
+    mine.write_text(OWN)
+    path.write_text("".join(json.dumps({"prompt": f"Say {i}.", "tests": 3}) + "\n" for i in range(40)))
+    flags = ("--data", path, "--max-length", 100, "--eos-penalty", -7, "--max-new-tokens", 6)
+    result = run(checkpoint, tmp_path / "out", *flags, "--reward", f"{mine}:tests", "--steps", 1)
+    assert result["metric"] == "reward" and "accuracy" in result["metrics"]
+    args = args_for(checkpoint, tmp_path / "out", *flags, "--reward", f"{mine}:right")
+    loop, model = Loop(args, "ppo"), load(args.model)[0]
+    _, test = ppo.tasks_of(args, tiny(), loop)
+    rows = ppo.evaluate(model, None, None, test, tiny(), args, loop)
+    sampled, greedy = (ppo.answers_to(model, test, tiny(), 1, t, seed, args, loop)[0].finished
+                       for t, seed in ((1.0, (args.seed, "test")), (0.0, (0,))))  # fmt: skip
+    assert 0 < sampled.sum() < 16 and not greedy.all()
+    assert rows["reward"] == [1.0 if ended else -7.0 for ended in sampled] and list(rows)[0] == "reward"
+    assert rows["accuracy"] == greedy.float().tolist()
+
+
+def test_rows_are_held_out_of_one_file_only(checkpoint, tmp_path):
+    for name, n in (("a", 40), ("b", 7)):
+        (tmp_path / name).write_text("".join(json.dumps({"prompt": f"Say {name}{i}."}) + "\n" for i in range(n)))
+    flags = ("--data", tmp_path / "a", "--eval-data", tmp_path / "b", "--max-length", 100)
+    args = args_for(checkpoint, tmp_path / "out", *flags)
+    train, test = ppo.tasks_of(args, tiny(), Loop(args, "ppo"))
+    assert len(train) == 40 and len(test) == 7
+    (tmp_path / "b").write_text(json.dumps({"prompt": "Say it. " * 40}) + "\n")
+    with pytest.raises(UserError, match="exceed --max-length 100"):
+        ppo.tasks_of(args, tiny(), Loop(args, "ppo"))
+
+
 @pytest.mark.parametrize(("flags", "said"), [
+    (("--critic", "shared", "--critic-warmup", 2), "learns in its trunk"),
     (("--temperature", 0), "ever be tried"), (("--parallel", "fsdp"), "only replicas"),
     (("--clip-eps", 1), "less than 1"), (("--reward", "nothing"), "expected exact"), (("--gamma", 1.1), "at most 1"),
     (("--data", "x"), "needs --reward-model"), (("--data", "x", "--preset", "reft"), "takes no --data"),

@@ -10,7 +10,7 @@ RIGHT, WRONG, HOSTILE = (
 )
 
 MUTANTS = [
-    Mutant(name, "data/checkers.py", old, new, TESTS + test)
+    Mutant(name, "data/checkers.py", old, new, tuple(TESTS + t for t in ((test,) if isinstance(test, str) else test)))
     for name, old, new, test in [
         (
             "G19: exact: an empty answer matches",
@@ -46,9 +46,21 @@ MUTANTS = [
         ),
         (
             "number: signs are lost",
-            'sign = -1 if found[0][0].startswith("-") else 1',
+            'sign = -1 if found[0][0][0] in "-\\u2212" else 1',
             "sign = 1",
             "test_numbers_are_exact",
+        ),
+        (
+            "number: a minus of print is none",
+            'in "-\\u2212" else 1',
+            'in "-" else 1',
+            ("test_numbers_are_exact", f"{WRONG}[number]"),
+        ),
+        (
+            "number: a minus with a space is none",
+            r"(?:[-+\u2212]\s*)?",
+            r"(?:[-+\u2212])?",
+            ("test_numbers_are_exact", f"{WRONG}[number]"),
         ),
         (
             "number: decimals are lost",
@@ -132,6 +144,12 @@ MUTANTS = [
             "        if not isinstance(value, int | float) or not math.isfinite(value):",
             "        if False:",
             "test_a_function_of_your_own",
+        ),
+        (
+            "a file of rewards runs at every call",
+            "@functools.cache  # what",
+            "# what",
+            "test_a_file_of_rewards_runs_once",
         ),
         ("a NaN is a reward", " or not math.isfinite(value):", ":", "test_a_function_of_your_own"),
     ]

@@ -63,18 +63,29 @@ MUTANTS = [
         ),
         (
             "a row that lacks fields is kept",
-            "rows.append({name: row[name] for name in fields})",
-            "rows.append(dict(row))",
+            "rows.append(row if keep else {name: row[name] for name in fields})",
+            "rows.append(row)",
             UNKNOWN,
         ),
         (
             "unknown fields said for each row",
-            "        ignored |= row.keys() - fields.keys()\n",
+            "        ignored |= set() if keep else row.keys() - fields.keys()\n",
             "        ignored |= row.keys() - fields.keys()\n"
             "        print(f'{path}: ignored the fields {_names(sorted(ignored))}', file=sys.stderr)\n",
             UNKNOWN,
         ),
-        ("unknown fields passed over in silence", "        ignored |= row.keys() - fields.keys()\n", "", UNKNOWN),
+        (
+            "unknown fields passed over in silence",
+            "        ignored |= set() if keep else row.keys() - fields.keys()\n",
+            "",
+            UNKNOWN,
+        ),
+        (
+            "all fields are kept, but for those unknown",
+            "rows.append(row if keep else {",
+            "rows.append({",
+            "test_all_fields_may_be_kept",
+        ),
         ("unknown fields of messages passed over in silence", 'ignored |= {f"', '_ = {f"', UNKNOWN),
         # kinds
         ("lists of different lengths", "if len(lengths) > 1:", "if len(lengths) > 9:", KIND),

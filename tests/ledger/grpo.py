@@ -15,6 +15,12 @@ KL = "test_estimators_of_the_kl"
 REWARDS = "test_rewards_are_paired_with_their_prompts"
 TOOLS = "test_tools_are_called_and_masked"
 DYNAMIC = "test_dynamic_sampling_takes_groups_with_spread"
+WORST = "test_an_answer_that_is_cut_off_is_never_worth_more"
+CUT = "test_what_is_cut_off_is_not_right"
+OWN = "test_a_function_of_the_users_sees_its_columns_and_is_the_metric"
+SINGLE = "test_advantages_need_no_float64"
+MEAN = "test_the_loss_is_the_mean_over_updates"
+STEPS = "test_no_steps_are_a_measurement"
 
 MUTANTS = [
     Mutant(name, "grpo.py", old, new, tuple(TESTS + t for t in ((test,) if isinstance(test, str) else test)))
@@ -364,9 +370,15 @@ MUTANTS = [
         ),
         (
             "majority: texts are compared, reasoning and all",
-            "majority([world.final_answer(text) for text in texts])",
-            "majority(texts)",
+            "world.final_answer(text) if ended else",
+            "text if ended else",
             "test_majority_needs_no_answers",
+        ),
+        (
+            "majority: what is cut off has a vote",
+            'world.final_answer(text) if ended else ""',
+            "world.final_answer(text)",
+            CUT,
         ),
         # rollouts and rewards
         (
@@ -376,28 +388,10 @@ MUTANTS = [
             "test_answers_of_a_group_are_different_and_aligned",
         ),
         (
-            "scored at temperature 1",
-            "args.temperature)[0]\n    return found",
-            "1.0)[0]\n    return found",
-            "test_what_was_sampled_is_scored_alike[0.7]",
-        ),
-        (
             "the head is scored whole or not at all: another temperature in the update",
             "part.completion_mask, tokenizer, args.temperature)",
             "part.completion_mask, tokenizer, 0.9)",
             LOOP,
-        ),
-        (
-            "log-probs of the prompt are scored, too",
-            "    targets = input_ids.masked_fill(completion_mask == 0, IGNORED)\n    head",
-            "    targets = input_ids\n    head",
-            "test_what_was_sampled_is_scored_alike[1.0]",
-        ),
-        (
-            "a sampler that differs is not noticed",
-            "if mismatch > 1e-3 and",
-            "if mismatch > 1 and",
-            "test_a_sampler_that_differs_fails_the_run",
         ),
         (
             "G2: repeat, not repeat_interleave",
@@ -405,24 +399,69 @@ MUTANTS = [
             "groups = [rollout.answers[i :: len(tasks)] for i in range(len(tasks))]",
             REWARDS,
         ),
-        ("weights of rewards are not looked at", "total += weight * values", "total += values", REWARDS),
+        ("weights of rewards are not looked at", "withheld(weight * values", "withheld(values", (REWARDS, WORST)),
         (
             "P16: what is cut off is rewarded",
-            "torch.as_tensor(values, dtype=torch.float64) * finished",
-            "torch.as_tensor(values, dtype=torch.float64)",
+            "return torch.where(finished, values, everybodys(least[None], loop).amin().cpu())",
+            "return values",
             REWARDS,
         ),
+        (
+            "P16: what is cut off gets 0, be the others below",
+            "everybodys(least[None], loop).amin().cpu())",
+            "0.0)",
+            WORST,
+        ),
+        ("P16: what is cut off gets the least, be it above 0", ".amin().clamp(max=0.0)\n", ".amin()\n", WORST),
+        (
+            "P16: the least of what was cut off, too",
+            "least = values.masked_fill(~finished, math.inf)",
+            "least = values",
+            WORST,
+        ),
+        (
+            "P16: each rank has a least of its own",
+            "everybodys(least[None], loop).amin().cpu()",
+            "least",
+            f"{WORST}_on_any_rank",
+        ),
+        ("P16: what is cut off passes", "passed = finished & (values", "passed = (values", (REWARDS, WORST)),
+        (
+            "what is cut off is right where it is measured",
+            "right = (finished & (value >= 1))",
+            "right = (value >= 1)",
+            CUT,
+        ),
+        (
+            "what is cut off is paid where it is measured",
+            "return parts, withheld(value, finished, loop).view",
+            "return parts, value.view",
+            CUT,
+        ),
+        (
+            "r1: what is cut off is imitated",
+            "                     if whole and checkers",
+            "                     if checkers",
+            "test_the_pipeline_of_r1",
+        ),
+        (
+            "r1: the last part resumes what it never saved",
+            'resume = args.resume and (folder / "checkpoint").exists()',
+            "resume = args.resume",
+            "test_the_pipeline_of_r1",
+        ),
+        ("the user's function is measured by its ones", "dict(both[::-1] if own else both)", "dict(both)", OWN),
         ("passed by the last reward", "if passed is None else passed", "", REWARDS),
         (
             "the length is rewarded",
-            "total - args.length_penalty * lengths",
-            "total + args.length_penalty * lengths",
+            "unshaped - args.length_penalty * lengths",
+            "unshaped + args.length_penalty * lengths",
             REWARDS,
         ),
         (
             "no overlong penalty",
-            "    if args.overlong_buffer:\n        total +=",
-            "    if False:\n        total +=",
+            "    if args.overlong_buffer:\n        reward +=",
+            "    if False:\n        reward +=",
             REWARDS,
         ),
         (
@@ -477,23 +516,30 @@ MUTANTS = [
         ),
         (
             "DAPO: groups without spread are kept",
-            "(spare if flat[p] else kept)",
-            "(kept if flat[p] else spare)",
+            "bool(args.dynamic_sampling and alike[p])",
+            "False",
+            DYNAMIC,
+        ),
+        (
+            "DAPO: groups that differ in length only are kept",
+            "torch.cat([judged.unshaped for _, _, judged in drawn])",
+            "torch.cat([judged.reward for _, _, judged in drawn])",
+            DYNAMIC,
+        ),
+        (
+            "DAPO: answers of other groups",
+            "[p * G + g for p in order for g in range(G)]",
+            "[p * G + g for p in range(wanted) for g in range(G)]",
             DYNAMIC,
         ),
         ("DAPO: one draw only", "range(max(1, args.dynamic_sampling))", "range(1)", DYNAMIC),
-        ("DAPO: the step grows", "kept = (kept + spare)[:wanted]", "kept = kept + spare", DYNAMIC),
-        (
-            "DAPO: rewards of other groups",
-            "rows_of(rollout, group), reward[p], passed[p])",
-            "rows_of(rollout, group), reward[0], passed[p])",
-            DYNAMIC,
-        ),
+        ("DAPO: the step grows", "and alike[p]))[:wanted]", "and alike[p]))", DYNAMIC),
+        ("DAPO: rewards of other groups", "(torch.cat(parts)[order] for", "(torch.cat(parts)[:wanted] for", DYNAMIC),
         # advantages of tokens
         (
             "advantages stand in the prompt, too",
-            "    return (advantages * mask).float()",
-            "    return advantages.float()",
+            "    return advantages * mask\n",
+            "    return advantages\n",
             "test_every_token_gets_its_answers_advantage",
         ),
         (
@@ -510,14 +556,14 @@ MUTANTS = [
         ),
         (
             "the KL of the last token only",
-            "kl_to_go[:, 0].view(P, G)",
-            "kl_to_go[:, -1].view(P, G)",
+            "kl_to_go[:, 0].cpu()",
+            "kl_to_go[:, -1].cpu()",
             "test_the_kl_is_taken_off_the_reward",
         ),
         (
             "reinforce++: the whole KL at each token",
-            "[:, None] - args.kl_coef * kl_to_go.double()",
-            "[:, None] - args.kl_coef * kl_to_go[:, :1].double()",
+            "else args.kl_coef * kl_to_go)",
+            "else args.kl_coef * kl_to_go[:, :1])",
             "test_the_kl_is_taken_off_the_reward",
         ),
         (
@@ -526,7 +572,36 @@ MUTANTS = [
             "of_group(whole, all_counted > -1, baseline)",
             "test_the_kl_is_taken_off_the_reward",
         ),
+        ("float64 on the device", "reward.float().to(device)", "reward.to(device)", f"{SINGLE}[reinforce++]"),
+        ("float64 on the device: groups", "baseline).float().to(device)", "baseline).to(device)", f"{SINGLE}[grpo]"),
         # the loop
+        (
+            "KL measured at the temperature of training",
+            "part.completion_mask, tokenizer, 1.0, args, loop)",
+            "part.completion_mask, tokenizer, args.temperature, args, loop)",
+            "test_kl_is_the_log_ratio_of_whole_answers_at_temperature_1[0.5]",
+        ),
+        (
+            "old log-probs at temperature 1",
+            "scored(model, *rollout[:2], tokenizer, args.temperature,",
+            "scored(model, *rollout[:2], tokenizer, 1.0,",
+            "test_several_updates_leave_the_old_policy_where_it_was",
+        ),
+        ("the loss is a sum over updates", '"loss": loss / updates', '"loss": loss', MEAN),
+        ("a graph for each shape", "loop.compile(model, dynamic=True)", "loop.compile(model)", STEPS),
+        ("no steps, no questions", "max(1, args.steps) * args.batch_size", "args.steps * args.batch_size", STEPS),
+        (
+            "a process reward model of another tokenizer",
+            'prm = load_reward_model(args.prm or loop.require("prm"), tokenizer, loop.device)',
+            'prm = load(args.prm or loop.require("prm"), labels=1)[0].to(loop.device).eval()',
+            "test_a_process_reward_model_of_another_tokenizer_is_refused",
+        ),
+        (
+            "prompts of any length",
+            "    check_length([*train, *(task for tasks in test.values() for task in tasks)], args)\n",
+            "    check_length(train, args)\n",
+            "test_a_long_prompt_is_refused_before_anything_runs",
+        ),
         (
             "P8: old log-probs are recomputed",
             "old = logps.detach() if part.old_logps is None else part.old_logps",
@@ -587,22 +662,10 @@ MUTANTS = [
             "test_rows_that_are_cut_off_can_be_left_out",
         ),
         (
-            "answers that can never be right are accepted",
-            "            checkers.check_answers(name, rows + held_out)",
-            "            pass",
-            "test_a_run_on_a_file",
-        ),
-        (
             "SFT imitates other questions",
             'world.exchange("sums", world.rng_for("rl", args.seed, i), "train")["messages"]',
             'world.exchange("sums", world.rng_for("rl", args.seed, i + 1), "train")["messages"]',
             "test_annotation_is_of_the_questions_of_rl",
-        ),
-        (
-            "SFT trains on the prompt",
-            "loss = -score(model, ids, mask, tokenizer, 1.0)[0].sum()",
-            "loss = score(model, ids, mask, tokenizer, 1.0)[0].sum()",
-            "test_imitation_lowers_the_loss_of_its_rows",
         ),
         (
             "all answers are decoded at once",
@@ -613,7 +676,7 @@ MUTANTS = [
         ("r1: the longest of the right ones", "min(right, key=len)", "max(right, key=len)", "test_the_pipeline_of_r1"),
         (
             "r1: wrong ones, too",
-            'if checkers.exact("", text, task.row) and checkers.format("", text, {})]',
+            'if whole and checkers.exact("", text, task.row) and checkers.format("", text, {})]',
             "]",
             "test_the_pipeline_of_r1",
         ),

@@ -591,6 +591,12 @@ MUTANTS = [
             "test_compile_is_decided_once",
         ),
         (
+            "a graph for each shape, always",
+            "block.compile(dynamic=dynamic)",
+            "block.compile(dynamic=False)",
+            "test_a_dynamic_graph_serves_many_shapes",
+        ),
+        (
             "blocks compiled, kernels not",
             "self.compiled = kernels.use_compile(wanted)",
             "self.compiled = wanted",

@@ -19,6 +19,10 @@ SPLIT = "test_splitting_a_batch_changes_nothing[own]"
 RANKS = "test_two_ranks_are_one_batch"
 RESUME = "test_resuming_is_exact"
 LESSON = "test_the_reward_model_learns_from_new_answers"
+TEACH = "test_two_ranks_teach_one_model"
+OWN = "test_a_function_of_the_users_sees_its_columns_and_is_the_metric"
+OTHER = "test_a_reward_model_of_another_tokenizer_is_refused"
+FILES = "test_rows_are_held_out_of_one_file_only"
 
 MUTANTS = [
     Mutant(name, "ppo.py", old, new, TESTS + test)
@@ -94,16 +98,28 @@ MUTANTS = [
         ),
         (
             "P5: returns are the advantages",
-            "(advantages + values).masked_fill(~there, 0.0)",
-            "advantages.masked_fill(~there, 0.0)",
+            "(advantages + values).masked_fill(~real, 0.0)",
+            "advantages.masked_fill(~real, 0.0)",
             f"{GAE}[1.0-0.95]",
         ),
-        ("values of the padding are next values", "values.masked_fill(~there, 0.0)\n", "values\n", f"{GAE}[1.0-0.95]"),
+        ("values of the padding are next values", "values.masked_fill(~real, 0.0)\n", "values\n", f"{GAE}[1.0-0.95]"),
         (
             "P2: whitened with the pads",
-            "real = x[completion_mask.bool()].double()",
-            "real = x.flatten().double()",
+            "real = x[completion_mask.bool()]  #",
+            "real = x.flatten()  #",
             WHITE,
+        ),
+        (
+            "float64 on the device",
+            "real = x[completion_mask.bool()]  #",
+            "real = x[completion_mask.bool()].double()  #",
+            "test_advantages_need_no_float64",
+        ),
+        (
+            "a rule's reward is clipped, too",
+            "5.0 if args.reward in LEARNED else 0.0",
+            "5.0",
+            SCALED,
         ),
         ("the mean stays", "white = (x - total / n) *", "white = x *", WHITE),
         ("divided by the variance", "+ 1e-8).rsqrt()", "+ 1e-8).reciprocal()", WHITE),
@@ -195,8 +211,8 @@ MUTANTS = [
         ),
         (
             "scored at temperature 1",
-            "parts = score(model, critic, ids, mask, tokenizer, args.temperature)",
-            "parts = score(model, critic, ids, mask, tokenizer, 1.0)",
+            "score(model, ids[rows], mask[rows], tokenizer, temperature, critic)",
+            "score(model, ids[rows], mask[rows], tokenizer, 1.0, critic)",
             "test_what_was_sampled_is_scored_alike[0.7]",
         ),
         (
@@ -231,11 +247,54 @@ MUTANTS = [
         ),
         (
             "the lesson is upside down",
-            "bradley_terry(rewards[:, 0], rewards[:, 1], better",
-            "bradley_terry(rewards[:, 1], rewards[:, 0], better",
+            "bradley_terry(*rewards.T, labels",
+            "bradley_terry(*rewards.T.flip(0), labels",
             LESSON,
         ),
-        ("the lesson's labels are of other pairs", "better[start : start + 16]", "better[:16]", LESSON),
+        (
+            "the lesson's labels are of other pairs",
+            "labels = better[start : start + size]",
+            "labels = better[:size]",
+            LESSON,
+        ),
+        ("ranks teach each its own reward model", "        loop.all_reduce(reward_model)\n", "", TEACH),
+        (
+            "a rank's lesson is divided by its own pairs",
+            "n_pairs = loop.sum_over_ranks(len(labels))",
+            "n_pairs = len(labels)",
+            TEACH,
+        ),
+        (
+            "all ranks toss the same coins",
+            "range(len(tasks) * ranks)][loop.rank :: ranks]",
+            "range(len(tasks))]",
+            TEACH,
+        ),
+        (
+            "a short lesson is none",
+            "total = math.ceil(n_all / (size * ranks))",
+            "total = n_all // (size * ranks)",
+            "test_a_short_lesson_is_one",
+        ),
+        ("ranks imitate each by itself", "        loop.all_reduce(model)\n", "", TEACH),
+        (
+            "all ranks imitate the same rows",
+            "for i in range(64)][loop.rank :: loop.world_size]",
+            "for i in range(64)][: 64 // loop.world_size]",
+            TEACH,
+        ),
+        (
+            "SFT unlearns",
+            "loss = sft_loss(model, batch) / n_tokens",
+            "loss = -sft_loss(model, batch) / n_tokens",
+            "test_imitation_lowers_the_loss_of_its_rows",
+        ),
+        (
+            "the tokenizer of the reward model is not looked at",
+            'load_reward_model(args.reward_model or loop.require("reward"), tokenizer, loop.device)',
+            'load(args.reward_model or loop.require("reward"), labels=1)[0].to(loop.device).eval()',
+            OTHER,
+        ),
         ("the annotator labels whoever is asked to", 'if args.judge == "ai":\n', 'if args.judge == "":\n', LESSON),
         ("the policy judges itself", "for x in opinions_of(judge,", "for x in opinions_of(model,", LESSON),
         ("the reward model is not frozen again", "    reward_model.requires_grad_(False)\n", "", LESSON),
@@ -280,8 +339,8 @@ MUTANTS = [
         ),
         (
             "gradients pile up",
-            "            optimizer.step()\n            optimizer.zero_grad()\n            updates",
-            "            optimizer.step()\n            updates",
+            "            optimizer.step()\n            optimizer.zero_grad()\n            update, updates",
+            "            optimizer.step()\n            update, updates",
             LOOP,
         ),
         (
@@ -317,14 +376,14 @@ MUTANTS = [
         ),
         (
             "updates never stop",
-            "if args.stop_kl and sums[4] > args.stop_kl:",
+            "if args.stop_kl and update[4] > args.stop_kl:",
             "if False:",
             "test_updates_stop_where_the_policy_has_gone_too_far",
         ),
         (
             "the policy learns in the critic's warm-up",
-            "float(step > args.critic_warmup)",
-            "1.0",
+            "(losses if step > args.critic_warmup else 0.0)",
+            "losses",
             "test_the_critic_may_learn_first",
         ),
         ("the critic does not come back", 'modules = {"critic": critic} |', "modules = {} |", f"{RESUME}[flags0]"),
@@ -352,7 +411,59 @@ MUTANTS = [
             "KL: the mean over tokens",
             "(now - then).tolist()",
             "((now - then) / found.completion_mask.sum(-1)).tolist()",
-            "test_kl_is_the_log_ratio_of_whole_answers",
+            "test_kl_is_the_log_ratio_of_whole_answers[1.0]",
+        ),
+        (
+            "KL measured at the temperature of training",
+            "found.completion_mask, tokenizer, 1.0, args, loop)",
+            "found.completion_mask, tokenizer, args.temperature, args, loop)",
+            "test_kl_is_the_log_ratio_of_whole_answers[0.5]",
+        ),
+        ("the loss of the last update", "sums[:4] / updates, largest", "update[:4], largest", LOOP),
+        ("the loss is a sum over updates", "sums[:4] / updates, largest", "sums[:4], largest", LOOP),
+        (
+            "a graph for each shape",
+            "loop.compile(model, dynamic=True)",
+            "loop.compile(model)",
+            "test_graphs_are_for_all_shapes",
+        ),
+        (
+            "no steps, no questions",
+            "max(1, args.steps) * args.batch_size",
+            "args.steps * args.batch_size",
+            "test_no_steps_are_a_measurement",
+        ),
+        (
+            "what is cut off is right where it is measured",
+            " >= 1) & said.finished.to(loop.device)",
+            " >= 1)",
+            OWN,
+        ),
+        (
+            "what is cut off is paid where it is measured",
+            "paid = torch.where(found.finished.to(loop.device), reward, args.eos_penalty)",
+            "paid = reward",
+            OWN,
+        ),
+        ("the user's function is measured by its ones", 'both[::-1] if ":" in args.reward else both', "both", OWN),
+        (
+            "columns of the user's are dropped",
+            "rows = formats.read_jsonl(args.data, schemas, mapping=mapping, keep=keep)",
+            "rows = formats.read_jsonl(args.data, schemas, mapping=mapping)",
+            OWN,
+        ),
+        (
+            "rows are held out though others are measured",
+            "    if args.eval_data:\n        held_out = formats",
+            "    if args.eval_data:\n        rows, _ = formats.hold_out(rows)\n        held_out = formats",
+            FILES,
+        ),
+        ("prompts of any length", "    check_length(train + test, args)\n", "    check_length(train, args)\n", FILES),
+        (
+            "answers that can never be right are accepted",
+            "        checkers.check_answers(name, rows + held_out)",
+            "        pass",
+            "test_a_run_on_a_file",
         ),
         (
             "all answers are decoded at once",
@@ -361,5 +472,19 @@ MUTANTS = [
             "test_answers_are_decoded_as_many_at_a_time_as_asked",
         ),
         ("a2c clips", '"a2c": {"clip_eps": 0.0,', '"a2c": {"clip_eps": 0.2,', "test_a2c_is_one_pass_without_a_clip"),
+    ]
+] + [
+    Mutant(name, "reward.py", old, new, TESTS + OTHER)
+    for name, old, new in [
+        (
+            "any tokenizer of a reward model will do",
+            "if own is None or not getattr(tokenizer, kind).items() <= getattr(own, kind).items():",
+            "if own is None:",
+        ),
+        (
+            "a reward model without a tokenizer will do",
+            "if own is None or not getattr(tokenizer, kind)",
+            "if own is not None and not getattr(tokenizer, kind)",
+        ),
     ]
 ]
