@@ -205,19 +205,19 @@ class VeRA(LowRank):
 
     def __init__(self, base: nn.Linear, rows: dict[str, tuple[int, int]], c: "Adapter"):
         super().__init__(base, rows, c)
-        self.d = nn.Parameter(torch.full((len(rows) * c.rank, 1), 0.1, device=base.weight.device))
-        self.b = nn.Parameter(torch.zeros(self.n_out, 1, device=base.weight.device))
+        self.d = nn.Parameter(torch.full((len(rows) * c.rank,), 0.1, device=base.weight.device))
+        self.b = nn.Parameter(torch.zeros(self.n_out, device=base.weight.device))
         g = torch.Generator().manual_seed(0)
         for name, n, m in (("fixed_down", len(self.d), base.in_features), ("fixed_up", self.n_out, c.rank)):
             self.register_buffer(name, (torch.randn(n, m, generator=g) / math.sqrt(m)).to(base.weight.device))
 
     @property
     def down(self) -> Tensor:
-        return self.d * self.fixed_down
+        return self.d[:, None] * self.fixed_down
 
     @property
     def up(self) -> Tensor:
-        return self.b * self.fixed_up
+        return self.b[:, None] * self.fixed_up
 
 
 class IA3(nn.Module):
@@ -696,8 +696,11 @@ def examples(args: argparse.Namespace, tokenizer: Tokenizer, loop: Loop) -> tupl
 
     if args.data:
         train, held_out = sft.file_rows(args, args.data, loop)
-        rows, test = ([sft.encode(row, tokenizer, args) for row in some] for some in (train, held_out))
-        return sft.fitting(rows, "rows", args, loop), {"rows": sft.fitting(test, "held-out rows", args, loop)}
+        encoded = ([sft.encode(row, tokenizer, args) for row in some] for some in (train, held_out))
+        rows, test = (sft.fitting(*some, args, loop) for some in zip(encoded, ("rows", "held-out rows"), strict=True))
+        if not rows or not test:
+            raise UserError(f"no row is left to train on or to measure: --max-length is {args.max_length}")
+        return rows, {"rows": test}
     chats = (exchange(args.task, (args.seed, i), "train") for i in range(args.steps * args.batch_size))
     questions = [exchange(args.task, ("test", i), "test") for i in range(400)] + world.sft_test(20)
     return [chat.render(row["messages"], tokenizer) for row in chats], {"questions": questions}
@@ -755,6 +758,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.steps = WORLD_STEPS
     for is_wrong, text in (
         (args.method == "all" and args.data, "--method all makes a table of the generated world: it takes no --data"),
+        (args.method == "all" and args.adapter, "--method all makes a table of all methods: it takes no --adapter"),
         (args.merge and not (args.adapter and args.model), "--merge needs --model, the base, and --adapter"),
         (args.parallel == "fsdp", "--parallel fsdp: an adapter is too small to shard; choose replicas"),
     ):
@@ -781,8 +785,10 @@ def stored(args: argparse.Namespace) -> dict[str, float]:
 
 def merged_checkpoint(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace, loop: Loop) -> dict:
     """--merge: a plain checkpoint in the dtype of the base's; says how much of the change a narrow one keeps."""
-    wanted = json.loads((Path(args.model) / "config.json").read_text()).get("torch_dtype", "float32")
-    dtype, base = getattr(torch, wanted, torch.float32), load(args.model)[0]
+    folders = Path(args.model), Path(args.model) / "checkpoint"  # of a checkpoint, or of a run
+    config = json.loads(next(file for x in folders if (file := x / "config.json").exists()).read_text())
+    wanted = config.get("torch_dtype") or config.get("dtype") or "float32"  # the older name, and the newer
+    dtype, base = getattr(torch, wanted), load(args.model, device=loop.device)[0]
     merge(model)
     asked = lost = 0.0
     for p, old in zip(model.parameters(), base.parameters(), strict=True):
@@ -833,11 +839,12 @@ def main(args: argparse.Namespace) -> dict:
     # 4. Setup
     loop = Loop(args, "lora")
     start = args.model or loop.require("sft")
-    model, tokenizer = load(start, with_tokenizer=True)
-    loop.check_length(model)
+    model, tokenizer = load(start, with_tokenizer=not args.merge)
+    if not args.merge:
+        loop.check_length(model)
     model.to(loop.device)
     n_whole = sum(p.numel() for p in model.parameters())
-    adapter = adapt(model, args.adapter or args.method, start, loop)
+    adapter = adapt(model, args.adapter or args.method, start, None if args.merge else loop)  # which may narrow it
     if args.merge:
         return merged_checkpoint(model, tokenizer, args, loop)
     rows, test = examples(args, tokenizer, loop)
@@ -882,7 +889,8 @@ def main(args: argparse.Namespace) -> dict:
     sizes = ("trainable %", 100.0, 100 * n / n_whole), ("optimizer MB", 8 * n_whole / 1e6, 8 * n / 1e6)
     before |= {name: [whole] for name, whole, _ in sizes}
     after |= {name: [part] for name, _, part in sizes}
-    return loop.finish(before, after, variant=args.method, baselines=stored(args), higher_is_better=not args.data)
+    return loop.finish(before, after, variant=adapter.method if args.adapter else args.method, baselines=stored(args),
+                       higher_is_better=not args.data)  # fmt: skip
 
 
 if __name__ == "__main__":

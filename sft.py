@@ -538,8 +538,9 @@ def main(args: argparse.Namespace) -> dict:
     model.to(loop.device).checkpoint_activations = args.checkpoint_activations
     if args.adapter:
         adapt(model, args.adapter, start, loop)
-        if model.virtual and args.pack:
-            raise UserError(f"--adapter {args.adapter} stands before a row, not before each document in it: --no-pack")
+        if model.virtual and (args.pack or args.neftune):
+            raise UserError(f"--adapter {args.adapter} stands before a row, not before each document in it: --no-pack, "
+                            "and no --neftune")
     rows, test = examples(args, model, tokenizer, loop)
     rows = fitting(rows, "rows", args, loop)
     groups = list(pack(rows, args.max_length) if args.pack else ([row] for row in rows))

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import weakref
 
 import pytest
 import torch
@@ -482,6 +483,238 @@ def test_any_leading_shape():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# A frozen matrix with a low-rank one beside it, and four bits a weight
+
+SPANS = ((1, 4), (6, 8))  # of 9 outputs: a row before them, two between, one behind
+
+
+def low_rank(dtype: torch.dtype = torch.float64, bias: bool = True, dropped: bool = False) -> dict[str, Tensor]:
+    """What lora_linear takes, the frozen ones without gradient; ranks of 3, spans of 3 and 2 rows."""
+    shapes = {"x": (2, 4, 7), "weight": (9, 7), "bias": (9,), "down": (6, 7), "up": (5, 3), "dropped": (2, 4, 7)}
+    made = {name: normal(*shape, seed=i, dtype=torch.bfloat16).detach().to(dtype)
+            for i, (name, shape) in enumerate(shapes.items())}  # fmt: skip
+    made |= {"bias": made["bias"] if bias else None, "dropped": made["dropped"] if dropped else None}
+    for name in ("x", "down", "up", "dropped"):
+        if made[name] is not None:
+            made[name].requires_grad_()
+    return made
+
+
+def lora_of(function, t: dict[str, Tensor], weight=None) -> tuple[Tensor, list[Tensor]]:
+    """The output, and what has a gradient; scale 0.4."""
+    y = function(t["x"], weight or t["weight"], t["bias"], t["down"], t["up"], SPANS, 0.4, t["dropped"])
+    return y, [x for x in t.values() if x is not None and x.requires_grad]
+
+
+LORA = pytest.mark.parametrize(("bias", "dropped"), [(True, False), (False, True), (True, True), (False, False)])
+
+
+@LORA
+def test_lora_linear_value(bias, dropped):
+    """One number at a time; kernel and reference; no input is changed."""
+    t = low_rank(bias=bias, dropped=dropped)
+    before = {name: x.clone() for name, x in t.items() if x is not None}
+    found, reference = lora_of(kernels.lora_linear, t)[0], lora_of(kernels.lora_linear_reference, t)[0]
+    seen = t["x"] if t["dropped"] is None else t["dropped"]
+    for b in range(2):
+        for i in range(4):
+            for o in range(9):
+                wanted = sum(t["weight"][o, j] * t["x"][b, i, j] for j in range(7)) + (t["bias"][o] if bias else 0.0)
+                p, row = {1: (0, 0), 2: (0, 1), 3: (0, 2), 6: (1, 3), 7: (1, 4)}.get(o, (None, None))
+                for r in range(3 if p is not None else 0):
+                    h = sum(t["down"][3 * p + r, j] * seen[b, i, j] for j in range(7))
+                    wanted = wanted + 0.4 * t["up"][row, r] * h
+                assert found[b, i, o].item() == pytest.approx(wanted.item(), rel=1e-11, abs=1e-12)
+    close(reference, found, 1e-13)
+    assert all(torch.equal(x, before[name]) for name, x in t.items() if x is not None)
+
+
+@LORA
+@pytest.mark.parametrize("made_anew", [False, True])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.bfloat16, 0.02)])
+def test_lora_linear_equals_reference(dtype, tolerance, made_anew, bias, dropped):
+    """Value and gradient; in bfloat16 against the reference in float64 on the same numbers."""
+    t, exact = low_rank(dtype, bias, dropped), low_rank(torch.float64, bias, dropped)
+    ours, inputs = lora_of(kernels.lora_linear, t, (lambda: t["weight"].clone()) if made_anew else None)
+    wanted, exact_inputs = lora_of(kernels.lora_linear_reference, exact)
+    assert ours.dtype == dtype and len(inputs) == 3 + dropped
+    close(ours, wanted, tolerance)
+    for found, want in zip(gradients(ours, inputs), gradients(wanted, exact_inputs), strict=True):
+        assert found.dtype == dtype
+        close(found, want, tolerance)
+
+
+@LORA
+def test_gradcheck_of_lora_linear(bias, dropped):
+    t = low_rank(bias=bias, dropped=dropped)
+    names = [name for name, x in t.items() if x is not None and x.requires_grad]
+
+    def kernel(*inputs: Tensor) -> Tensor:
+        return lora_of(kernels.lora_linear, t | dict(zip(names, inputs, strict=True)))[0]
+
+    assert torch.autograd.gradcheck(kernel, [t[name] for name in names])
+
+
+def test_lora_linear_without_factors():
+    """What a quantized matrix that is not adapted does: a plain product, whose weight is not kept."""
+    t = low_rank()
+    nothing = t["x"].new_zeros(0, 7), t["x"].new_zeros(0, 1)
+    for function in (kernels.lora_linear, kernels.lora_linear_reference):
+        y = function(t["x"], lambda: t["weight"].clone(), t["bias"], *nothing, (), 0.0)
+        close(y, F.linear(t["x"], t["weight"], t["bias"]), 1e-13)
+        close(*gradients(y, [t["x"]]), gradients(F.linear(t["x"], t["weight"]), [t["x"]])[0], 1e-13)
+
+
+def test_nothing_is_computed_for_the_frozen_weight():
+    """Products: W x, A x and a B each; back one for x, two a B, one for A, and A's part of the gradient of x."""
+    for dropped in (False, True):
+        t = low_rank(bias=False, dropped=dropped)
+        with Watch() as watch:
+            y, _ = lora_of(kernels.lora_linear, t)
+        assert watch.products == 2 + 2
+        with Watch() as watch:
+            y.sum().backward()
+        assert watch.products == 1 + 4 + 1 + 1
+    t = low_rank(bias=False)
+    t["x"].requires_grad_(False)  # as that of the first block is, on frozen embeddings
+    y, _ = lora_of(kernels.lora_linear, t)
+    with Watch() as watch:
+        y.sum().backward()
+    assert watch.products == 4 + 1 and t["x"].grad is None
+    t = low_rank(bias=False, dropped=True)
+    t["dropped"].requires_grad_(False)
+    y, _ = lora_of(kernels.lora_linear, t)
+    with Watch() as watch:
+        y.sum().backward()
+    assert watch.products == 1 + 4 + 1
+
+
+def test_a_weight_that_is_made_anew_is_not_kept():
+    """Once in the forward, once in the backward if x wants a gradient; between them nothing of its shape is there."""
+    made = []
+    for wanted in (True, False):
+        t = low_rank(dropped=True)
+        t["x"].requires_grad_(wanted)
+
+        def weight(t=t) -> Tensor:
+            made.append(weakref.ref(fresh := t["weight"].clone()))
+            return fresh
+
+        made.clear()
+        y, _ = lora_of(kernels.lora_linear, t, weight)
+        assert len(made) == 1 and made[0]() is None
+        y.sum().backward()
+        assert len(made) == 1 + wanted
+
+
+@LORA
+def test_lora_linear_under_autocast(bias, dropped):
+    """Products in bfloat16 and so is what comes out; gradients of fp32 inputs are fp32; float64 stays."""
+    t, exact = low_rank(torch.float32, bias, dropped), low_rank(torch.float64, bias, dropped)
+    wanted, exact_inputs = lora_of(kernels.lora_linear_reference, exact)
+    d_wanted = gradients(wanted, exact_inputs)
+    for weight in (None, lambda: t["weight"].clone()):
+        with torch.autocast("cpu", torch.bfloat16), Watch() as watch:
+            y, inputs = lora_of(kernels.lora_linear, t, weight)
+            reference = lora_of(kernels.lora_linear_reference, t, weight)[0]
+            assert lora_of(kernels.lora_linear, exact)[0].dtype == torch.float64
+        assert y.dtype == reference.dtype == torch.bfloat16
+        close(y, wanted, 0.02)
+        with Watch() as watch:
+            found = gradients(y, inputs)
+        assert watch.dtypes == {torch.bfloat16}
+        for d, want in zip(found, d_wanted, strict=True):
+            assert d.dtype == torch.float32
+            close(d, want, 0.02)
+
+
+PAPERS_LEVELS = [  # 2305.14314, appendix E
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+]  # fmt: skip
+
+
+def test_the_levels_of_nf4_are_those_of_the_paper():
+    levels = kernels.nf4_levels()
+    torch.testing.assert_close(levels, torch.tensor(PAPERS_LEVELS), atol=2e-7, rtol=0)
+    assert levels[7] == 0 and levels[0] == -1 and levels[15] == 1 and levels.dtype == torch.float32
+
+
+def matrix(*shape: int) -> Tensor:
+    """Blocks of very different sizes, as outliers make them, more of them than share a step."""
+    weight = normal(*shape, dtype=torch.float32).detach()
+    return weight * normal(shape[0], *[1] * (len(shape) - 1), seed=1, dtype=torch.float32).detach().exp()
+
+
+@pytest.mark.parametrize("shape", [(130, 130), (3, 5, 7), (64,), (1, 1), (2, 97)])
+def test_nf4_by_brute_force(shape):
+    """Blocks of 64, the last filled up with zeros; a step for 256 of their sizes; nearest levels; high half first."""
+    weight = matrix(*shape)
+    q, flat = kernels.nf4_quantize(weight), weight.flatten().tolist()
+    n = -(-len(flat) // 64)
+    blocks = [(flat + [0.0] * 63)[64 * i : 64 * i + 64] for i in range(n)]
+    largest = [max(map(abs, block)) for block in blocks]
+    mean = sum(largest) / n
+    assert q.codes.dtype == torch.uint8 and q.scales.dtype == torch.int8 and q.shape == shape
+    assert len(q.codes) == 32 * n and len(q.scales) == n and len(q.steps) == -(-n // 256)
+    assert q.mean.item() == pytest.approx(mean, rel=1e-6)
+    values, sizes = kernels.nf4_dequantize(q), []
+    for i in range(n):
+        group = largest[i // 256 * 256 : i // 256 * 256 + 256]
+        step = max(abs(x - mean) for x in group)
+        assert q.steps[i // 256].item() == pytest.approx(step, rel=1e-4, abs=1e-6)
+        wanted = (largest[i] - mean) / step * 127 if n > 1 else 0.0
+        assert abs(q.scales[i].item() - wanted) <= 0.51
+        sizes.append(q.mean.item() + q.scales[i].item() * q.steps[i // 256].item() / 127)
+        assert abs(sizes[i] - largest[i]) <= 0.51 * step / 127 + 1e-6 * mean
+    assert values.shape == shape and values.dtype == torch.float32
+    for i, (w, value) in enumerate(zip(flat, values.flatten().tolist(), strict=True)):
+        byte = int(q.codes[i // 2])
+        code, size = (byte >> 4, byte & 15)[i % 2], sizes[i // 64]
+        assert value == pytest.approx(PAPERS_LEVELS[code] * size, rel=1e-5, abs=1e-7)
+        if size > 0:
+            assert abs(w - value) <= min(abs(w - level * size) for level in PAPERS_LEVELS) + 1e-5 * size
+
+
+def test_nf4_of_normal_weights():
+    """As near as 16 levels come: an error of a tenth; 4.13 bits a weight, all that is stored counted."""
+    weight = normal(512, 512, dtype=torch.float32).detach()
+    q = kernels.nf4_quantize(weight)
+    error = (kernels.nf4_dequantize(q) - weight).norm() / weight.norm()
+    assert error < 0.1
+    assert 8 * sum(t.numel() * t.element_size() for t in q[:4]) / weight.numel() == pytest.approx(4.127, abs=1e-3)
+    narrow = kernels.nf4_dequantize(q, torch.bfloat16)
+    assert torch.equal(narrow, kernels.nf4_dequantize(q).bfloat16())
+    close(kernels.nf4_dequantize(kernels.nf4_quantize(weight.bfloat16())), weight, 0.3)
+
+
+def test_nf4_of_zeros_and_of_one_sign():
+    weight = matrix(8, 64)
+    weight[3], weight[4], weight[5] = 0.0, weight[4].abs(), -weight[5].abs()
+    found = kernels.nf4_dequantize(kernels.nf4_quantize(weight))
+    assert (found[3] == 0).all() and (found[4] >= 0).all() and (found[5] <= 0).all() and found.isfinite().all()
+    for row, w in zip(found[[0, 1, 4, 5]], weight[[0, 1, 4, 5]], strict=True):
+        assert row.abs()[w.abs().argmax()] == row.abs().max() > 0
+    nothing = kernels.nf4_quantize(torch.zeros(3, 50))
+    assert (kernels.nf4_dequantize(nothing) == 0).all() and (nothing.codes == 0x77).all()  # the place of 0, twice
+    one = kernels.nf4_quantize(torch.full((64,), -2.5))  # one block: its size is the mean
+    assert (kernels.nf4_dequantize(one) == -2.5).all()
+
+
+def test_a_block_of_nf4_knows_nothing_of_the_others():
+    """Other small weights in block 5, whose largest stays: only its bytes change."""
+    weight = matrix(20, 64)
+    other = weight.clone()
+    small = weight[5].abs() < 0.9 * weight[5].abs().max()
+    other[5, small] = -0.7 * weight[5, small]
+    a, b = kernels.nf4_quantize(weight), kernels.nf4_quantize(other)
+    same = (a.codes == b.codes).view(20, 32).all(-1)
+    assert same.tolist() == [i != 5 for i in range(20)]
+    assert all(torch.equal(x, y) for x, y in zip(a[1:4], b[1:4], strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Compiling
 
 
@@ -515,6 +748,20 @@ def test_compiled_equals_eager(name, compiling):
 @pytest.mark.parametrize("name", CASES)
 def test_every_compiled_kernel_equals_eager(name, compiling):
     compiled_equals_eager(name)
+
+
+@pytest.mark.slow
+def test_compiled_lora_linear_equals_eager(compiling):
+    """Inside a compiled block, as one graph: the reference, with a weight that is made anew."""
+    t = low_rank(dropped=True)
+    compiled = torch.compile(lambda: lora_of(kernels.lora_linear, t, lambda: 2 * t["weight"])[0], fullgraph=True)
+    found, inputs = compiled(), [t[name] for name in ("x", "down", "up", "dropped")]
+    d_found = gradients(found, inputs)
+    kernels.use_compile(False)
+    wanted = lora_of(kernels.lora_linear, t, lambda: 2 * t["weight"])[0]
+    close(found, wanted, 1e-12)
+    for a, b in zip(d_found, gradients(wanted, inputs), strict=True):
+        close(a, b, 1e-12)
 
 
 def test_one_graph_serves_every_number_of_tokens(compiling):
