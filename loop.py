@@ -39,6 +39,7 @@ import json
 import math
 import os
 import random
+import re
 import runpy
 import shlex
 import shutil
@@ -879,7 +880,7 @@ def compare(main: Callable, resolved: Callable, args: argparse.Namespace, varian
     for name in variants:
         runs = []
         for seed in range(args.seed, args.seed + (args.seeds if name in repeated else 1)):
-            folder = out / f"{name}-{seed}"
+            folder = out / f"{re.sub(r'[^a-z0-9_.=+-]+', '-', name)}-{seed}"
             mine = {flag: name, "seed": seed, "out": folder,
                     "resume": args.resume and (folder / "checkpoint").exists()}  # fmt: skip
             one = resolved(argparse.Namespace(**vars(args) | mine))

@@ -51,7 +51,8 @@ def variants_table(path: Path) -> str:
         lines.append([row[label], str(row["seeds"])])
         for column in columns:
             digits, (mean, spread) = {"seconds": 0, "peak MB": 0}.get(column, 3), row[column].values()
-            lines[-1].append(f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None and digits else ""))
+            spread = spread if digits else None
+            lines[-1].append(f"{mean:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}"))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
