@@ -810,21 +810,25 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
 def both_tasks(args: argparse.Namespace) -> None:
     """A row of the table: the run of `args`, and one of the same method on the task that the model knows.
 
-    Each is a process of its own, so that its peak of memory is its own, too.
+    Each is a process of its own, so that its peak of memory is its own, too; both run at once, on half of the cores.
     """
-    spawn = multiprocessing.get_context("spawn")
-    for task, out in (("known", args.out / "known"), ("new", args.out)):
-        process = spawn.Process(target=quiet, args=(argparse.Namespace(**vars(args) | {"task": task, "out": out}),))
+    outs = {"known": args.out / "known", "new": args.out}
+    runs = [argparse.Namespace(**vars(args) | {"task": task, "out": out}) for task, out in outs.items()]
+    processes = [multiprocessing.get_context("spawn").Process(target=quiet, args=(run,)) for run in runs]
+    for process in processes:
         process.start()
+    for process, task in zip(processes, outs, strict=True):
         process.join()
         if process.exitcode:
             raise RunFailed(f"{args.method} on the {task} task ended with exit code {process.exitcode}")
-    results = [json.loads((out / "result.json").read_text()) for out in (args.out / "known", args.out)]
+    results = [json.loads((out / "result.json").read_text()) for out in outs.values()]
     results[1]["metrics"]["known task"] = {name: results[0][name] for name in ("before", "after", "n", "ci95")}
     (args.out / "result.json").write_text(json.dumps(results[1], indent=1) + "\n")
 
 
 def quiet(args: argparse.Namespace) -> None:
+    if multiprocessing.parent_process():
+        torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     with contextlib.redirect_stdout(io.StringIO()):
         main(args)
 
