@@ -389,7 +389,7 @@ def reference(model: Transformer, loop: Loop) -> Transformer:
     the first step is exactly 0.
     """
     ref_model = frozen(model)
-    if loop.world_size == 1 or loop.args.parallel != "fsdp":
+    if not model.adapter and (loop.world_size == 1 or loop.args.parallel != "fsdp"):  # else the base is kept so already
         loop.narrow(ref_model)
     return loop.shard(ref_model)
 
@@ -869,7 +869,7 @@ def main(args: argparse.Namespace) -> dict:
     loop.check_length(model)
     model.to(loop.device).checkpoint_activations = args.checkpoint_activations
     if args.adapter:
-        adapt(model, args.adapter, start, loop)
+        adapt(model, args.adapter, start, loop, dropout=False)
     resolved_values = (f"{name} {value:g}" for name in HYPER if (value := getattr(args, name)) is not None)
     loop.say(f"--loss {args.loss}: {', '.join(resolved_values)}")
     rows, test = examples(args, model, tokenizer, loop)

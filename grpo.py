@@ -818,7 +818,7 @@ def main(args: argparse.Namespace) -> dict:
     model.to(loop.device)
     loop.check_length(model)
     if args.adapter:
-        adapt(model, args.adapter, start, loop)
+        adapt(model, args.adapter, start, loop, dropout=False)
     hyper = (f"{name} {value}" for name in HYPER if (value := getattr(args, name)) is not None)
     loop.say(f"--loss {args.loss}: {', '.join(hyper)}")
     loop.say(LOGGED.rstrip()) if not args.resume else None

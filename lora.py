@@ -39,6 +39,7 @@ import json
 import math
 import multiprocessing
 import re
+import shutil
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -471,23 +472,29 @@ def parse(text: str) -> Adapter:
     return Adapter(method, **found)
 
 
-def adapt(model: Transformer, text: str, base: str | Path, loop: Loop | None = None) -> Adapter:
+def adapt(model: Transformer, text: str, base: str | Path, loop: Loop | None = None, *, dropout: bool = True
+          ) -> Adapter:  # fmt: skip
     """Put the adapter `text` (see `parse`), or the trained one in that folder, onto `model`, and freeze the rest.
 
     base: where the model came from, for the adapter's own folder. UserError if the folder's is of another base. With a
-    `loop`, what is frozen is kept in --dtype, and a line says what learns.
+    `loop`, what is frozen is kept in --dtype, and a line says what learns. Without `dropout` there is none, whatever
+    `text` says: log-probs that are compared must come from one network, not from random parts of it.
     """
     if model.adapter is not None:
         raise UserError(f"adapter {text}: the model has one already; merge that first")
     tensors, mark = None, fingerprint(model)
-    if (Path(text) / "adapter_config.json").exists():
-        c, tensors = from_peft(Path(text))
+    if folder := trained(text):
+        c, tensors = from_peft(folder)
         if c.fingerprint not in ("", mark):  # a folder of peft itself has none
             raise UserError(f"{text}: was trained on another base than this model, {c.base}")
     else:
         c = parse(text)
-    c = replace(c, base=str(base), fingerprint=mark)
+    c = replace(c, base=str(base), fingerprint=mark, dropout=c.dropout if dropout else 0.0)
+    if c.method == "fishmask" and loop and loop.script != "lora":
+        raise UserError(f"adapter {text}: lora.py alone finds which weights matter: python lora.py --method fishmask")
     model.requires_grad_(False)
+    if loop and c.method not in IN_PLACE:
+        loop.narrow(model)  # first: the norms of dora are those of the base as it is kept
     METHODS[c.method][0](model, c)
     model.adapter = None if c.method in IN_PLACE else c
     if tensors is not None:
@@ -499,19 +506,22 @@ def adapt(model: Transformer, text: str, base: str | Path, loop: Loop | None = N
                 tensor.copy_(tensors.pop(name))
         if tensors:
             raise UserError(f"{text}: no place for {min(tensors)} in this model")
-    if loop:
-        loop.narrow(model)
-        if c.method != "fishmask":  # which has not seen its data yet
-            loop.say(described(model, c))
+    if loop and c.method != "fishmask":  # which has not seen its data yet
+        loop.say(described(model, c))
     return c
+
+
+def trained(text: str) -> Path | None:
+    """The folder of the adapter in `text`, which may be that of its run; None if `text` is no such folder."""
+    folders = Path(text), Path(text) / "checkpoint"
+    return next((folder for folder in folders if (folder / "adapter_config.json").exists()), None)
 
 
 def rates_of(table: dict[str, tuple], adapter: str | None) -> dict[str, tuple]:
     """`table`, whose "lr" are rates of full fine-tuning, with as many times these as `adapter` asks for."""
     if not adapter:
         return table
-    trained = (Path(adapter) / "adapter_config.json").exists()
-    c = from_peft(Path(adapter))[0] if trained else parse(adapter)
+    c = from_peft(folder)[0] if (folder := trained(adapter)) else parse(adapter)
     return table | {"lr": tuple(c.lr * lr for lr in table["lr"])}
 
 
@@ -627,9 +637,12 @@ def from_peft(path: Path) -> tuple[Adapter, dict[str, Tensor]]:
         config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
         own = json.loads((path / "base.json").read_text()) if (path / "base.json").exists() else {}
         kind = str(config["peft_type"])
-        for name in ("alpha_pattern", "rank_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias"):
+        for name in ("alpha_pattern", "rank_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias",
+                     "layer_replication", "alora_invocation_tokens"):  # fmt: skip
             if config.get(name):
                 raise UserError(f"{path}: {name} is not supported")
+        if (init := str(config.get("init_lora_weights")).lower()).startswith(("pissa", "olora", "corda", "loftq")):
+            raise UserError(f"{path}: init_lora_weights {init} changed the base; have peft convert it to plain LoRA")
         if config.get("bias", "none") != "none":
             raise UserError(f"{path}: bias {config['bias']} is not supported")
         if kind == "LORA":
@@ -812,7 +825,7 @@ def both_tasks(args: argparse.Namespace) -> None:
 
     Each is a process of its own, so that its peak of memory is its own, too; both run at once, on half of the cores.
     """
-    outs = {"known": args.out / "known", "new": args.out}
+    outs = {task: args.out / task for task in ("known", "new")}
     runs = [argparse.Namespace(**vars(args) | {"task": task, "out": out}) for task, out in outs.items()]
     processes = [multiprocessing.get_context("spawn").Process(target=quiet, args=(run,)) for run in runs]
     for process in processes:
@@ -823,7 +836,8 @@ def both_tasks(args: argparse.Namespace) -> None:
             raise RunFailed(f"{args.method} on the {task} task ended with exit code {process.exitcode}")
     results = [json.loads((out / "result.json").read_text()) for out in outs.values()]
     results[1]["metrics"]["known task"] = {name: results[0][name] for name in ("before", "after", "n", "ci95")}
-    (args.out / "result.json").write_text(json.dumps(results[1], indent=1) + "\n")
+    shutil.copy(outs["new"] / "settings.json", args.out)
+    (args.out / "result.json").write_text(json.dumps(results[1], indent=1) + "\n")  # last: the row is finished
 
 
 def quiet(args: argparse.Namespace) -> None:
@@ -853,6 +867,8 @@ def main(args: argparse.Namespace) -> dict:
         return merged_checkpoint(model, tokenizer, args, loop)
     rows, test = examples(args, tokenizer, loop)
     total = args.steps if args.steps is not None else math.ceil(args.epochs * len(rows) / args.batch_size)
+    if adapter.method == "fishmask" and args.weight_decay:
+        raise UserError("--method fishmask: --weight-decay would move all weights, masked or not")
     if adapter.method == "fishmask":
         some = (sft_loss(model, collate([[row]], loop.device)) for row in rows[:64])
         fish_mask(model, some, adapter.share)

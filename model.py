@@ -696,6 +696,8 @@ def load(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.d
     path = Path(path)
     if not (path / "config.json").exists() and (path / "checkpoint" / "config.json").exists():
         path /= "checkpoint"
+    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+        raise UserError(f"{path}: an adapter, not a model; merge it (python lora.py --merge) or give it to --adapter")
     config = read_config(path / "config.json")
     if labels is not None and config.labels != labels:
         kinds = [f"a model with {n} labels" if n else "a language model" for n in (config.labels, labels)]

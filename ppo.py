@@ -525,7 +525,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--reward-clip", type=REAL, help="largest reward, 0: none (default: 5 deviations of the "
                      "start's, if it is learned; else 0)")  # fmt: skip
     cli.add_argument("--eos-penalty", type=float, help="reward of an answer that is cut off (default: -1; reft 0)")
-    cli.add_argument("--critic", choices=("own", "shared"), default="own", help="a network, or a head on the policy")
+    cli.add_argument("--critic", choices=("own", "shared"),
+                     help="a network, or a head on the policy (default: own; with --adapter shared)")
     cli.add_argument("--critic-warmup", type=WHOLE, default=0, help="first steps in which only the critic learns")
     cli.add_argument("--rollout-batch", type=COUNT, help="answers decoded at a time, to save memory (default: all)")
     cli.add_argument("--temperature", type=REAL, default=1.0, help="of sampling and of scoring (default: %(default)s)")
@@ -555,6 +556,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = cli.parse_args(argv)
     fill(args, rates_of(DEFAULTS, args.adapter), args.model is not None)
     fill(args, OF_DATA, args.data is not None)
+    fill(args, {"critic": ("own", "shared")}, args.adapter is not None)
     for name, value in (PRESETS[args.preset] | LOSSES[args.loss]).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -593,8 +595,7 @@ def main(args: argparse.Namespace) -> dict:
     model, tokenizer = load(start, with_tokenizer=True)
     model.to(loop.device)
     loop.check_length(model)
-    if args.adapter:
-        adapt(model, args.adapter, start, loop)
+    times = adapt(model, args.adapter, start, loop, dropout=False).lr if args.adapter else 1.0
     reward_model = None
     if args.reward == "model":
         reward_model = load_reward_model(args.reward_model or loop.require("reward"), tokenizer, loop.device)
@@ -610,6 +611,8 @@ def main(args: argparse.Namespace) -> dict:
     ref_model = frozen(model)
     loop.seed(0)  # the critic's head is the same whatever was drawn before it
     critic = new_critic(model, reward_model if args.reward == "model" else None, args.critic)
+    for p in critic.parameters():
+        p.lr_times = 1 / times  # the rate of an adapter is no critic's
     both = nn.ModuleDict({"policy": model, "critic": critic})
     optimizer = adamw(both, args.lr, args.weight_decay)
     loop.compile(model, dynamic=True)

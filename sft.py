@@ -469,7 +469,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                "--eval-data", "--seed", "--device", "--dtype", "--compile", "--parallel", "--log-every", "--eval-every",
                "--save-every", "--resume", "--adapter"),
         defaults=dict.fromkeys(DEFAULTS) | {"steps": None, "epochs": 1.0, "depth": 4, "schedule": "wsd",
-                                                      "weight_decay": 0.1, "grad_clip": 1.0, "max_new_tokens": 64},
+                                                      "weight_decay": None, "grad_clip": 1.0, "max_new_tokens": 64},
     )
     cli.add_argument("--stage", choices=("base", "sft"), default="sft", help="base: plain text, nothing masked")
     cli.add_argument("--from-scratch", action="store_true", help="SFT of random weights, to compare with")
@@ -491,6 +491,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--prompts", metavar="FILE",
                      help="JSONL of prompt, answer (rollouts) or of prompt (self-instruct; default: the world)")
     args = cli.parse_args(argv)
+    fill(args, {"weight_decay": (0.1, 0.0)}, args.adapter is not None)  # which decays with a much higher rate
     fill(args, rates_of(DEFAULTS, args.adapter), 2 if args.model else 0 if args.stage == "base" else 1)
     if args.steps is None and args.data is None:
         args.steps = WORLD_STEPS[args.stage]

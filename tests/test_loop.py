@@ -643,6 +643,17 @@ def test_second_signal_stops_at_once(tmp_path):
 # Reporting
 
 
+@pytest.mark.parametrize("flag", ["model", "adapter"])
+@pytest.mark.parametrize("inside", ["", "checkpoint"])
+def test_a_run_does_not_overwrite_what_it_starts_from(tmp_path, flag, inside):
+    args = get_args("--out", tmp_path)
+    setattr(args, flag, str(tmp_path / inside))
+    with pytest.raises(UserError, match="starts from what is there"):
+        Loop(args, "toy")
+    setattr(args, flag, str(tmp_path / "other"))
+    Loop(args, "toy")
+
+
 def test_narrow_rounds_frozen_matrices_of_blocks(tmp_path):
     loop, model = Loop(get_args("--out", tmp_path, "--dtype", "bf16"), "toy"), new_model()
     for name, p in model.named_parameters():

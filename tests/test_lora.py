@@ -516,7 +516,8 @@ def test_an_adapter_of_another_base_is_refused(base, tmp_path):
 @pytest.mark.parametrize(("change", "said"), [
     ({"bias": "all"}, "bias all"), ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"r": 4}, "shape"),
     ({"rank_pattern": {"x": 2}}, "rank_pattern"), ({"peft_type": None}, "no configuration"),
-    ({"peft_type": "LOHA"}, "LOHA"),
+    ({"peft_type": "LOHA"}, "LOHA"), ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4 changed the base"),
+    ({"layer_replication": [[0, 1]]}, "layer_replication"),
 ])  # fmt: skip
 def test_folders_that_are_not_understood_are_refused(base, tmp_path, change, said):
     net = load(base)[0]
@@ -541,6 +542,27 @@ def test_tensors_without_a_place_are_refused(base, tmp_path):
         write_safetensors(path, changed)
         with pytest.raises(UserError, match=r"no place for .*lm_head|1\.mlp\.up_proj\.lora_B.* is expected"):
             adapt(load(base)[0], str(tmp_path / "saved"), base)
+
+
+def test_no_dropout_where_asked(base, tmp_path):
+    """RL and DPO compare log-probs, also of an adapter that was trained with dropout."""
+    net = load(base)[0]
+    adapt(net, "lora:dropout=0.5", base)
+    save(disturbed(net), None, tmp_path / "saved")
+    for text in ("lora:dropout=0.5", str(tmp_path / "saved")):
+        net = load(base)[0]
+        assert adapt(net, text, base, dropout=False).dropout == 0.0
+        disturbed(net)
+        assert torch.equal(net.train()(ids(2, 9)), net.eval()(ids(2, 9)))
+
+
+def test_a_fish_mask_is_found_by_lora_alone(base, checkpoint, tmp_path):
+    loop = Namespace(script="sft", narrow=lambda model: None, say=print)
+    with pytest.raises(UserError, match="lora.py alone"):
+        adapt(load(base)[0], "fishmask", base, loop)
+    flags = ["--method", "fishmask", "--weight-decay", "0.1", "--out", str(tmp_path / "out"), "--device", "cpu"]
+    with pytest.raises(UserError, match="would move all"):
+        lora.main(lora.get_args([*flags, "--model", str(checkpoint), "--steps", "1", "--max-length", "128"]))
 
 
 PEFT = {

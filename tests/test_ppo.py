@@ -709,6 +709,18 @@ def test_a_reward_model_of_another_tokenizer_is_refused(checkpoint, tmp_path):
         run(tmp_path / "model", tmp_path / "out")
 
 
+def test_an_adapter_learns_faster_than_the_critic(checkpoint, tmp_path, monkeypatch):
+    """A method's own rate is no critic's; a head on the trunk is the default, and the base is not touched."""
+    made, whole = [], ppo.adamw
+    monkeypatch.setattr(ppo, "adamw", lambda *arguments: made.append(whole(*arguments)) or made[-1])
+    run(checkpoint, tmp_path / "out", "--adapter", "lora:rank=2,lr=4", "--lr", 4e-3, "--schedule", "constant",
+        "--warmup", 0)  # fmt: skip
+    rates = {len(p.shape) and tuple(p.shape) for group in made[-1].param_groups if group["lr"] < 2e-3
+             for p in group["params"]}  # fmt: skip
+    assert rates == {(1, load(checkpoint / "policy")[0].config.width)}  # the head, at a quarter of the rate
+    assert (tmp_path / "out" / "checkpoint" / "adapter_model.safetensors").exists()
+
+
 def test_a_sampler_that_differs_fails_the_run(checkpoint, tmp_path, monkeypatch):
     whole = ppo.generate
 

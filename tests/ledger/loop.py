@@ -507,6 +507,18 @@ MUTANTS = [
             "test_the_interval_is_that_of_the_paired_difference",
         ),
         (
+            "an adapter may overwrite its base",
+            "for name in (\"model\", \"adapter\"))):",
+            "for name in (\"adapter\",))):",
+            "test_a_run_does_not_overwrite_what_it_starts_from",
+        ),
+        (
+            "a base in a run's folder may be overwritten",
+            "in (Path(start).resolve(), (Path(start) / \"checkpoint\").resolve()):",
+            "in (Path(start).resolve(),):",
+            "test_a_run_does_not_overwrite_what_it_starts_from",
+        ),
+        (
             "norms of a frozen model are rounded, too",
             "if p.ndim == 2 and not p.requires_grad:\n                p.data",
             "if not p.requires_grad:\n                p.data",

@@ -246,11 +246,11 @@ IN_LORA = [
         PREFIX,
     ),
     # what learns
-    ("L4: the base is not frozen", "    model.requires_grad_(False)\n    METHODS", "    METHODS", ONLY),
+    ("L4: the base is not frozen", "    model.requires_grad_(False)\n    if loop and c", "    if loop and c", ONLY),
     (
         "L4: nothing learns",
-        "    model.requires_grad_(False)\n    METHODS[c.method][0](model, c)",
-        "    METHODS[c.method][0](model, c)\n    model.requires_grad_(False)",
+        "    METHODS[c.method][0](model, c)\n    model.adapter",
+        "    METHODS[c.method][0](model, c)\n    model.requires_grad_(False)\n    model.adapter",
         ONLY,
     ),
     (
@@ -544,7 +544,26 @@ IN_LORA = [
         "p.numel()",
         f"{RESUME}[fishmask]",
     ),
-    ("frozen weights stay wide", "        loop.narrow(model)\n", "", "test_only_what_learns_is_wide"),
+    ("RL under dropout", "dropout=c.dropout if dropout else 0.0)", "dropout=c.dropout)", "test_no_dropout_where_asked"),
+    (
+        "fishmask anywhere is full fine-tuning",
+        'if c.method == "fishmask" and loop and loop.script != "lora":',
+        "if False:",
+        "test_a_fish_mask_is_found_by_lora_alone",
+    ),
+    (
+        "a fish mask and weight decay",
+        'if adapter.method == "fishmask" and args.weight_decay:',
+        "if False:",
+        "test_a_fish_mask_is_found_by_lora_alone",
+    ),
+    (
+        "peft's pissa is taken for LoRA",
+        '.startswith(("pissa", "olora", "corda", "loftq"))',
+        '.startswith("none at all")',
+        "test_folders_that_are_not_understood_are_refused",
+    ),
+    ("frozen weights stay wide", "        loop.narrow(model)  #", "        pass  #", "test_only_what_learns_is_wide"),
     # the task
     (
         "trained on operands of the test",
@@ -657,14 +676,14 @@ IN_LORA = [
     # the table
     (
         "both tasks are the new one",
-        '(("known", args.out / "known"), ("new", args.out))',
-        '(("new", args.out / "known"), ("new", args.out))',
+        'vars(args) | {"task": task, "out": out}',
+        'vars(args) | {"task": "new", "out": out}',
         TABLE,
     ),
     (
         "the new task is the known task",
-        'for name in ("before", "after", "n", "ci95")}\n    (args',
-        'for name in ("before", "before", "n", "ci95")} | {"after": results[1]["after"]}\n    (args',
+        'for name in ("before", "after", "n", "ci95")}\n    shutil',
+        'for name in ("before", "before", "n", "ci95")} | {"after": results[1]["after"]}\n    shutil',
         TABLE,
     ),
     ("a run that failed is a row", "        if process.exitcode:\n", "        if False:\n", TABLE),

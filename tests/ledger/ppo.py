@@ -297,6 +297,12 @@ MUTANTS = [
         ),
         ("the annotator labels whoever is asked to", 'if args.judge == "ai":\n', 'if args.judge == "":\n', LESSON),
         ("the policy judges itself", "for x in opinions_of(judge,", "for x in opinions_of(model,", LESSON),
+        (
+            "the critic learns as fast as an adapter",
+            "p.lr_times = 1 / times",
+            "p.lr_times = 1.0",
+            "test_an_adapter_learns_faster_than_the_critic",
+        ),
         ("the reward model is not frozen again", "    reward_model.requires_grad_(False)\n", "", LESSON),
         (
             "P8: old log-probs are those of now",
