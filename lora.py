@@ -540,13 +540,17 @@ def n_learning(model: Transformer) -> int:
 
 
 def described(model: Transformer, c: Adapter) -> str:
-    """Which modules were adapted, the share of parameters that learn, and the optimizer's memory."""
+    """Which modules were adapted, the share of parameters that learn, the optimizer's memory, the bits of qlora."""
     whole, trained = sum(p.numel() for p in model.parameters()), n_learning(model)
-    whole += sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, NF4Linear))
+    quantized = [m for m in model.modules() if isinstance(m, NF4Linear)]
+    n, size = sum(math.prod(m.shape) for m in quantized), sum(m.n_bytes() for m in quantized)
+    total = size + sum(p.numel() * p.element_size() for p in model.parameters())
+    bits = f"; {8 * size / n:.2f} bits a quantized weight, {total / 1e6:.2f} MB the whole model" if n else ""
+    whole += n
     kinds = (LowRank, IA3, Bottleneck, Prompt, Prefix)
     where = sorted({re.sub(r"\.\d+\.", ".*.", name) for name, m in model.named_modules() if isinstance(m, kinds)})
     return (f"{c.method} on {', '.join(where) or 'the weights themselves'}: {trained:,} of {whole:,} parameters learn "
-            f"({trained / whole:.2%}), {8 * trained / 1e6:.2f} MB for Adam")  # fmt: skip
+            f"({trained / whole:.2%}), {8 * trained / 1e6:.2f} MB for Adam{bits}")  # fmt: skip
 
 
 def merge(model: Transformer) -> dict[str, nn.Module]:

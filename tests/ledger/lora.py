@@ -544,6 +544,7 @@ IN_LORA = [
         "p.numel()",
         f"{RESUME}[fishmask]",
     ),
+    ("bytes for bits", "{8 * size / n:.2f} bits", "{size / n:.2f} bits", "test_it_says_how_many_bits_qlora_needs"),
     ("RL under dropout", "dropout=c.dropout if dropout else 0.0)", "dropout=c.dropout)", "test_no_dropout_where_asked"),
     (
         "fishmask anywhere is full fine-tuning",
