@@ -1325,7 +1325,7 @@ def test_the_whole_path_from_nothing(tmp_path, monkeypatch):
     base = main(get_args(["--stage", "base", "--steps", "1000", "--out", str(tmp_path / "out" / "base")]))
     assert base["metric"] == "cloze" and base["after"] > 0.05 > base["before"]
     monkeypatch.setattr(loop_module.Loop, "require", lambda self, stage: tmp_path / "out" / stage / "checkpoint")
-    tuned = main(get_args(["--steps", "200"]))
+    tuned = main(get_args(["--steps", "200", "--out", str(tmp_path / "out" / "sft")]))
     assert tuned["n"] >= 500 and tuned["before"] <= 0.05 and tuned["after"] > 0.06
     assert tuned["after"] > tuned["baselines"]["the same SFT of random weights"]
     assert (tmp_path / "out" / "sft" / "curve.svg").exists()
