@@ -849,20 +849,6 @@ ELSEWHERE = [
     ),
     (
         "loop.py",
-        "what learns is narrowed",
-        "if p.ndim == 2 and not p.requires_grad:",
-        "if p.ndim == 2:",
-        "test_only_what_learns_is_wide",
-    ),
-    (
-        "loop.py",
-        "a reference narrows vectors, the policy does not",
-        "if p.ndim == 2 and not p.requires_grad:",
-        "if not p.requires_grad:",
-        "test_the_reference_of_a_trained_adapter_rounds_as_the_policy_does",
-    ),
-    (
-        "loop.py",
         "a resume reads what the network of a prefix made",
         'tensors |= {f"model.{name}": _whole(p) for name, p in model.named_parameters() if p.requires_grad}',
         "pass",
