@@ -531,8 +531,8 @@ IN_LORA = [
     ),
     (
         "it counts no quantized weights",
-        "    whole += sum(m.in_features * m.out_features",
-        "    whole += 0 * sum(m.in_features * m.out_features",
+        "    whole += n\n",
+        "    whole += 0 * n\n",
         "test_it_says_which_modules_learn",
     ),
     ("a half of Adam's memory", "8 * trained / 1e6", "4 * trained / 1e6", "test_it_says_which_modules_learn"),
