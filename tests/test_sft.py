@@ -1100,10 +1100,10 @@ def test_defaults_are_of_one_table():
         assert all(getattr(args, name) == values[i] for name, values in sft.DEFAULTS.items())
     assert (base.steps, tuned.steps, own.steps) == (sft.WORLD_STEPS["base"], sft.WORLD_STEPS["sft"], None)
     assert (base.too_long, tuned.too_long) == ("split", "refuse")
-    assert (base.optimizer, tuned.optimizer, own.optimizer) == ("muon", "adamw", "adamw")
-    assert get_args(["--stage", "base", "--model", "x", "--data", "y"]).optimizer == "adamw"  # of another's moments
-    assert get_args(["--stage", "base", "--parallel", "fsdp"]).optimizer == "adamw"
-    assert get_args(["--stage", "base", "--optimizer", "adamw"]).optimizer == "adamw"
+    rates = [get_args([*flags, "--optimizer", "adamw"]).lr for flags in (["--stage", "base"], [], ["--model", "x"])]
+    assert tuple(rates) == sft.ADAMW_LR
+    adapted = get_args(["--adapter", "lora:lr=2"])
+    assert (adapted.optimizer, adapted.lr) == ("adamw", 2 * sft.ADAMW_LR[1])
     assert get_args(["--lr", "0.5"]).lr == 0.5
 
 
@@ -1116,7 +1116,8 @@ def test_rows_without_an_answer_left_are_refused(checkpoint, problems, tmp_path)
     (("--optimizer", "lomo", "--grad-clip", "1"), "--optimizer lomo"),
     (("--optimizer", "lomo", "--grad-clip", "0", "--batch-size", "8", "--micro-batch-size", "4"), "--optimizer lomo"),
     (("--neftune", "5", "--parallel", "fsdp"), "--neftune"),
-    (("--optimizer", "muon", "--parallel", "fsdp"), "--optimizer muon"),
+    (("--parallel", "fsdp"), "--optimizer muon"),
+    (("--adapter", "lora", "--optimizer", "muon"), "--adapter"),
     (("--select", "ifd"), "--select ifd"),
     (("--from-scratch", "--model", "DIR"), "--from-scratch"),
 ])  # fmt: skip
