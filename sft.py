@@ -572,10 +572,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.optimizer == "lomo" and (args.micro_batch_size < args.batch_size or args.grad_clip):
         raise UserError("--optimizer lomo updates inside the backward pass: it needs --micro-batch-size as large as "
                         "--batch-size, and --grad-clip 0")
-    if args.optimizer == "muon" and args.parallel == "fsdp":
-        raise UserError("--optimizer muon needs whole matrices, which --parallel fsdp does not keep: choose adamw")
     if args.neftune and args.parallel == "fsdp":
         raise UserError("--neftune reads the embeddings outside the model, which --parallel fsdp does not allow")
+    if args.optimizer == "muon" and args.parallel == "fsdp":
+        raise UserError("--optimizer muon needs whole matrices, which --parallel fsdp does not keep: choose adamw")
     if args.adapter and (args.from_scratch or args.parallel == "fsdp" or args.optimizer != "adamw"):
         raise UserError("--adapter trains a small part on a frozen model: no --from-scratch, no fsdp, lomo or muon")
     if args.from_scratch and args.model:
