@@ -746,9 +746,13 @@ DEFAULTS = {  # flag: (the tiny model), (a --model of your own)
     "lr": (5e-4, 1e-5),  # of full fine-tuning: that of a method is as many times that as METHODS says
 }
 RATES = {  # what --tune tries, as multiples of the rate of DEFAULTS
-    **dict.fromkeys(METHODS, (0.5, 1.0, 2.0, 4.0, 8.0)),
-    **dict.fromkeys(("full", "fishmask"), (0.1, 0.2, 0.3, 0.5, 1.0, 2.0)),
-    **dict.fromkeys(("prompt", "p-tuning", "vera", "prefix", "p-tuning-v2", "ia3", "bitfit"), (6.0, 20.0, 60.0, 200.0)),
+    "full": (0.1, 0.2, 0.3, 0.5, 1.0, 2.0),
+    "lora": (0.5, 1.0, 2.0, 4.0, 8.0),
+    **dict.fromkeys(("dora", "qlora"), (1.0, 2.0, 4.0)),
+    **dict.fromkeys(("adapter", "parallel", "mam", "p-tuning"), (2.0, 6.0, 20.0)),
+    **dict.fromkeys(("vera", "prompt", "prefix", "ia3", "bitfit"), (20.0, 60.0, 200.0)),
+    "p-tuning-v2": (60.0, 200.0, 600.0),
+    "fishmask": (0.5, 1.0, 2.0),
 }
 WORLD_STEPS = 300  # --steps where the rows are made as they are needed
 TABLE = ("full", "full:lr=0.3", "lora:rank=1", "lora:rank=4", "lora", "lora:lr=1.4", "lora:init=pissa",
