@@ -704,7 +704,12 @@ IN_LORA = [
         '               (), flag="method")',
         TABLE,
     ),
-    ("a method is not in the table", '"qlora", "vera", "adapter"', '"qlora", "adapter"', TABLE),
+    (
+        "a method is not in the table",
+        '"vera", "adapter", "parallel", "prompt"',
+        '"adapter", "parallel", "prompt"',
+        TABLE,
+    ),
     # the table of rates
     ("rates: chosen on the questions of the table", '"tune": None, "questions": "validation"', '"tune": None', TUNE),
     ("rates: validation questions are those of the test", '("validation", i), "test")', '("test", i), "test")', OTHERS),
@@ -722,7 +727,7 @@ IN_LORA = [
         OTHERS,
     ),
     ("rates: every run at the first", "for times in RATES[name]]", "for times in RATES[name][:1]]", TUNE),
-    ("rates: of all methods, always", "for name in args.tune or METHODS", "for name in METHODS", TUNE),
+    ("rates: of all methods, always", "for name in args.tune or RATES", "for name in RATES", TUNE),
     ("rates: the largest of equals", 'row["task"]["mean"], -float(rate)', 'row["task"]["mean"], float(rate)', BEST),
     ("rates: by the old skills", '(row["task"]["mean"], -float', '(row["old skills"]["mean"], -float', BEST),
     (
@@ -734,8 +739,8 @@ IN_LORA = [
     ("rates: the last", "found[name] = max(found.get(name, (-1.0, 0.0)), (", "found[name] = max((-1.0, 0.0), (", BEST),
     (
         "rates: a default that is not the best",
-        '"vera": (put_low_rank, {"lr": ',
-        '"vera": (put_low_rank, {"lr": 1',
+        '"full": (put_all, {"lr": ',
+        '"full": (put_all, {"lr": 1',
         BESTS,
     ),
     # flags
