@@ -481,7 +481,7 @@ DEFAULTS = {  # flag: (the tiny model), (a --model of your own)
     "max_length": (128, 2048),
     "max_new_tokens": (72, 512),
 }
-OF_DATA = {"steps": (20, 200), "kl_coef": (0.1, 0.05), "rm_pairs": (6000, 0)}  # (the generated world), (--data)
+OF_DATA = {"steps": (15, 200), "kl_coef": (0.1, 0.05), "rm_pairs": (6000, 0)}  # (the generated world), (--data)
 PRESETS = {  # of the generated world
     "": {"reward": "model", "sft_steps": 0, "questions": None, "eos_penalty": -1.0},
     "reft": {"reward": "reft", "sft_steps": 30, "questions": 500, "eos_penalty": 0.0},

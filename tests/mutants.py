@@ -5,6 +5,7 @@ file, what it becomes, and the test that must then fail. The lists are in tests/
 
     python -m tests.mutants                   plant every bug in turn; ends with "N of M caught", exit code 1 unless all
     python -m tests.mutants --only "rotary"   those with the word in their file or name
+    python -m tests.mutants --minutes 20      as many as that time allows, drawn by --seed; all if it allows
     python -m tests.mutants --list            all of them, numbered, and the tests that catch them
 
 Find the bug: `python -m tests.mutants --puzzle 17` plants number 17 and prints what its tests then say, and nothing
@@ -24,10 +25,12 @@ exactly once (STALE).
 import argparse
 import contextlib
 import importlib
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
 import pkgutil
+import random
 import re
 import signal
 import sys
@@ -121,12 +124,19 @@ def child(finder: Planted | None, options: list[str], output: Path, one_thread: 
     sys.exit(int(pytest.main([f"--rootdir={ROOT}", *ours, *options])))
 
 
-def run(jobs: dict[object, tuple[Planted | None, list[str]]], at_once: int, limit: float) -> Iterator[tuple]:
-    """Run each job in a fork, `at_once` at a time: yields (its key, exit code or None if it hung, what it printed)."""
+def run(jobs: dict[object, tuple[Planted | None, list[str]]], at_once: int, limit: float, minutes: float = math.inf
+        ) -> Iterator[tuple]:  # fmt: skip
+    """Run each job in a fork, `at_once` at a time: yields (its key, exit code or None if it hung, what it printed).
+
+    After `minutes` no more are begun.
+    """
+    end = time.monotonic() + 60 * minutes
     waiting, running = list(jobs.items()), {}
     with tempfile.TemporaryDirectory() as folder:
         try:
             while waiting or running:
+                if time.monotonic() > end:
+                    waiting.clear()
                 while waiting and len(running) < at_once:
                     key, (finder, options) = waiting.pop(0)
                     output = Path(folder, f"{len(waiting)}.txt")
@@ -169,6 +179,8 @@ def main() -> int:
     )
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time (default: %(default)s)")
     parser.add_argument("--only", default="", metavar="TEXT", help="those with TEXT in their file or name")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no more after this time")
+    parser.add_argument("--seed", default="0", help="which ones, where --minutes are too short for all")
     parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
     parser.add_argument("--puzzle", type=int, metavar="N", help="plant number N and print how its tests fail")
     parser.add_argument("--limit", type=float, default=120.0, help="seconds for a mutant (default: %(default)s)")
@@ -207,17 +219,22 @@ def main() -> int:
             return 1
         print(printed.splitlines()[-1])
     tqdm.tqdm.monitor_interval = 0  # no thread of its own: we fork
+    if args.minutes < math.inf:
+        keys = random.Random(args.seed).sample(list(jobs), len(jobs))
+        jobs = {n: jobs[n] for n in keys}
     often = 0.1 if sys.stderr.isatty() else 30.0
     with tqdm.tqdm(total=len(jobs), unit="mutant", mininterval=often) as bar:
-        for n, code, printed in run(jobs, args.jobs, args.limit):
+        for n, code, printed in run(jobs, args.jobs, args.limit, args.minutes):
             verdicts[n] = verdict(code, printed, args.limit)
             bar.update()
     caught = [n for n, words in verdicts.items() if words.startswith("caught")]
     for n, mutant in mutants:
-        if verdicts[n] != "caught":
+        if verdicts.get(n, "caught") != "caught":
             print(f"{n:4} {mutant.file}: {mutant.name}\n       {verdicts[n]}\n       {' '.join(mutant.tests)}")
-    print(f"{len(caught)} of {len(mutants)} caught")
-    return 0 if len(caught) == len(mutants) else 1
+    if len(verdicts) < len(mutants):
+        print(f"{len(mutants) - len(verdicts)} not run: --minutes {args.minutes:g}")
+    print(f"{len(caught)} of {len(verdicts)} caught")
+    return 0 if len(caught) == len(verdicts) else 1
 
 
 if __name__ == "__main__":
