@@ -10,7 +10,8 @@ the head. One token of text says one thing; p says how likely all others were. -
     forward_kl        KL(p || q), which covers all that the teacher may say (Hinton)
     reverse_kl        KL(q || p), which says only what the teacher is sure of
     jsd               b KL(p || m) + (1 - b) KL(q || m), m = b p + (1 - b) q, b = --skew (GKD, 2306.13649)
-    skew_kl           KL(p || a p + (1 - a) q), a = --skew; skew_reverse_kl: KL(q || (1 - a) p + a q) (DistiLLM, 2402.03898)
+    skew_kl           KL(p || a p + (1 - a) q), a = --skew (DistiLLM, 2402.03898)
+    skew_reverse_kl   KL(q || (1 - a) p + a q)
     tvd               half the sum of |p - q| (2307.15190)
     minillm           KL(q || p) of whole texts, on texts of the student, by a policy gradient (2306.08543)
     sequence          the text is the teacher's own, no probabilities are needed (Kim and Rush 2016, 1606.07947)
@@ -53,7 +54,7 @@ from tqdm import tqdm
 from data import chat, checkers, formats, world
 from data.formats import UserError
 from data.tokenizer import Tokenizer
-from kernels import DIVERGENCES, IGNORED, Teachers, TopK, linear_cross_entropy, linear_divergence, linear_logps, linear_top_k
+from kernels import IGNORED, Teachers, TopK, linear_cross_entropy, linear_divergence, linear_logps, linear_top_k
 from loop import COUNT, REAL, ROOT, Loop, adamw, clip, compare, fill, parser, run, set_lr
 from model import Config, Transformer, generate, load, token_logps
 
@@ -184,13 +185,15 @@ def conversation(row: dict, tokenizer: Tokenizer, args: argparse.Namespace) -> E
 
 
 def world_row(task: str, key: Sequence, split: str, tokenizer: Tokenizer, args: argparse.Namespace) -> Example:
-    """The weather of a month; a sum with its working asked for; or numbers to sort from large to small."""
+    """The weather of a month; a sum whose working is asked for, and its result; or numbers to sort the other way."""
     rng = world.rng_for("distill", task, *key)
     if task == "weather":
         return document(world.weather_log(rng), tokenizer, args.prompt_length)
-    if task == "steps":
+    if task == "steps":  # without the steps: they are what a teacher has to add
         row = world.exchange("steps", rng, split)
-        return conversation({"messages": row["messages"], "answer": row["answer"]}, tokenizer, args)
+        question, answer = row["messages"][0], f"<think></think>{world.final_answer(row['answer'])}"
+        messages = [question, {"role": "assistant", "content": answer}]
+        return conversation({"messages": messages, "answer": answer}, tokenizer, args)
     problem = world.draw_problem(world.HELD_BACK, rng, split)
     question = rng.choice(world.TEMPLATES).format(task=world.HELD_BACK.task.format(**problem))
     answer = world.HELD_BACK.solve(problem)
@@ -213,8 +216,8 @@ def fit(examples: Iterable[Example], what: str, args: argparse.Namespace, loop: 
             counts[{"drop": "dropped"}.get(args.too_long, args.too_long)] += 1
             if args.too_long == "drop":
                 continue
-            e = e._replace(input_ids=e.input_ids[: args.max_length], completion_mask=e.completion_mask[: args.max_length],
-                           n_prompt=min(e.n_prompt, args.max_length - 1))
+            ids, mask = (x[: args.max_length] for x in (e.input_ids, e.completion_mask))
+            e = e._replace(input_ids=ids, completion_mask=mask, n_prompt=min(e.n_prompt, args.max_length - 1))
         if any(e.completion_mask):
             kept.append(e)
         else:
@@ -232,7 +235,7 @@ def examples(args: argparse.Namespace, tokenizer: Tokenizer, loop: Loop) -> tupl
         (rows,), held_out = formats.split([args.data], args.eval_data, read, loop.say)
         both = ([file_row(row, tokenizer, args) for row in some] for some in (rows, held_out))
     else:
-        keys = [("train", args.seed, i) for i in range(args.rows)], [("test", i) for i in range(HELD_OUT[args.task])]
+        keys = [("train", args.seed, i) for i in range(args.rows)], [("test", i) for i in range(HELD_OUT)]
         both = ([world_row(args.task, key, key[0], tokenizer, args) for key in some] for some in keys)
     rows, test = (fit(some, what, args, loop) for some, what in zip(both, ("rows", "held-out rows"), strict=True))
     if not rows or not test:
@@ -251,8 +254,8 @@ def collate(examples: Sequence[Example], device: torch.device, multiple_of: int 
     written = torch.ones(len(input_ids), 1, dtype=torch.long)
     stored = None
     if examples and examples[0].stored:
-        parts = ([nn.functional.pad(x, (0, 0, 0, length - len(x))) for x in xs] for xs in zip(*(e.stored for e in examples)))
-        stored = TopK(*(torch.stack(list(some)).to(device) for some in parts))
+        pairs = [[nn.functional.pad(x, (0, 0, 0, length - len(x))) for x in e.stored] for e in examples]
+        stored = TopK(*(torch.stack(some).to(device) for some in zip(*pairs, strict=True)))
     return Batch(input_ids.to(device), completion_mask.to(device), written.to(device), stored)
 
 
@@ -264,7 +267,8 @@ def continued(model: Transformer, tokenizer: Tokenizer, some: Sequence[Example],
     if room < args.max_new_tokens:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: the longest prompt leaves room for {room}")
     with loop.autocast():
-        for start in tqdm(range(0, len(prompts), 256), "writing", disable=None if len(prompts) > 256 else True, leave=False):
+        starts = range(0, len(prompts), 256)
+        for start in tqdm(starts, "writing", disable=None if len(starts) > 1 else True, leave=False):
             found = generate(
                 model, prompts[start : start + 256], max_new_tokens=args.max_new_tokens, eos_ids=tokenizer.eos_ids,
                 samples=samples, temperature=temperature, seed=10**6 * seed + start, vocab_size=tokenizer.vocab_size,
@@ -277,8 +281,8 @@ def continued(model: Transformer, tokenizer: Tokenizer, some: Sequence[Example],
     return [new[i : i + samples] for i in range(0, len(new), samples)]
 
 
-def teacher_written(teacher: Transformer, tokenizer: Tokenizer, rows: list[Example], args: argparse.Namespace, loop: Loop
-                    ) -> list[Example]:  # fmt: skip
+def teacher_written(teacher: Transformer, tokenizer: Tokenizer, rows: list[Example], args: argparse.Namespace,
+                    loop: Loop) -> list[Example]:  # fmt: skip
     """--loss sequence: --samples texts of the teacher for each row (of 1 the most probable), different ones.
 
     With --check only those that end by themselves and whose result is right.
@@ -323,7 +327,8 @@ def with_top_k(teachers: Sequence[Transformer], rows: list[Example], n_words: in
 
 
 def partly_own(model: Transformer, tokenizer: Tokenizer, groups: list[list[Example]], indices: list[list[int]],
-               step: int, args: argparse.Namespace, loop: Loop) -> tuple[list[list[Example]], list[list[bool]]]:  # fmt: skip
+               step: int, args: argparse.Namespace, loop: Loop
+               ) -> tuple[list[list[Example]], list[list[bool]]]:  # fmt: skip
     """The rows of a step, about a share --on-policy of them written by the student as it is now, and which are.
 
     The chance of a row depends on the step and the row, not on how a batch is split.
@@ -403,16 +408,18 @@ def n_bytes_of(e: Example, tokenizer: Tokenizer) -> int:
 
 # 3. Config
 
-HELD_OUT = {"weather": 200, "steps": 200, "rank": 200}  # rows of the generated world
-WORLD = {  # flag: its value in each --task
-    "rows": {"weather": 64, "steps": 2000, "rank": 500},
-    "steps": {"weather": 800, "steps": 800, "rank": 300},
-    "samples": {"weather": 8, "steps": 4, "rank": 1},
-    "check": {"weather": None, "steps": "exact", "rank": None},
+WORLD = {  # --task: the defaults of its flags
+    "weather": {"rows": 64, "steps": 800, "depth": 1, "batch_size": 16, "samples": 8},
+    "steps": {"rows": 6000, "steps": 1200, "depth": 2, "batch_size": 32, "samples": 1, "check": "exact"},
+    "rank": {"rows": 2000, "steps": 800, "depth": 1, "batch_size": 32, "samples": 1},
 }
-DEFAULTS = {  # flag: (a new model), (a --model of your own)
+HELD_OUT = 200  # rows of the generated world
+OF_STRONG = {"rows": 500, "steps": 150, "lr": 5e-4}  # of the large model in --weak-to-strong
+DEFAULTS = {  # flag: (the generated world), (--data)
+    "depth": (1, 4),
     "batch_size": (16, 16),
-    "micro_batch_size": (16, 4),
+    "samples": (1, 4),
+    "micro_batch_size": (32, 4),
     "max_length": (128, 1024),
     "max_new_tokens": (64, 256),
     "warmup": (20, 20),
@@ -431,15 +438,15 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                "--eval-data", "--seed", "--device", "--dtype", "--compile", "--parallel", "--log-every", "--eval-every",
                "--save-every", "--resume"),
         defaults=dict.fromkeys((*DEFAULTS, "lr", "steps"))
-        | {"depth": 1, "epochs": 1.0, "schedule": "cosine", "weight_decay": 0.0, "grad_clip": 1.0},
+        | {"epochs": 1.0, "schedule": "cosine", "weight_decay": 0.0, "grad_clip": 1.0},
     )
     cli.add_argument("--loss", default="forward_kl", metavar="NAME", help="one of " + ", ".join(LOSSES) + ", also with "
                      "other values (jsd:skew=0.1,on_policy=1), or all: a table (default: %(default)s)")  # fmt: skip
     cli.add_argument("--teacher", metavar="DIR[,DIR...]", help="who teaches (default: the tiny base model, of --task "
                      "steps the chat model)")  # fmt: skip
     cli.add_argument("--width", type=COUNT, default=64, help="of a new student, a multiple of 32 (default: 64)")
-    cli.add_argument("--task", choices=tuple(HELD_OUT), default="weather", help="of the generated world: texts of known "
-                     "entropy, sums to work out, or numbers to sort from large to small (default: %(default)s)")
+    cli.add_argument("--task", choices=tuple(WORLD), default="weather", help="of the generated world: texts of known "
+                     "entropy, sums, or numbers to sort from large to small (default: %(default)s)")  # fmt: skip
     cli.add_argument("--rows", type=COUNT, help="of the generated world to learn from (weather: 64)")
     cli.add_argument("--alpha", type=REAL, help="weight of the text itself, 1 - alpha that of the teacher")
     cli.add_argument("--temperature", type=REAL, help="of both distributions in D, which is multiplied by its square")
@@ -464,7 +471,6 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                      help="rows of more than --max-length tokens (default: %(default)s)")
     cli.add_argument("--seeds", type=COUNT, default=1, help=f"runs of {', '.join(MAIN_LOSSES)} in --loss all")
     args = cli.parse_args(argv)
-    fill(args, DEFAULTS, args.model is not None)
     if args.loss == "all" and args.data:
         raise UserError("--loss all makes a table of the generated world: it takes no --data")
     return args if args.loss == "all" or args.weak_to_strong else resolved(args)
@@ -483,9 +489,9 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
         except argparse.ArgumentTypeError as error:
             raise UserError(f"--loss {args.loss}: {key}: {error}") from None
     args.loss = name
-    for key, values in WORLD.items():
-        if getattr(args, key) is None and not (args.data and key in ("steps", "rows", "check")):
-            setattr(args, key, values[args.task])
+    if not args.data:
+        fill(args, {key: (value,) for key, value in WORLD[args.task].items()}, 0)
+    fill(args, DEFAULTS, args.data is not None)
     kind, defaults = LOSSES[name]
     for key in HYPER:
         if getattr(args, key) is None and key in defaults:
@@ -590,16 +596,17 @@ def conclude(teachers: Sequence[Transformer], tokenizer: Tokenizer, test: list[E
     hard = None
     if args.baseline and args.loss != "hard" and not args.data and not args.model:
         loop.say("\nthe same student on hard labels:")
-        changes = {"loss": "hard", "out": loop.out / "hard", "resume": False, "alpha": None, "temperature": None,
-                   "skew": None, "on_policy": None, "hidden": 0.0, "top_k": None, "lr": None, "samples": None,
-                   "check": None}  # fmt: skip
-        hard = baselines["the same student on hard labels"] = main(resolved(argparse.Namespace(**vars(args) | changes)))["after"]
+        changes = {"loss": "hard", "out": loop.out / "hard", "resume": False, "hidden": 0.0}
+        changes |= dict.fromkeys((*HYPER, "top_k"))
+        hard = main(resolved(argparse.Namespace(**vars(args) | changes)))["after"]
+        baselines["the same student on hard labels"] = hard
     if teachers:
         found = evaluate(teachers[0], (), tokenizer, test, n_words, args, loop)
         baselines["the teacher"] = statistics.fmean(found[metric])
     if args.task == "weather" and not args.data:
         baselines["entropy of the text"] = entropy(test, tokenizer)
-    result = loop.finish(before, after, variant=args.loss, baselines=baselines, higher_is_better=metric == "exact match")
+    result = loop.finish(before, after, variant=args.loss, baselines=baselines,
+                         higher_is_better=metric == "exact match")  # fmt: skip
     if hard is not None and teachers:
         share = gap_closed(result["after"], hard, baselines["the teacher"])
         loop.say(f"{share:.0%} of the gap between hard labels and the teacher is closed")
@@ -615,9 +622,9 @@ def weak_to_strong(args: argparse.Namespace) -> dict:
     loop = Loop(argparse.Namespace(**vars(args) | {"out": home}), "distill")
     strong = loop.require("sft")
     runs = {
-        "weak": {"loss": "hard", "rows": 2000, "steps": 600},
-        "strong": {"loss": "sequence", "model": str(strong), "teacher": str(home / "weak"), "lr": 5e-4, "seed": args.seed + 1},
-        "ceiling": {"loss": "hard", "model": str(strong), "lr": 5e-4, "seed": args.seed + 1},
+        "weak": {"loss": "hard"},
+        "strong": {"loss": "sequence", "model": str(strong), "teacher": str(home / "weak")} | OF_STRONG,
+        "ceiling": {"loss": "hard", "model": str(strong)} | OF_STRONG,
     }
     found = {}
     for name, changes in runs.items():
@@ -641,11 +648,12 @@ def table(args: argparse.Namespace) -> dict:
     args.baseline = False
     rows = compare(main, resolved, args, TABLE, home, COLUMNS, MAIN_LOSSES, start="new student")["rows"]
     first = json.loads((home / f"hard-{args.seed}" / "result.json").read_text())["baselines"]
-    rows.insert(0, {"loss": "teacher", "seeds": 1} | {name: {"mean": 0.0, "spread": None} for name in (*COLUMNS, "seconds")})
+    nothing = {"mean": 0.0, "spread": None}
+    rows.insert(0, {"loss": "teacher", "seeds": 1} | {name: dict(nothing) for name in (*COLUMNS, "seconds")})
     rows[0][COLUMNS[0]]["mean"] = first["the teacher"]
-    best, worst = (next(row[COLUMNS[0]]["mean"] for row in rows if row["loss"] == name) for name in ("teacher", "hard"))
+    means = {row["loss"]: row[COLUMNS[0]]["mean"] for row in rows}
     for row in rows:
-        gap = {"mean": gap_closed(row[COLUMNS[0]]["mean"], worst, best), "spread": None}
+        gap = nothing | {"mean": gap_closed(means[row["loss"]], means["hard"], means["teacher"])}
         row |= {"gap closed": gap, "seconds": row.pop("seconds")}
     (home / "table.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     return {"rows": rows}
@@ -665,7 +673,8 @@ def main(args: argparse.Namespace) -> dict:
     loop.seed(0)
     model = (model or new_student(tokenizer, args)).to(loop.device)
     loop.check_length(model)
-    loop.say(f"--loss {args.loss}: " + ", ".join(f"{name} {value:g}" for name in HYPER if (value := getattr(args, name))))
+    values = (f"{name} {value:g}" for name in (*HYPER, "hidden", "top_k") if (value := getattr(args, name)))
+    loop.say(f"--loss {args.loss}: {', '.join(values)}")
     rows, test = examples(args, tokenizer, loop)
     n_words = common_words(model, teachers, tokenizer, test, loop)
     if teachers:
