@@ -260,8 +260,8 @@ def collate(examples: Sequence[Example], device: torch.device, multiple_of: int 
 
 
 def continued(model: Transformer, tokenizer: Tokenizer, some: Sequence[Example], samples: int, temperature: float,
-              seed: int, args: argparse.Namespace, loop: Loop) -> list[list[Example]]:  # fmt: skip
-    """For each of `some`, `samples` texts that begin with its prompt and go on as `model` says."""
+              key: Sequence, args: argparse.Namespace, loop: Loop) -> list[list[Example]]:  # fmt: skip
+    """For each of `some`, `samples` texts that begin with its prompt and go on as `model` says; `key` seeds them."""
     prompts, texts = [e.input_ids[: e.n_prompt] for e in some], []
     room = model.config.max_length - max(map(len, prompts), default=0)
     if room < args.max_new_tokens:
@@ -271,7 +271,8 @@ def continued(model: Transformer, tokenizer: Tokenizer, some: Sequence[Example],
         for start in tqdm(starts, "writing", disable=None if len(starts) > 1 else True, leave=False):
             found = generate(
                 model, prompts[start : start + 256], max_new_tokens=args.max_new_tokens, eos_ids=tokenizer.eos_ids,
-                samples=samples, temperature=temperature, seed=10**6 * seed + start, vocab_size=tokenizer.vocab_size,
+                samples=samples, temperature=temperature, vocab_size=tokenizer.vocab_size,
+                seed=world.rng_for(*key, start).getrandbits(53),
             )  # fmt: skip
             texts += found.completions
     owners = [e for e in some for _ in range(samples)]
@@ -288,7 +289,7 @@ def teacher_written(teacher: Transformer, tokenizer: Tokenizer, rows: list[Examp
     With --check only those that end by themselves and whose result is right.
     """
     temperature = 0.0 if args.samples == 1 else 1.0
-    texts = continued(teacher, tokenizer, rows, args.samples, temperature, args.seed + 1, args, loop)
+    texts = continued(teacher, tokenizer, rows, args.samples, temperature, ("teacher", args.seed), args, loop)
     kept = [list({tuple(e.input_ids): e for e in some}.values()) for some in texts]
     if args.check:
         kept = [[e for e in some if is_right(e, tokenizer, args)] for some in kept]
@@ -337,10 +338,8 @@ def partly_own(model: Transformer, tokenizer: Tokenizer, groups: list[list[Examp
     chosen = [e for some, mine in zip(groups, own, strict=True) for e, is_own in zip(some, mine, strict=True) if is_own]
     if not chosen:
         return groups, own
-    seed = (args.seed * 10**6 + step) * loop.world_size + loop.rank
-    model.eval()
-    texts = iter(continued(model, tokenizer, chosen, 1, 1.0, seed, args, loop))
-    model.train()
+    key = ("student", args.seed, step, loop.rank)
+    texts = iter(continued(model, tokenizer, chosen, 1, 1.0, key, args, loop))
     new = [[next(texts)[0] if is_own else e for e, is_own in zip(some, mine, strict=True)]
            for some, mine in zip(groups, own, strict=True)]  # fmt: skip
     return new, own
@@ -356,10 +355,11 @@ def evaluate(model: Transformer, teachers: Sequence[Transformer], tokenizer: Tok
 
     Sums over a row are divided by the mean number of bytes or tokens, so that their mean is that of all bytes, tokens.
     """
+    training = model.training
     model.eval()
     found: dict[str, list[float]] = {}
     if not args.data and args.task != "weather":
-        answers = continued(model, tokenizer, test, 1, 0.0, 0, args, loop)
+        answers = continued(model, tokenizer, test, 1, 0.0, ("test",), args, loop)
         judged = argparse.Namespace(check="exact")
         found["exact match"] = [float(is_right(e, tokenizer, judged)) for (e,) in answers]
     bits, kls = [], []
@@ -375,13 +375,13 @@ def evaluate(model: Transformer, teachers: Sequence[Transformer], tokenizer: Tok
         n_tokens = statistics.fmean(sum(e.completion_mask) for e in test)
         found["KL"] = [x / n_tokens for x in kls]
     if teachers and not args.data and args.task == "weather":
-        own = [e for (e,) in continued(model, tokenizer, test, 1, 1.0, 0, args, loop)]
+        own = [e for (e,) in continued(model, tokenizer, test, 1, 1.0, ("test",), args, loop)]
         n_tokens, kls = statistics.fmean(sum(e.completion_mask) for e in own), []
         for some in batches_of(own, args):
             batch = collate(some, loop.device, 64 if loop.compiled else 1)
             kls += divergences("reverse_kl", model, teachers, batch, len(some), n_words, loop)
         found["reverse KL"] = [x / n_tokens for x in kls]
-    model.train()
+    model.train(training)
     return found
 
 
@@ -413,6 +413,7 @@ WORLD = {  # --task: the defaults of its flags
     "steps": {"rows": 6000, "steps": 1200, "depth": 2, "batch_size": 32, "samples": 1, "check": "exact"},
     "rank": {"rows": 2000, "steps": 800, "depth": 1, "batch_size": 32, "samples": 1},
 }
+HARD_STEPS = {"weather": 300}  # where hard labels are best on a development set; later they are learned by heart
 HELD_OUT = 200  # rows of the generated world
 OF_STRONG = {"rows": 500, "steps": 150, "lr": 5e-4}  # of the large model in --weak-to-strong
 DEFAULTS = {  # flag: (the generated world), (--data)
@@ -425,8 +426,8 @@ DEFAULTS = {  # flag: (the generated world), (--data)
     "warmup": (20, 20),
 }
 MAIN_LOSSES = ("hard", "forward_kl", "reverse_kl", "jsd", "skew_kl")  # which --loss all runs with --seeds seeds
-TABLE = (*LOSSES, "forward_kl:alpha=0.5", "forward_kl:temperature=2", "forward_kl:top_k=4", "forward_kl:hidden=1",
-         "forward_kl:on_policy=0.5", "jsd:on_policy=0.5", "reverse_kl:on_policy=1")  # fmt: skip
+TABLE = (*LOSSES, "hard:steps=800", "forward_kl:alpha=0.5", "forward_kl:temperature=2", "forward_kl:top_k=4",
+         "forward_kl:hidden=1", "forward_kl:on_policy=0.5", "jsd:on_policy=0.5", "reverse_kl:on_policy=1")  # fmt: skip
 COLUMNS = ("bits per byte", "KL", "reverse KL")
 
 
@@ -482,15 +483,16 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
     if name not in LOSSES:
         raise UserError(f"--loss {name}: there are {', '.join(LOSSES)} and all")
     for key, value in formats.parse_map(changes.split(",") if changes else []).items():
-        if key not in (*HYPER, "hidden", "top_k"):
-            raise UserError(f"--loss {args.loss}: {key} is not one of {', '.join(HYPER)}, hidden, top_k")
+        if key not in (*HYPER, "hidden", "top_k", "steps"):
+            raise UserError(f"--loss {args.loss}: {key} is not one of {', '.join(HYPER)}, hidden, top_k, steps")
         try:
-            setattr(args, key, (COUNT if key == "top_k" else REAL)(value))
+            setattr(args, key, (COUNT if key in ("top_k", "steps") else REAL)(value))
         except argparse.ArgumentTypeError as error:
             raise UserError(f"--loss {args.loss}: {key}: {error}") from None
     args.loss = name
     if not args.data:
-        fill(args, {key: (value,) for key, value in WORLD[args.task].items()}, 0)
+        first = {"steps": (HARD_STEPS[args.task],)} if name == "hard" and args.task in HARD_STEPS else {}
+        fill(args, first | {key: (value,) for key, value in WORLD[args.task].items() if key not in first}, 0)
     fill(args, DEFAULTS, args.data is not None)
     kind, defaults = LOSSES[name]
     for key in HYPER:
@@ -501,6 +503,8 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
     args.alpha = 1.0 if kind is None else args.alpha
     args.temperature = args.temperature if "temperature" in defaults else 1.0
     args.on_policy = args.on_policy or 0.0
+    if args.check:
+        checkers.load_reward(args.check)
     for is_wrong, text in (
         (args.alpha > 1, "--alpha: expected a number of at most 1"),
         (args.on_policy > 1, "--on-policy: expected a share of at most 1"),
@@ -512,6 +516,8 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
          "--top-k lets the teacher go before the first step: no --on-policy, minillm or --hidden"),
         (args.width % 32, "--width: expected a multiple of 32"),
         (args.hidden and args.parallel == "fsdp", "--hidden: the projection is not sharded, no --parallel fsdp"),
+        (args.on_policy and args.parallel == "fsdp",
+         "--on-policy: each rank samples rows of its own, no --parallel fsdp"),
         (args.fusion == "min_ce" and name == "minillm", "--fusion min_ce chooses by the text: not with --loss minillm"),
     ):
         if is_wrong:
@@ -592,23 +598,22 @@ def conclude(teachers: Sequence[Transformer], tokenizer: Tokenizer, test: list[E
              before: dict[str, list[float]], after: dict[str, list[float]], args: argparse.Namespace, loop: Loop
              ) -> dict:  # fmt: skip
     """Measure what the student must beat and what it cannot, write result.json."""
-    metric, baselines = next(iter(after)), {}
-    hard = None
-    if args.baseline and args.loss != "hard" and not args.data and not args.model:
+    metric, baselines, hard, best = next(iter(after)), {}, None, max if "exact match" in after else min
+    if args.baseline and args.loss != "hard" and teachers and not args.data and not args.model:
         loop.say("\nthe same student on hard labels:")
         changes = {"loss": "hard", "out": loop.out / "hard", "resume": False, "hidden": 0.0}
-        changes |= dict.fromkeys((*HYPER, "top_k"))
+        changes |= dict.fromkeys((*HYPER, "top_k", "steps"))
         hard = main(resolved(argparse.Namespace(**vars(args) | changes)))["after"]
         baselines["the same student on hard labels"] = hard
     if teachers:
-        found = evaluate(teachers[0], (), tokenizer, test, n_words, args, loop)
-        baselines["the teacher"] = statistics.fmean(found[metric])
+        found = (evaluate(teacher, (), tokenizer, test, n_words, args, loop)[metric] for teacher in teachers)
+        baselines["the teacher" if len(teachers) == 1 else "the best teacher"] = best(map(statistics.fmean, found))
     if args.task == "weather" and not args.data:
         baselines["entropy of the text"] = entropy(test, tokenizer)
     result = loop.finish(before, after, variant=args.loss, baselines=baselines,
-                         higher_is_better=metric == "exact match")  # fmt: skip
-    if hard is not None and teachers:
-        share = gap_closed(result["after"], hard, baselines["the teacher"])
+                         higher_is_better=best is max)  # fmt: skip
+    if hard is not None:
+        share = gap_closed(result["after"], hard, *(value for name, value in baselines.items() if "teacher" in name))
         loop.say(f"{share:.0%} of the gap between hard labels and the teacher is closed")
     return result
 
@@ -694,6 +699,8 @@ def main(args: argparse.Namespace) -> dict:
     loop.describe(model)
     before = extra.get("before") or evaluate(model, teachers, tokenizer, test, n_words, args, loop)
     if args.top_k:
+        if args.top_k > n_words:
+            raise UserError(f"--top-k {args.top_k}: the vocabulary has {n_words} tokens")
         rows = with_top_k(teachers, rows, n_words, args, loop)
 
     # 5. Train
