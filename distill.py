@@ -119,9 +119,8 @@ def objective(model: Transformer, projection: nn.Linear | None, batch: Batch, ta
         logps = linear_logps(hidden, head, batch.input_ids.masked_fill(own == 0, IGNORED))
         terms["later"] = (1 - alpha) * later_tokens(logps, taught.logps, own)
     if projection is not None:
-        wanted = taught.targets[0][0]
-        errors = (projection(hidden) - wanted).float().square().mean(-1)
-        terms["hidden"] = args.hidden * (errors.masked_fill(mask == 0, 0.0)).sum()
+        errors = nn.functional.mse_loss(projection(hidden), taught.targets[0][0], reduction="none").mean(-1)
+        terms["hidden"] = args.hidden * errors.masked_fill(mask == 0, 0.0).sum()
     return terms
 
 
@@ -626,10 +625,11 @@ def weak_to_strong(args: argparse.Namespace) -> dict:
     home = Path(args.out or ROOT / "out" / "distill-weak-to-strong")
     loop = Loop(argparse.Namespace(**vars(args) | {"out": home}), "distill")
     strong = loop.require("sft")
+    of_strong = {"model": str(strong), "seed": args.seed + 1} | OF_STRONG  # on other questions
     runs = {
         "weak": {"loss": "hard"},
-        "strong": {"loss": "sequence", "model": str(strong), "teacher": str(home / "weak")} | OF_STRONG,
-        "ceiling": {"loss": "hard", "model": str(strong)} | OF_STRONG,
+        "strong": {"loss": "sequence", "teacher": str(home / "weak")} | of_strong,
+        "ceiling": {"loss": "hard"} | of_strong,
     }
     found = {}
     for name, changes in runs.items():

@@ -20,7 +20,7 @@ from data.formats import UserError
 from data.tokenizer import tiny
 from distill import Batch, Example, collate, get_args, later_tokens, main, objective, taught
 from loop import Loop
-from model import Config, Transformer, generate, load, save
+from model import Config, Transformer, generate, load, read_safetensors, save
 from tests.test_loop import on_two_ranks
 
 CPU = torch.device("cpu")
@@ -233,6 +233,19 @@ def test_minillm_is_the_gradient_of_the_kl_of_whole_texts():
         found[name] = (total - exact).norm() / exact.norm()
     assert found["minillm"] < 1e-9
     assert found["reverse_kl"] > 0.05
+
+
+def test_minillm_takes_texts_of_the_data_token_by_token():
+    """What a choice does to later tokens is asked of the student's own choices only."""
+    model, teacher, mixed = small(), small(seed=1), batch_of(written=(1, 0, 1))
+    args = of("minillm")
+    terms = objective(model, None, mixed, taught([teacher], mixed, 12, args), 12, args)
+    alone = Batch(*(x[1:2] for x in mixed[:3]), None)
+    wanted = objective(model, None, alone, taught([teacher], alone, 12, args), 12, args)
+    assert terms["later"].item() == pytest.approx(wanted["later"].item(), rel=1e-9) != 0
+    tokenwise = of("reverse_kl")
+    soft = objective(model, None, mixed, taught([teacher], mixed, 12, tokenwise), 12, tokenwise)["soft"]
+    assert terms["soft"].item() == pytest.approx(soft.item(), rel=1e-12)
 
 
 def test_several_teachers_and_the_one_that_expects_the_text():
@@ -503,17 +516,18 @@ def test_bits_and_divergences_are_those_of_the_rows(folders, tmp_path):
     """Sums over the rows over bytes and tokens of all; batches of any size give the same; the teacher has a KL of 0."""
     args = get_args(["--micro-batch-size", "2"])
     model, teacher = (load(folders[name])[0] for name in ("student", "base"))
-    test = [distill.document(text, tiny(), 2) for text in ("Weather: sun", "Weather: rain fog hail", "Weather: é")]
+    test = [distill.document(text, tiny(), 2) for text in ("Weather: sun", "Weather: rain fog hail")]
+    test.append(distill.conversation({"prompt": "What?", "completion": "é"}, tiny(), args))
     loop = loop_of(args, tmp_path)
     found = distill.evaluate(model, [teacher.eval()], tiny(), test, 1024, args, loop)
     bits = kls = 0.0
     for e in test:
         p, q = probs(teacher, e.input_ids), probs(model, e.input_ids)
-        for t in range(1, len(e.input_ids)):
+        for t in (t for t, counts in enumerate(e.completion_mask) if counts):
             bits, kls = bits - math.log2(q[t][e.input_ids[t]]), kls + kl(p[t], q[t])
-    n_bytes = sum(len(text.encode()) for text in (": sun", ": rain fog hail", ": é"))
+    n_bytes = sum(len(text.encode()) for text in (": sun", ": rain fog hail", "é"))
     assert statistics.fmean(found["bits per byte"]) == pytest.approx(bits / n_bytes, rel=1e-4)
-    assert statistics.fmean(found["KL"]) == pytest.approx(kls / sum(len(e.input_ids) - 1 for e in test), rel=1e-4)
+    assert statistics.fmean(found["KL"]) == pytest.approx(kls / sum(sum(e.completion_mask) for e in test), rel=1e-4)
     assert list(found) == ["bits per byte", "KL", "reverse KL"] and model.training
     args.micro_batch_size = 3
     again = distill.evaluate(model, [teacher], tiny(), test, 1024, args, loop)
@@ -524,7 +538,8 @@ def test_bits_and_divergences_are_those_of_the_rows(folders, tmp_path):
     total = n = 0.0
     for e in own:
         p, q = probs(teacher, e.input_ids), probs(model, e.input_ids)
-        total, n = total + sum(kl(q[t], p[t]) for t in range(1, len(e.input_ids))), n + len(e.input_ids) - 1
+        places = [t for t, counts in enumerate(e.completion_mask) if counts]
+        total, n = total + sum(kl(q[t], p[t]) for t in places), n + len(places)
     assert statistics.fmean(found["reverse KL"]) == pytest.approx(total / n, rel=1e-4)
     itself = distill.evaluate(teacher, [teacher], tiny(), test, 1024, args, loop)
     assert max(map(abs, itself["KL"] + itself["reverse KL"])) < 1e-5
@@ -888,6 +903,33 @@ def test_a_file_needs_a_teacher_and_top_k_a_large_enough_vocabulary(folders, dat
         == {}
     )
     assert not (tmp_path / "none").exists()
+
+
+def test_the_projection_learns(folders, stages, tmp_path):
+    found = []
+    for steps in (1, 3):
+        train(tmp_path / "run", "--loss", "forward_kl:hidden=1", "--rows", 4, "--no-baseline", *RUN, "--steps", steps)
+        found.append(
+            read_safetensors(tmp_path / "run" / "checkpoint" / "training.safetensors")["extra.projection.weight"]
+        )
+    assert found[0].shape == (64, 64) and (found[0] - found[1]).abs().max() > 1e-3
+    lines = logged(tmp_path / "run")
+    assert lines[0]["loss"] == pytest.approx(lines[0]["soft"] + lines[0]["hidden"], rel=1e-6)
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+def test_the_run_knows_which_texts_are_the_students_own(folders, stages, tmp_path, monkeypatch, share):
+    seen, real = [], distill.objective
+    monkeypatch.setattr(distill, "objective", lambda m, p, batch, *x: seen.append(batch) or real(m, p, batch, *x))
+    flags = ("--rows", 6, "--no-baseline", *RUN, "--max-new-tokens", 5, "--loss", "jsd:alpha=0.5")
+    train(tmp_path / "run", *flags, "--on-policy", share)
+    rows = {tuple(e.input_ids) for e in distill.examples(get_args(["--rows", "6"]), tiny(), None)[0]}
+    for batch in seen:
+        for ids, mask, written in zip(
+            batch.input_ids.tolist(), batch.completion_mask, batch.written[:, 0], strict=True
+        ):
+            assert (tuple(ids[: int(mask.sum()) + 1]) in rows) == bool(written)
+    assert {int(x) for batch in seen for x in batch.written[:, 0]} == {0: {1}, 0.5: {0, 1}, 1: {0}}[share]
 
 
 @pytest.mark.slow

@@ -976,13 +976,18 @@ def test_logits_of_neither_model_ever_exist():
 
 
 def test_a_divergence_under_autocast():
-    """Products in bfloat16; the sums in fp32."""
-    hidden, weight = (x.detach().float().requires_grad_() for x in student())
+    """Products in bfloat16; the loss and the sum over chunks that is the weight's gradient in fp32."""
+    inputs = [normal(*shape, seed=i, dtype=torch.float32) for i, shape in enumerate([(512, 8), (20, 8)] * 2)]
     with torch.autocast("cpu", torch.bfloat16), Watch() as watch:
-        loss = divergence(hidden, weight, teachers(torch.float32))
+        loss = divergence(*inputs[:2], [inputs[2:]], torch.ones(512), chunk_size=8)
         loss.backward()
-    assert watch.dtypes == {torch.bfloat16} and loss.dtype == torch.float32 == weight.grad.dtype
-    close(loss, divergence(*student()), 0.02)
+    assert watch.dtypes == {torch.bfloat16} and loss.dtype == torch.float32 == inputs[1].grad.dtype
+    exact = [x.detach().bfloat16().double().requires_grad_() for x in inputs]
+    want = divergence(*exact[:2], [exact[2:]], torch.ones(512))
+    close(loss, want, 1e-3)
+    for x, d in zip(inputs, torch.autograd.grad(want, exact[:2]), strict=False):
+        close(x.grad, d, 0.01)
+    assert not torch.equal(inputs[1].grad.bfloat16().float(), inputs[1].grad)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
