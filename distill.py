@@ -55,7 +55,7 @@ from data import chat, checkers, formats, world
 from data.formats import UserError
 from data.tokenizer import Tokenizer
 from kernels import IGNORED, Teachers, TopK, linear_cross_entropy, linear_divergence, linear_logps, linear_top_k
-from loop import COUNT, REAL, ROOT, Loop, adamw, clip, compare, fill, parser, run, set_lr
+from loop import COUNT, REAL, ROOT, WHOLE, Loop, adamw, clip, compare, fill, parser, run, set_lr
 from model import Config, Transformer, generate, load, token_logps
 
 # 1. The objective
@@ -76,25 +76,22 @@ class Taught(NamedTuple):
     logps: Tensor | None = None  # (B, T): log p of the tokens, for minillm
 
 
-# name: (divergence of kernels.py or None, {hyperparameter: (generated world, --data)}); of lr alone (a new model, a
-# --model of your own)
-LOSSES = {
-    "hard": (None, {"lr": (3e-3, 1e-5)}),
-    "forward_kl": ("forward_kl", {"lr": (3e-3, 1e-5), "alpha": (0.0, 0.0), "temperature": (1.0, 1.0),
-                                  "on_policy": (0.0, 0.0)}),
-    "reverse_kl": ("reverse_kl", {"lr": (3e-3, 1e-5), "alpha": (0.0, 0.0), "temperature": (1.0, 1.0),
-                                  "on_policy": (0.0, 0.0)}),
-    "jsd": ("jsd", {"lr": (3e-3, 1e-5), "alpha": (0.0, 0.0), "temperature": (1.0, 1.0), "on_policy": (0.0, 0.0),
-                    "skew": (0.5, 0.5)}),
-    "skew_kl": ("skew_kl", {"lr": (3e-3, 1e-5), "alpha": (0.0, 0.0), "temperature": (1.0, 1.0),
-                            "on_policy": (0.0, 0.0), "skew": (0.1, 0.1)}),
-    "skew_reverse_kl": ("skew_reverse_kl", {"lr": (3e-3, 1e-5), "alpha": (0.0, 0.0), "temperature": (1.0, 1.0),
-                                            "on_policy": (0.0, 0.0), "skew": (0.1, 0.1)}),
-    "tvd": ("tvd", {"lr": (3e-3, 1e-5), "alpha": (0.0, 0.0), "temperature": (1.0, 1.0), "on_policy": (0.0, 0.0)}),
-    "minillm": ("reverse_kl", {"lr": (3e-3, 1e-5), "alpha": (0.0, 0.0), "on_policy": (1.0, 1.0)}),
+# {hyperparameter: (generated world, --data)}; of lr alone (a new model, a --model of your own)
+SOFT = {"lr": (3e-3, 1e-5), "alpha": (0.0, 0.0), "temperature": (1.0, 1.0), "on_policy": (0.0, 0.0),
+        "sft_steps": (0, 0)}  # fmt: skip
+LOSSES = {  # name: (divergence of kernels.py, if any, its hyperparameters)
+    "hard": (None, {"lr": (5e-4, 1e-5)}),
+    "forward_kl": ("forward_kl", SOFT),
+    "reverse_kl": ("reverse_kl", SOFT),
+    "jsd": ("jsd", SOFT | {"skew": (0.5, 0.5)}),
+    "skew_kl": ("skew_kl", SOFT | {"skew": (0.1, 0.1)}),
+    "skew_reverse_kl": ("skew_reverse_kl", SOFT | {"skew": (0.1, 0.1)}),
+    "tvd": ("tvd", SOFT),
+    "minillm": ("reverse_kl", {"lr": (1e-3, 1e-5), "alpha": (0.0, 0.0), "on_policy": (1.0, 1.0),
+                               "sft_steps": (200, 0)}),
     "sequence": (None, {"lr": (3e-3, 1e-5)}),
 }  # fmt: skip
-HYPER = ("lr", "alpha", "temperature", "skew", "on_policy")
+HYPER = ("lr", "alpha", "temperature", "skew", "on_policy", "sft_steps")
 
 
 def objective(model: Transformer, projection: nn.Linear | None, batch: Batch, taught: Taught | None, n_words: int,
@@ -409,10 +406,9 @@ def n_bytes_of(e: Example, tokenizer: Tokenizer) -> int:
 
 WORLD = {  # --task: the defaults of its flags
     "weather": {"rows": 64, "steps": 800, "depth": 1, "batch_size": 16, "samples": 8},
-    "steps": {"rows": 6000, "steps": 1200, "depth": 2, "batch_size": 32, "samples": 1, "check": "exact"},
-    "rank": {"rows": 2000, "steps": 800, "depth": 1, "batch_size": 32, "samples": 1},
+    "steps": {"rows": 1000, "steps": 800, "depth": 2, "batch_size": 32, "samples": 1, "check": "exact", "lr": 4e-3},
+    "rank": {"rows": 2000, "steps": 800, "depth": 1, "batch_size": 32, "samples": 1, "lr": 4e-3},
 }
-HARD_STEPS = {"weather": 300}  # where hard labels are best on a development set; later they are learned by heart
 HELD_OUT = 200  # rows of the generated world
 OF_STRONG = {"rows": 500, "steps": 150, "lr": 5e-4}  # of the large model in --weak-to-strong
 DEFAULTS = {  # flag: (the generated world), (--data)
@@ -425,7 +421,7 @@ DEFAULTS = {  # flag: (the generated world), (--data)
     "warmup": (20, 20),
 }
 MAIN_LOSSES = ("hard", "forward_kl", "reverse_kl", "jsd", "skew_kl")  # which --loss all runs with --seeds seeds
-TABLE = (*LOSSES, "hard:steps=800", "forward_kl:alpha=0.5", "forward_kl:temperature=2", "forward_kl:top_k=4",
+TABLE = (*LOSSES, "hard:lr=0.003", "forward_kl:alpha=0.5", "forward_kl:temperature=2", "forward_kl:top_k=4",
          "forward_kl:hidden=1", "forward_kl:on_policy=0.5", "jsd:on_policy=0.5", "reverse_kl:on_policy=1")  # fmt: skip
 COLUMNS = ("bits per byte", "KL", "reverse KL")
 
@@ -452,6 +448,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--temperature", type=REAL, help="of both distributions in D, which is multiplied by its square")
     cli.add_argument("--skew", type=REAL, help="the b of jsd, the a of skew_kl and skew_reverse_kl, between 0 and 1")
     cli.add_argument("--on-policy", type=REAL, metavar="SHARE", help="of the rows that the student writes itself")
+    cli.add_argument("--sft-steps", type=WHOLE, metavar="STEPS", help="on the text alone at first, so that a student "
+                     "can write")  # fmt: skip
     cli.add_argument("--hidden", type=REAL, default=0.0, metavar="WEIGHT", help="of the distance of the states before "
                      "the head")  # fmt: skip
     cli.add_argument("--top-k", type=COUNT, metavar="K", help="store K probabilities a token, and let the teacher go")
@@ -482,16 +480,15 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
     if name not in LOSSES:
         raise UserError(f"--loss {name}: there are {', '.join(LOSSES)} and all")
     for key, value in formats.parse_map(changes.split(",") if changes else []).items():
-        if key not in (*HYPER, "hidden", "top_k", "steps"):
-            raise UserError(f"--loss {args.loss}: {key} is not one of {', '.join(HYPER)}, hidden, top_k, steps")
+        if key not in (*HYPER, "hidden", "top_k"):
+            raise UserError(f"--loss {args.loss}: {key} is not one of {', '.join(HYPER)}, hidden, top_k")
         try:
-            setattr(args, key, (COUNT if key in ("top_k", "steps") else REAL)(value))
+            setattr(args, key, {"top_k": COUNT, "sft_steps": WHOLE}.get(key, REAL)(value))
         except argparse.ArgumentTypeError as error:
             raise UserError(f"--loss {args.loss}: {key}: {error}") from None
     args.loss = name
     if not args.data:
-        first = {"steps": (HARD_STEPS[args.task],)} if name == "hard" and args.task in HARD_STEPS else {}
-        fill(args, first | {key: (value,) for key, value in WORLD[args.task].items() if key not in first}, 0)
+        fill(args, {key: (value,) for key, value in WORLD[args.task].items() if not (key == "lr" and args.model)}, 0)
     fill(args, DEFAULTS, args.data is not None)
     kind, defaults = LOSSES[name]
     for key in HYPER:
@@ -501,7 +498,7 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
             raise UserError(f"--{key.replace('_', '-')}: --loss {name} has none")
     args.alpha = 1.0 if kind is None else args.alpha
     args.temperature = args.temperature if "temperature" in defaults else 1.0
-    args.on_policy = args.on_policy or 0.0
+    args.on_policy, args.sft_steps = args.on_policy or 0.0, args.sft_steps or 0
     if args.check:
         checkers.load_reward(args.check)
     for is_wrong, text in (
@@ -601,7 +598,7 @@ def conclude(teachers: Sequence[Transformer], tokenizer: Tokenizer, test: list[E
     if args.baseline and args.loss != "hard" and teachers and not args.data and not args.model:
         loop.say("\nthe same student on hard labels:")
         changes = {"loss": "hard", "out": loop.out / "hard", "resume": False, "hidden": 0.0}
-        changes |= dict.fromkeys((*HYPER, "top_k", "steps"))
+        changes |= dict.fromkeys((*HYPER, "top_k"))
         hard = main(resolved(argparse.Namespace(**vars(args) | changes)))["after"]
         baselines["the same student on hard labels"] = hard
     if teachers:
@@ -698,6 +695,7 @@ def main(args: argparse.Namespace) -> dict:
         projection.load_state_dict({name: extra[f"projection.{name}"] for name in projection.state_dict()})
     loop.describe(model)
     before = extra.get("before") or evaluate(model, teachers, tokenizer, test, n_words, args, loop)
+    on_text = argparse.Namespace(**vars(args) | {"loss": "hard", "alpha": 1.0, "on_policy": 0.0})
     if args.top_k:
         if args.top_k > n_words:
             raise UserError(f"--top-k {args.top_k}: the vocabulary has {n_words} tokens")
@@ -705,11 +703,11 @@ def main(args: argparse.Namespace) -> dict:
 
     # 5. Train
     for step in loop.steps(total):
-        lr = set_lr(optimizer, args, step, total)
+        lr, now = set_lr(optimizer, args, step, total), on_text if step <= args.sft_steps else args
         indices = list(loop.micro_batches(len(rows), step))
         groups = [[rows[i] for i in some] for some in indices]
         own = [[False] * len(some) for some in indices]
-        if args.on_policy:
+        if now.on_policy:
             groups, own = partly_own(model, tokenizer, groups, indices, step, args, loop)
         batches = []
         for some, is_own in zip(groups, own, strict=True):
@@ -722,8 +720,8 @@ def main(args: argparse.Namespace) -> dict:
         sums: dict[str, Tensor | float] = {}
         for batch in batches:
             with loop.autocast():
-                said = taught(teachers, batch, n_words, args) if LOSSES[args.loss][0] else None
-                terms = objective(model, projection, batch, said, n_words, args)
+                said = taught(teachers, batch, n_words, now) if LOSSES[now.loss][0] else None
+                terms = objective(model, projection if said else None, batch, said, n_words, now)
             (sum(terms.values()) / n_tokens).backward()
             sums = {name: sums.get(name, 0.0) + term.detach() / n_tokens for name, term in terms.items()}
         loop.all_reduce(trained)

@@ -310,7 +310,6 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 def stages(folders, monkeypatch):
     monkeypatch.setattr(Loop, "require", lambda self, stage: folders[stage])
     monkeypatch.setattr(distill, "HELD_OUT", 3)
-    monkeypatch.setattr(distill, "HARD_STEPS", {"weather": 4})
 
 
 @pytest.fixture(scope="module")
@@ -759,7 +758,7 @@ def test_the_default_run_says_what_was_closed(folders, stages, tmp_path, capsys)
     share = (result["after"] - hard["after"]) / (said["the teacher"] - hard["after"])
     assert f"{share:.0%} of the gap between hard labels and the teacher is closed" in capsys.readouterr().err
     settings = json.loads((tmp_path / "run" / "hard" / "settings.json").read_text())["flags"]
-    assert settings["alpha"] == 1 and settings["steps"] == distill.HARD_STEPS["weather"] and settings["hidden"] == 0
+    assert settings["alpha"] == 1 and settings["steps"] == 3 and settings["lr"] == 5e-4 and settings["hidden"] == 0
 
 
 def test_sequence_learns_from_texts_of_the_teacher(folders, stages, tmp_path, monkeypatch):
@@ -853,7 +852,10 @@ def test_defaults_are_those_of_the_loss_the_task_and_the_kind_of_run(folders):
     assert (own.lr, own.steps, own.rows, own.micro_batch_size, own.max_length) == (1e-5, None, None, 4, 1024)
     named = get_args(["--loss", "jsd:skew=0.2,on_policy=0.75"])
     assert (named.loss, named.skew, named.on_policy) == ("jsd", 0.2, 0.75)
-    assert get_args(["--loss", "hard"]).steps == distill.HARD_STEPS["weather"] < args.steps
+    assert get_args(["--loss", "hard"]).lr < args.lr == get_args(["--loss", "sequence"]).lr
+    rank = ["--task", "rank", "--loss", "hard"]
+    assert get_args(rank).lr == distill.WORLD["rank"]["lr"] and get_args([*rank, "--model", "x"]).lr == 1e-5
+    assert get_args(["--loss", "minillm"]).sft_steps == 200 and args.sft_steps == 0
     for name in distill.TABLE:
         distill.resolved(Namespace(**vars(get_args(["--loss", "all"])) | {"loss": name}))
     assert set(distill.LOSSES) <= set(distill.TABLE) and set(distill.MAIN_LOSSES) <= set(distill.TABLE)
@@ -930,6 +932,18 @@ def test_the_run_knows_which_texts_are_the_students_own(folders, stages, tmp_pat
         ):
             assert (tuple(ids[: int(mask.sum()) + 1]) in rows) == bool(written)
     assert {int(x) for batch in seen for x in batch.written[:, 0]} == {0: {1}, 0.5: {0, 1}, 1: {0}}[share]
+
+
+def test_a_run_may_begin_on_the_text_alone(folders, stages, tmp_path):
+    """Then the first steps are those of hard labels, with no text of the student and no teacher."""
+    flags = ("--rows", 6, "--no-baseline", *RUN, "--max-new-tokens", 5)
+    train(tmp_path / "hard", *flags, "--loss", "hard")
+    train(tmp_path / "soft", *flags, "--loss", "forward_kl:hidden=1,on_policy=1", "--sft-steps", 2)
+    hard, soft = logged(tmp_path / "hard")[0], logged(tmp_path / "soft")
+    assert soft[0]["loss"] == soft[0]["hard"] == pytest.approx(hard["loss"], rel=1e-6)
+    assert "soft" in soft[-1] and "hard" not in soft[-1] and soft[-1]["step"] == 3
+    train(tmp_path / "all", *flags, "--loss", "jsd", "--sft-steps", 3)
+    assert difference(weights(tmp_path / "all"), weights(tmp_path / "hard")) == 0
 
 
 @pytest.mark.slow

@@ -38,6 +38,7 @@ WEAK = "test_weak_to_strong_is_three_runs"
 TABLE = "test_a_table_of_the_losses"
 DEFAULTS = "test_defaults_are_those_of_the_loss_the_task_and_the_kind_of_run"
 FLAGS = "test_flags_that_do_not_go_together_are_refused"
+TEXT = "test_a_run_may_begin_on_the_text_alone"
 FILE = "test_a_file_needs_a_teacher_and_top_k_a_large_enough_vocabulary"
 
 ROWS_OF_BUGS = [
@@ -49,7 +50,7 @@ ROWS_OF_BUGS = [
     ("no square of T", "(1 - alpha) * T**2 *", "(1 - alpha) *", HAND),
     ("D at temperature 1", "temperature=T, mixture=taught.mixture", "temperature=1.0, mixture=taught.mixture", HAND),
     ("--skew is not looked at", "skew=args.skew or 0.0, temperature=T", "skew=0.5, temperature=T", HAND),
-    ("K1: another divergence", '"jsd": ("jsd",', '"jsd": ("skew_kl",', HAND),
+    ("K1: another divergence", '"jsd": ("jsd", SOFT', '"jsd": ("skew_kl", SOFT', HAND),
     ("K1: reverse KL is forward KL", '"reverse_kl": ("reverse_kl",', '"reverse_kl": ("forward_kl",', HAND),
     (
         "K4: the teacher on prompts and padding",
@@ -333,7 +334,13 @@ ROWS_OF_BUGS = [
     ),
     ("fewer bits are worse", "higher_is_better=best is max", "higher_is_better=True", LOOP),
     ("the baseline is this run", '{"loss": "hard", "out": loop.out / "hard"', '{"out": loop.out / "hard"', SAYS),
-    ("the baseline overfits", '(*HYPER, "top_k", "steps"))', '(*HYPER, "top_k"))', SAYS),
+    ("the baseline has this run's rate", '(*HYPER, "top_k"))', '(*HYPER[1:], "top_k"))', SAYS),
+    (
+        "hard labels at the rate of all",
+        '"hard": (None, {"lr": (5e-4, 1e-5)})',
+        '"hard": (None, {"lr": (3e-3, 1e-5)})',
+        SAYS,
+    ),
     ("the gap from nothing", "(value - hard) / (teacher - hard)", "value / teacher", SAYS),
     # several runs
     ("the strong one sees the truth", '"strong": {"loss": "sequence"', '"strong": {"loss": "hard"', WEAK),
@@ -354,8 +361,11 @@ ROWS_OF_BUGS = [
     ("a table without seeds", "TABLE, home, COLUMNS, MAIN_LOSSES, start", "TABLE, home, COLUMNS, (), start", TABLE),
     # flags
     ("a rate for models of one's own", '(args.model if key == "lr" else args.data) is not None])', "0])", DEFAULTS),
-    ("the steps of hard labels are those of all", "fill(args, first | {", "fill(args, {", DEFAULTS),
-    ("other values are not looked at", "setattr(args, key, (COUNT if", "str((COUNT if", DEFAULTS),
+    ("a task's rate for a --model", 'if not (key == "lr" and args.model)}', "}", DEFAULTS),
+    ("steps on the text are not taken", "on_text if step <= args.sft_steps else args", "args", TEXT),
+    ("one step on the text too many", "if step <= args.sft_steps", "if step <= args.sft_steps + 1", TEXT),
+    ("the student writes before it can", "        if now.on_policy:", "        if args.on_policy:", TEXT),
+    ("other values are not looked at", "setattr(args, key, {", "str({", DEFAULTS),
     ("--alpha above 1", "(args.alpha > 1,", "(False,", FLAGS),
     ("--on-policy above 1", "(args.on_policy > 1,", "(False,", FLAGS),
     ("--temperature 0", "(args.temperature == 0,", "(False,", FLAGS),
