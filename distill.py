@@ -64,7 +64,7 @@ from model import Config, Transformer, generate, load, token_logps
 class Batch(NamedTuple):
     input_ids: Tensor  # (B, T)
     completion_mask: Tensor  # (B, T): 1 on the tokens that are learned from
-    written: Tensor  # (B, 1): 1 where the text is of the data, 0 where the student wrote it
+    own: Tensor  # (B, T): 1 on the tokens that the student wrote itself
     stored: TopK | None  # (B, T, k), with --top-k
 
 
@@ -104,7 +104,7 @@ def objective(model: Transformer, projection: nn.Linear | None, batch: Batch, ta
     hidden, head, mask = model.hidden_before(batch.input_ids), model.head.weight[:n_words], batch.completion_mask
     terms = {}
     if alpha:
-        labels = batch.input_ids.masked_fill(mask * batch.written == 0, IGNORED)  # its own texts are no truth
+        labels = batch.input_ids.masked_fill(mask * (1 - batch.own) == 0, IGNORED)  # its own texts are no truth
         terms["hard"] = alpha * linear_cross_entropy(hidden, head, labels)
     if kind and alpha < 1:
         T = args.temperature
@@ -112,9 +112,8 @@ def objective(model: Transformer, projection: nn.Linear | None, batch: Batch, ta
             hidden, head, taught.targets, mask, kind=kind, skew=args.skew or 0.0, temperature=T, mixture=taught.mixture
         )  # fmt: skip
     if args.loss == "minillm":
-        own = mask * (1 - batch.written)
-        logps = linear_logps(hidden, head, batch.input_ids.masked_fill(own == 0, IGNORED))
-        terms["later"] = (1 - alpha) * later_tokens(logps, taught.logps, own)
+        logps = linear_logps(hidden, head, batch.input_ids.masked_fill(batch.own == 0, IGNORED))
+        terms["later"] = (1 - alpha) * later_tokens(logps, taught.logps, batch.own)
     if projection is not None:
         errors = nn.functional.mse_loss(projection(hidden), taught.targets[0][0], reduction="none").mean(-1)
         terms["hidden"] = args.hidden * errors.masked_fill(mask == 0, 0.0).sum()
@@ -162,6 +161,7 @@ class Example(NamedTuple):
     n_prompt: int  # tokens that a model is given when it is to write the rest itself
     row: dict  # of --data or of the world; with an "answer" that is what a teacher's answer must come to
     stored: TopK | None = None  # (T, k)
+    own: bool = False  # whether the student wrote what follows the prompt
 
 
 def document(text: str, tokenizer: Tokenizer, n_prompt: int) -> Example:
@@ -173,11 +173,11 @@ def conversation(row: dict, tokenizer: Tokenizer, args: argparse.Namespace) -> E
     """All that the assistant says is learned from; a model that writes itself is given all but its last turn."""
     messages = formats.to_messages(row, "answer" if "answer" in row and "messages" not in row else "completion")
     ids, mask = chat.render(messages, tokenizer, chat_format=args.chat_format)
-    n_prompt = len(chat.prompt_ids(messages[:-1], tokenizer, args.chat_format))
-    if not any(mask[n_prompt:]):
+    prompt = chat.prompt_ids(messages[:-1], tokenizer, args.chat_format)
+    if ids[: len(prompt)] != prompt:
         raise UserError("the chat format writes a prompt otherwise once its answer is there: choose --chat-format")
     end = len(mask) - mask[::-1].index(1)  # without the line break after the turn
-    return Example(ids[:end], mask[:end], n_prompt, row)
+    return Example(ids[:end], mask[:end], len(prompt), row)
 
 
 def world_row(task: str, key: Sequence, split: str, tokenizer: Tokenizer, args: argparse.Namespace) -> Example:
@@ -243,16 +243,16 @@ def collate(examples: Sequence[Example], device: torch.device, multiple_of: int 
     """Rows padded on the right to the longest; no example: a row of padding."""
     length = max((len(e.input_ids) for e in examples), default=1)
     length = math.ceil(length / multiple_of) * multiple_of
-    input_ids, completion_mask = torch.zeros(2, max(1, len(examples)), length, dtype=torch.long)
+    input_ids, completion_mask, own = torch.zeros(3, max(1, len(examples)), length, dtype=torch.long)
     for b, e in enumerate(examples):
         input_ids[b, : len(e.input_ids)] = torch.tensor(e.input_ids)
         completion_mask[b, : len(e.input_ids)] = torch.tensor(e.completion_mask)
-    written = torch.ones(len(input_ids), 1, dtype=torch.long)
+        own[b, e.n_prompt : len(e.input_ids)] = int(e.own)
     stored = None
     if examples and examples[0].stored:
         pairs = [[nn.functional.pad(x, (0, 0, 0, length - len(x))) for x in e.stored] for e in examples]
         stored = TopK(*(torch.stack(some).to(device) for some in zip(*pairs, strict=True)))
-    return Batch(input_ids.to(device), completion_mask.to(device), written.to(device), stored)
+    return Batch(input_ids.to(device), completion_mask.to(device), own.to(device), stored)
 
 
 def continued(model: Transformer, tokenizer: Tokenizer, some: Sequence[Example], samples: int, temperature: float,
@@ -324,21 +324,19 @@ def with_top_k(teachers: Sequence[Transformer], rows: list[Example], n_words: in
 
 
 def partly_own(model: Transformer, tokenizer: Tokenizer, groups: list[list[Example]], indices: list[list[int]],
-               step: int, args: argparse.Namespace, loop: Loop
-               ) -> tuple[list[list[Example]], list[list[bool]]]:  # fmt: skip
-    """The rows of a step, about a share --on-policy of them written by the student as it is now, and which are.
+               step: int, args: argparse.Namespace, loop: Loop) -> list[list[Example]]:  # fmt: skip
+    """The rows of a step, about a share --on-policy of them as the student writes them now.
 
     The chance of a row depends on the step and the row, not on how a batch is split.
     """
     own = [[world.rng_for("on-policy", args.seed, step, i).random() < args.on_policy for i in some] for some in indices]
     chosen = [e for some, mine in zip(groups, own, strict=True) for e, is_own in zip(some, mine, strict=True) if is_own]
     if not chosen:
-        return groups, own
+        return groups
     key = ("student", args.seed, step, loop.rank)
     texts = iter(continued(model, tokenizer, chosen, 1, 1.0, key, args, loop))
-    new = [[next(texts)[0] if is_own else e for e, is_own in zip(some, mine, strict=True)]
-           for some, mine in zip(groups, own, strict=True)]  # fmt: skip
-    return new, own
+    return [[next(texts)[0]._replace(own=True) if is_own else e for e, is_own in zip(some, mine, strict=True)]
+            for some, mine in zip(groups, own, strict=True)]  # fmt: skip
 
 
 # The measurement
@@ -706,15 +704,9 @@ def main(args: argparse.Namespace) -> dict:
         lr, now = set_lr(optimizer, args, step, total), on_text if step <= args.sft_steps else args
         indices = list(loop.micro_batches(len(rows), step))
         groups = [[rows[i] for i in some] for some in indices]
-        own = [[False] * len(some) for some in indices]
         if now.on_policy:
-            groups, own = partly_own(model, tokenizer, groups, indices, step, args, loop)
-        batches = []
-        for some, is_own in zip(groups, own, strict=True):
-            batch = collate(some, loop.device, 64 if loop.compiled else 1)
-            if is_own:
-                batch.written[:, 0] = 1 - torch.tensor(is_own, device=loop.device).long()
-            batches.append(batch)
+            groups = partly_own(model, tokenizer, groups, indices, step, args, loop)
+        batches = [collate(some, loop.device, 64 if loop.compiled else 1) for some in groups]
         n_tokens = loop.sum_over_ranks(sum(int(batch.completion_mask.sum()) for batch in batches))
         n_read = loop.sum_over_ranks(sum(len(e.input_ids) for some in groups for e in some))
         sums: dict[str, Tensor | float] = {}

@@ -35,15 +35,21 @@ def small(vocab_size: int = 12, *, seed: int = 0, depth: int = 1, scale: float =
     return model.double()
 
 
-def batch_of(lengths: tuple[int, ...] = (7, 3, 5), prompts: tuple[int, ...] = (2, 1, 3), vocab_size: int = 12,
-             written: tuple[int, ...] | None = None, width: int = 0) -> Batch:  # fmt: skip
+def batch_of(
+    lengths: tuple[int, ...] = (7, 3, 5),
+    prompts: tuple[int, ...] = (2, 1, 3),
+    vocab_size: int = 12,
+    own: tuple[int, ...] = (0, 0, 0),
+    width: int = 0,
+) -> Batch:
+    """Ragged rows; of those that are the student's own one token of the prompt counts as well."""
     generator = torch.Generator().manual_seed(sum(lengths))
-    T = max(*lengths, width)
-    input_ids, mask = torch.zeros(2, len(lengths), T, dtype=torch.long)
+    input_ids, mask, written = torch.zeros(3, len(lengths), max(*lengths, width), dtype=torch.long)
     for b, (n, start) in enumerate(zip(lengths, prompts, strict=True)):
         input_ids[b, :n] = torch.randint(vocab_size, (n,), generator=generator)
-        mask[b, start:n] = 1
-    return Batch(input_ids, mask, torch.tensor(written or (1,) * len(lengths))[:, None], None)
+        mask[b, max(1, start - own[b]) : n] = 1
+        written[b, start:n] = own[b]
+    return Batch(input_ids, mask, written, None)
 
 
 def of(loss: str, *flags: object) -> Namespace:
@@ -125,13 +131,13 @@ def test_the_square_of_the_temperature_keeps_the_size_of_the_gradient():
 def test_padding_and_neighbours_change_nothing(loss):
     model, teacher = small(), small(seed=1)
     args = of(loss, *(() if loss == "hard" else ("--alpha", 0.4)))
-    written = (0, 1, 0)
+    own = (1, 0, 1)
 
     def value(batch: Batch) -> float:
         said = taught([teacher], batch, 12, args)
         return sum(objective(model, None, batch, said, 12, args).values()).item()
 
-    whole, wide = (batch_of(written=written, width=width) for width in (0, 11))
+    whole, wide = (batch_of(own=own, width=width) for width in (0, 11))
     wide.input_ids[:, 7:] = 5  # whatever stands there
     rows = [Batch(*(x[b : b + 1] for x in whole[:3]), None) for b in range(3)]
     assert value(whole) == pytest.approx(value(wide), rel=1e-12) == pytest.approx(sum(map(value, rows)), rel=1e-12)
@@ -158,11 +164,12 @@ def test_gradients_reach_the_tokens_that_count_and_every_parameter(monkeypatch):
 def test_the_student_s_own_texts_are_no_truth():
     """They count in D, not in the cross-entropy."""
     model, teacher, args = small(), small(seed=1), of("jsd", "--alpha", 0.5)
-    own, data = batch_of(written=(1, 0, 1)), batch_of()
+    own = batch_of(own=(0, 0, 1))
+    data = own._replace(own=own.own * 0)
     a, b = (objective(model, None, x, taught([teacher], x, 12, args), 12, args) for x in (own, data))
     assert a["soft"].item() == pytest.approx(b["soft"].item(), rel=1e-12)
-    two = Batch(*(x[[0, 2]] for x in data[:3]), None)
-    wanted = objective(model, None, two, taught([teacher], two, 12, args), 12, args)["hard"]
+    rest = own._replace(completion_mask=own.completion_mask * (1 - own.own))
+    wanted = objective(model, None, rest, taught([teacher], rest, 12, args), 12, args)["hard"]
     assert a["hard"].item() == pytest.approx(wanted.item(), rel=1e-12) != pytest.approx(b["hard"].item())
 
 
@@ -227,7 +234,7 @@ def test_minillm_is_the_gradient_of_the_kl_of_whole_texts():
     for name in ("minillm", "reverse_kl"):
         args, total = of(name), 0.0
         for i, q in enumerate(logq.detach().exp()):
-            batch = Batch(input_ids[i : i + 1], torch.tensor([[0, 1, 1]]), torch.zeros(1, 1, dtype=torch.long), None)
+            batch = Batch(input_ids[i : i + 1], torch.tensor([[0, 1, 1]]), torch.tensor([[0, 1, 1]]), None)
             terms = objective(model, None, batch, taught([teacher], batch, V, args), V, args)
             total = total + q * torch.autograd.grad(sum(terms.values()), model.head.weight)[0]
         found[name] = (total - exact).norm() / exact.norm()
@@ -237,10 +244,10 @@ def test_minillm_is_the_gradient_of_the_kl_of_whole_texts():
 
 def test_minillm_takes_texts_of_the_data_token_by_token():
     """What a choice does to later tokens is asked of the student's own choices only."""
-    model, teacher, mixed = small(), small(seed=1), batch_of(written=(1, 0, 1))
+    model, teacher, mixed = small(), small(seed=1), batch_of(own=(0, 0, 1))
     args = of("minillm")
     terms = objective(model, None, mixed, taught([teacher], mixed, 12, args), 12, args)
-    alone = Batch(*(x[1:2] for x in mixed[:3]), None)
+    alone = Batch(*(x[2:3] for x in mixed[:3]), None)
     wanted = objective(model, None, alone, taught([teacher], alone, 12, args), 12, args)
     assert terms["later"].item() == pytest.approx(wanted["later"].item(), rel=1e-9) != 0
     tokenwise = of("reverse_kl")
@@ -361,6 +368,13 @@ def test_what_is_learned_from():
     assert short[:3] == other[:3] and tiny().decode(short.input_ids[short.n_prompt :]) == "two<|im_end|>"
 
 
+def test_a_prompt_that_is_written_otherwise_with_its_answer_is_refused(monkeypatch):
+    real = chat.prompt_ids
+    monkeypatch.setattr(chat, "prompt_ids", lambda *x: [*real(*x)[:-1], 5])
+    with pytest.raises(UserError, match="writes a prompt otherwise"):
+        distill.conversation({"prompt": "2?", "completion": "two"}, tiny(), get_args([]))
+
+
 def test_rows_of_the_world_are_apart_from_the_test(stages):
     for task in distill.WORLD:
         args = get_args(["--task", task, "--loss", "hard", "--rows", "20"])
@@ -397,7 +411,8 @@ def test_a_batch_is_padded_on_the_right(folders):
     rows = [Example([5, 6, 7], [0, 1, 1], 1, {}), Example([8], [0], 1, {})]
     batch = collate(rows, CPU, 4)
     assert batch.input_ids.tolist() == [[5, 6, 7, 0], [8, 0, 0, 0]]
-    assert batch.completion_mask.tolist() == [[0, 1, 1, 0], [0, 0, 0, 0]] and batch.written.tolist() == [[1], [1]]
+    assert batch.completion_mask.tolist() == [[0, 1, 1, 0], [0, 0, 0, 0]] and batch.own.sum() == 0
+    assert collate([rows[0]._replace(own=True, n_prompt=2), rows[1]], CPU).own.tolist() == [[0, 0, 1], [0, 0, 0]]
     stored = [e._replace(stored=kernels.TopK(torch.full((len(e.input_ids), 2), 9), -torch.ones(len(e.input_ids), 3)))
               for e in rows]  # fmt: skip
     kept = collate(stored, CPU).stored
@@ -489,22 +504,19 @@ def test_a_share_of_the_rows_is_the_students_own(folders, tmp_path):
     chosen = []
     for step in range(1, 41):
         indices = [[0, 1, 2, 3, 4], [5, 6, 7]]
-        new, own = distill.partly_own(
-            model, tiny(), [[rows[i] for i in some] for some in indices], indices, step, args, loop
-        )
-        split = [[i] for i in range(8)]
-        alone = distill.partly_own(model, tiny(), [[rows[i]] for i in range(8)], split, step, args, loop)
-        assert sum(own, []) == sum(alone[1], []) and sum(new, []) == sum(alone[0], [])
-        for e, mine, row in zip(sum(new, []), sum(own, []), rows, strict=True):
-            assert e.input_ids[:3] == row.input_ids[:3] and (mine or e == row)
-        chosen += sum(own, [])
+        new = distill.partly_own(model, tiny(), [rows[:5], rows[5:]], indices, step, args, loop)
+        alone = distill.partly_own(model, tiny(), [[e] for e in rows], [[i] for i in range(8)], step, args, loop)
+        assert [len(some) for some in new] == [5, 3] and sum(new, []) == sum(alone, [])
+        for e, row in zip(sum(new, []), rows, strict=True):
+            assert e.input_ids[:3] == row.input_ids[:3] and (e.own or e == row)
+        chosen += [e.own for e in sum(new, [])]
         if step == 1:
             first = sum(new, [])
     assert 0.4 < statistics.fmean(chosen) < 0.6
     assert model.training
     with torch.no_grad():
         model.embed.weight += 0.5 * torch.randn_like(model.embed.weight)
-    assert sum(distill.partly_own(model, tiny(), [rows], [list(range(8))], 1, args, loop)[0], []) != first
+    assert sum(distill.partly_own(model, tiny(), [rows], [list(range(8))], 1, args, loop), []) != first
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -927,11 +939,12 @@ def test_the_run_knows_which_texts_are_the_students_own(folders, stages, tmp_pat
     train(tmp_path / "run", *flags, "--on-policy", share)
     rows = {tuple(e.input_ids) for e in distill.examples(get_args(["--rows", "6"]), tiny(), None)[0]}
     for batch in seen:
-        for ids, mask, written in zip(
-            batch.input_ids.tolist(), batch.completion_mask, batch.written[:, 0], strict=True
-        ):
-            assert (tuple(ids[: int(mask.sum()) + 1]) in rows) == bool(written)
-    assert {int(x) for batch in seen for x in batch.written[:, 0]} == {0: {1}, 0.5: {0, 1}, 1: {0}}[share]
+        for ids, mask, own in zip(batch.input_ids.tolist(), batch.completion_mask, batch.own, strict=True):
+            n = int(mask.sum()) + 1
+            assert own.tolist() == [0, 0] + [1 - (tuple(ids[:n]) in rows)] * (n - 2) + [0] * (len(ids) - n)
+    assert {int(batch.own[b, 2]) for batch in seen for b in range(len(batch.own))} == {0: {0}, 0.5: {0, 1}, 1: {1}}[
+        share
+    ]
 
 
 def test_a_run_may_begin_on_the_text_alone(folders, stages, tmp_path):

@@ -60,13 +60,13 @@ ROWS_OF_BUGS = [
     ),
     (
         "K4: hard labels on prompts and padding",
-        "masked_fill(mask * batch.written == 0, IGNORED)",
-        "masked_fill(batch.written == 0, IGNORED)",
+        "masked_fill(mask * (1 - batch.own) == 0, IGNORED)",
+        "masked_fill(1 - batch.own == 0, IGNORED)",
         HAND,
     ),
     (
         "its own texts are truth",
-        "masked_fill(mask * batch.written == 0, IGNORED)",
+        "masked_fill(mask * (1 - batch.own) == 0, IGNORED)",
         "masked_fill(mask == 0, IGNORED)",
         OWN,
     ),
@@ -106,8 +106,8 @@ ROWS_OF_BUGS = [
     # minillm
     (
         "minillm without its long part",
-        '    if args.loss == "minillm":\n        own',
-        "    if False:\n        own",
+        '    if args.loss == "minillm":\n        logps',
+        "    if False:\n        logps",
         MINILLM,
     ),
     ("later: sign", "return -(after /", "return (after /", (LATER, MINILLM)),
@@ -134,8 +134,8 @@ ROWS_OF_BUGS = [
     ("later: gains of the prompt", "((teacher_logps - logps) * own)", "(teacher_logps - logps)", LATER),
     (
         "minillm: texts of the data as if sampled",
-        "own = mask * (1 - batch.written)",
-        "own = mask",
+        "later_tokens(logps, taught.logps, batch.own)",
+        "later_tokens(logps, taught.logps, mask)",
         "test_minillm_takes_texts_of_the_data_token_by_token",
     ),
     # data
@@ -156,6 +156,12 @@ ROWS_OF_BUGS = [
         "chat.prompt_ids(messages[:-1], tokenizer",
         "chat.prompt_ids(messages[:1], tokenizer",
         ROWS,
+    ),
+    (
+        "any prompt will do",
+        "    if ids[: len(prompt)] != prompt:\n",
+        "    if False:\n",
+        "test_a_prompt_that_is_written_otherwise_with_its_answer_is_refused",
     ),
     ("the line break after a turn stays", "end = len(mask) - mask[::-1].index(1)", "end = len(mask)", ROWS),
     ("all seeds see the same rows", '[("train", args.seed, i) for i', '[("train", i) for i', WORLD),
@@ -240,8 +246,8 @@ ROWS_OF_BUGS = [
     ("on-policy is off", "own = [[world.rng_for", "own = [[False and world.rng_for", SHARE),
     (
         "data and own texts exchanged",
-        "[next(texts)[0] if is_own else e for e, is_own",
-        "[e if is_own else next(texts)[0] for e, is_own",
+        "[next(texts)[0]._replace(own=True) if is_own else e for e, is_own",
+        "[e if is_own else next(texts)[0]._replace(own=True) for e, is_own",
         SHARE,
     ),
     # the measurement
@@ -315,8 +321,8 @@ ROWS_OF_BUGS = [
     ),
     (
         "own texts are of the data",
-        "batch.written[:, 0] = 1 - torch.tensor",
-        "batch.written[:, 0] = 1 + 0 * torch.tensor",
+        "own[b, e.n_prompt : len(e.input_ids)] = int(e.own)",
+        "pass",
         "test_the_run_knows_which_texts_are_the_students_own",
     ),
     (
