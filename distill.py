@@ -573,10 +573,10 @@ def common_words(model: Transformer, teachers: Sequence[Transformer], tokenizer:
 
 def entropy(test: list[Example], tokenizer: Tokenizer) -> float:
     """Bits per byte of the weather: no model can do better on average, the ends of the texts being known."""
-    days = [len(e.row["text"].split()) - 1 for e in test]
-    n = len(world.WEATHER)  # the first two days are any two that differ
-    bits = (math.log2(n * (n - 1)) + (d - 2) * world.weather_entropy() for d in days)
-    return sum(bits) / sum(n_bytes_of(e, tokenizer) for e in test)
+    n, rate = len(world.WEATHER), world.weather_entropy()
+    days = (len(e.row["text"].split()) - 1 for e in test)
+    bits = sum(math.log2(n * (n - 1)) + (d - 2) * rate for d in days)  # the first two days are any two that differ
+    return bits / sum(n_bytes_of(e, tokenizer) for e in test)
 
 
 def gap_closed(value: float, hard: float, teacher: float) -> float:

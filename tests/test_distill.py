@@ -502,7 +502,7 @@ def test_a_share_of_the_rows_is_the_students_own(folders, tmp_path):
     model, args = load(folders["student"])[0], get_args(["--on-policy", "0.5", "--max-new-tokens", "6"])
     loop, rows = loop_of(args, tmp_path), [distill.document(f"Weather: {w} sun", tiny(), 3) for w in world.WEATHER]
     chosen = []
-    for step in range(1, 41):
+    for step in range(1, 13):
         indices = [[0, 1, 2, 3, 4], [5, 6, 7]]
         new = distill.partly_own(model, tiny(), [rows[:5], rows[5:]], indices, step, args, loop)
         alone = distill.partly_own(model, tiny(), [[e] for e in rows], [[i] for i in range(8)], step, args, loop)
@@ -512,7 +512,7 @@ def test_a_share_of_the_rows_is_the_students_own(folders, tmp_path):
         chosen += [e.own for e in sum(new, [])]
         if step == 1:
             first = sum(new, [])
-    assert 0.4 < statistics.fmean(chosen) < 0.6
+    assert 0.3 < statistics.fmean(chosen) < 0.7
     assert model.training
     with torch.no_grad():
         model.embed.weight += 0.5 * torch.randn_like(model.embed.weight)

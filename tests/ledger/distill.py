@@ -266,7 +266,7 @@ ROWS_OF_BUGS = [
         'continued(model, tokenizer, test, 1, 1.0, ("test",)',
         "test_answers_are_judged_greedily",
     ),
-    ("entropy of all days", "(d - 2) * world.weather_entropy()", "d * world.weather_entropy()", ENTROPY),
+    ("entropy of all days", "(d - 2) * rate", "d * rate", ENTROPY),
     ("the first two days are alike", "math.log2(n * (n - 1))", "math.log2(n)", ENTROPY),
     # models
     ("K7: any vocabulary will do", "if odd := first_difference(tokenizer, theirs):", "if odd := '':", VOCABULARY),
