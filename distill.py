@@ -77,21 +77,21 @@ class Taught(NamedTuple):
 
 
 # {hyperparameter: (generated world, --data)}; of lr alone (a new model, a --model of your own)
-SOFT = {"lr": (3e-3, 1e-5), "alpha": (0.0, 0.0), "temperature": (1.0, 1.0), "on_policy": (0.0, 0.0),
-        "sft_steps": (0, 0)}  # fmt: skip
+PLAIN = {"lr": (3e-3, 1e-5), "weight_decay": (0.0, 0.0)}
+SOFT = PLAIN | {"alpha": (0.0, 0.0), "temperature": (1.0, 1.0), "on_policy": (0.0, 0.0), "sft_steps": (0, 0)}
 LOSSES = {  # name: (divergence of kernels.py, if any, its hyperparameters)
-    "hard": (None, {"lr": (5e-4, 1e-5)}),
+    "hard": (None, {"lr": (5e-4, 1e-5), "weight_decay": (1.0, 0.0)}),
     "forward_kl": ("forward_kl", SOFT),
     "reverse_kl": ("reverse_kl", SOFT),
     "jsd": ("jsd", SOFT | {"skew": (0.5, 0.5)}),
     "skew_kl": ("skew_kl", SOFT | {"skew": (0.1, 0.1)}),
     "skew_reverse_kl": ("skew_reverse_kl", SOFT | {"skew": (0.1, 0.1)}),
     "tvd": ("tvd", SOFT),
-    "minillm": ("reverse_kl", {"lr": (1e-3, 1e-5), "alpha": (0.0, 0.0), "on_policy": (1.0, 1.0),
-                               "sft_steps": (200, 0)}),
-    "sequence": (None, {"lr": (3e-3, 1e-5)}),
+    "minillm": ("reverse_kl", {"lr": (1e-3, 1e-5), "weight_decay": (0.0, 0.0), "alpha": (0.0, 0.0),
+                               "on_policy": (1.0, 1.0), "sft_steps": (200, 0)}),
+    "sequence": (None, PLAIN),
 }  # fmt: skip
-HYPER = ("lr", "alpha", "temperature", "skew", "on_policy", "sft_steps")
+HYPER = ("lr", "weight_decay", "alpha", "temperature", "skew", "on_policy", "sft_steps")
 
 
 def objective(model: Transformer, projection: nn.Linear | None, batch: Batch, taught: Taught | None, n_words: int,
@@ -404,9 +404,11 @@ def n_bytes_of(e: Example, tokenizer: Tokenizer) -> int:
 
 WORLD = {  # --task: the defaults of its flags
     "weather": {"rows": 64, "steps": 800, "depth": 1, "batch_size": 16, "samples": 8},
-    "steps": {"rows": 1000, "steps": 800, "depth": 2, "batch_size": 32, "samples": 1, "check": "exact", "lr": 4e-3},
-    "rank": {"rows": 2000, "steps": 800, "depth": 1, "batch_size": 32, "samples": 1, "lr": 4e-3},
-}
+    "steps": {"rows": 1000, "steps": 800, "depth": 2, "batch_size": 32, "samples": 1, "check": "exact", "lr": 4e-3,
+              "weight_decay": 0.0},
+    "rank": {"rows": 2000, "steps": 800, "depth": 1, "batch_size": 32, "samples": 1, "lr": 4e-3,
+             "weight_decay": 0.0},
+}  # fmt: skip
 HELD_OUT = 200  # rows of the generated world
 OF_STRONG = {"rows": 500, "steps": 150, "lr": 5e-4}  # of the large model in --weak-to-strong
 DEFAULTS = {  # flag: (the generated world), (--data)
@@ -419,7 +421,7 @@ DEFAULTS = {  # flag: (the generated world), (--data)
     "warmup": (20, 20),
 }
 MAIN_LOSSES = ("hard", "forward_kl", "reverse_kl", "jsd", "skew_kl")  # which --loss all runs with --seeds seeds
-TABLE = (*LOSSES, "hard:lr=0.003", "forward_kl:alpha=0.5", "forward_kl:temperature=2", "forward_kl:top_k=4",
+TABLE = (*LOSSES, "hard:lr=0.003,weight_decay=0", "forward_kl:alpha=0.5", "forward_kl:temperature=2", "forward_kl:top_k=4",
          "forward_kl:hidden=1", "forward_kl:on_policy=0.5", "jsd:on_policy=0.5", "reverse_kl:on_policy=1")  # fmt: skip
 COLUMNS = ("bits per byte", "KL", "reverse KL")
 
@@ -431,8 +433,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                "--lr", "--warmup", "--schedule", "--weight-decay", "--grad-clip", "--max-length", "--max-new-tokens",
                "--eval-data", "--seed", "--device", "--dtype", "--compile", "--parallel", "--log-every", "--eval-every",
                "--save-every", "--resume"),
-        defaults=dict.fromkeys((*DEFAULTS, "lr", "steps"))
-        | {"epochs": 1.0, "schedule": "cosine", "weight_decay": 0.0, "grad_clip": 1.0},
+        defaults=dict.fromkeys((*DEFAULTS, "lr", "weight_decay", "steps"))
+        | {"epochs": 1.0, "schedule": "cosine", "grad_clip": 1.0},
     )
     cli.add_argument("--loss", default="forward_kl", metavar="NAME", help="one of " + ", ".join(LOSSES) + ", also with "
                      "other values (jsd:skew=0.1,on_policy=1), or all: a table (default: %(default)s)")  # fmt: skip

@@ -60,8 +60,13 @@ def probs(model: Transformer, ids: list[int], temperature: float = 1.0) -> list[
     """p(. | tokens before t) of each position t > 0, one softmax at a time."""
     with torch.no_grad():
         logits = model(torch.tensor([ids]))[0].double() / temperature
-    return [[], *([math.exp(z - max(row)) / sum(math.exp(y - max(row)) for y in row) for z in row]
-                  for row in logits[:-1].tolist())]  # fmt: skip
+    found = [[]]
+    for row in logits[:-1].tolist():
+        most = max(row)
+        parts = [math.exp(z - most) for z in row]
+        total = sum(parts)
+        found.append([part / total for part in parts])
+    return found
 
 
 def kl(a: list[float], b: list[float]) -> float:
@@ -777,7 +782,7 @@ def test_the_default_run_says_what_was_closed(folders, stages, tmp_path, capsys)
     share = (result["after"] - hard["after"]) / (said["the teacher"] - hard["after"])
     assert f"{share:.0%} of the gap between hard labels and the teacher is closed" in capsys.readouterr().err
     settings = json.loads((tmp_path / "run" / "hard" / "settings.json").read_text())["flags"]
-    assert settings["alpha"] == 1 and settings["steps"] == 3 and settings["lr"] == 5e-4 and settings["hidden"] == 0
+    assert settings["alpha"] == 1 and settings["steps"] == 3 and settings["lr"] == 5e-4 and settings["weight_decay"] == 1 and settings["hidden"] == 0
 
 
 def test_sequence_learns_from_texts_of_the_teacher(folders, stages, tmp_path, monkeypatch):

@@ -343,8 +343,8 @@ ROWS_OF_BUGS = [
     ("the baseline has this run's rate", '(*HYPER, "top_k"))', '(*HYPER[1:], "top_k"))', SAYS),
     (
         "hard labels at the rate of all",
-        '"hard": (None, {"lr": (5e-4, 1e-5)})',
-        '"hard": (None, {"lr": (3e-3, 1e-5)})',
+        '"hard": (None, {"lr": (5e-4, 1e-5),',
+        '"hard": (None, {"lr": (3e-3, 1e-5),',
         SAYS,
     ),
     ("the gap from nothing", "(value - hard) / (teacher - hard)", "value / teacher", SAYS),
