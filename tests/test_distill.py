@@ -782,7 +782,13 @@ def test_the_default_run_says_what_was_closed(folders, stages, tmp_path, capsys)
     share = (result["after"] - hard["after"]) / (said["the teacher"] - hard["after"])
     assert f"{share:.0%} of the gap between hard labels and the teacher is closed" in capsys.readouterr().err
     settings = json.loads((tmp_path / "run" / "hard" / "settings.json").read_text())["flags"]
-    assert settings["alpha"] == 1 and settings["steps"] == 3 and settings["lr"] == 5e-4 and settings["weight_decay"] == 1 and settings["hidden"] == 0
+    assert (
+        settings["alpha"] == 1
+        and settings["steps"] == 3
+        and settings["lr"] == 5e-4
+        and settings["weight_decay"] == 1
+        and settings["hidden"] == 0
+    )
 
 
 def test_sequence_learns_from_texts_of_the_teacher(folders, stages, tmp_path, monkeypatch):
