@@ -422,7 +422,8 @@ DEFAULTS = {  # flag: (the generated world), (--data)
 }
 MAIN_LOSSES = ("hard", "forward_kl", "reverse_kl", "jsd", "skew_kl")  # which --loss all runs with --seeds seeds
 TABLE = (*LOSSES, "hard:lr=0.003,weight_decay=0", "forward_kl:alpha=0.5", "forward_kl:temperature=2",
-         "forward_kl:top_k=4", "forward_kl:hidden=1", "forward_kl:on_policy=0.5", "jsd:on_policy=0.5", "reverse_kl:on_policy=1")  # fmt: skip
+         "forward_kl:top_k=4", "forward_kl:hidden=1", "forward_kl:on_policy=0.5", "jsd:on_policy=0.5",
+         "reverse_kl:on_policy=1")  # fmt: skip
 COLUMNS = ("bits per byte", "KL", "reverse KL")
 
 
