@@ -87,10 +87,9 @@ LOSSES = {  # name: (divergence of kernels.py, if any, its hyperparameters)
     "skew_kl": ("skew_kl", SOFT | {"skew": (0.1, 0.1)}),
     "skew_reverse_kl": ("skew_reverse_kl", SOFT | {"skew": (0.1, 0.1)}),
     "tvd": ("tvd", SOFT),
-    "minillm": ("reverse_kl", {"lr": (1e-3, 1e-5), "weight_decay": (0.0, 0.0), "alpha": (0.0, 0.0),
-                               "on_policy": (1.0, 1.0), "sft_steps": (200, 0)}),
+    "minillm": ("reverse_kl", PLAIN | {"alpha": (0.0, 0.0), "on_policy": (1.0, 1.0), "sft_steps": (200, 0)}),
     "sequence": (None, PLAIN),
-}  # fmt: skip
+}
 HYPER = ("lr", "weight_decay", "alpha", "temperature", "skew", "on_policy", "sft_steps")
 
 
