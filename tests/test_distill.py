@@ -967,7 +967,7 @@ def test_the_run_knows_which_texts_are_the_students_own(folders, stages, tmp_pat
 
 def test_a_run_may_begin_on_the_text_alone(folders, stages, tmp_path):
     """Then the first steps are those of hard labels, with no text of the student and no teacher."""
-    flags = ("--rows", 6, "--no-baseline", *RUN, "--max-new-tokens", 5)
+    flags = ("--rows", 6, "--no-baseline", *RUN, "--max-new-tokens", 5, "--weight-decay", 0)
     train(tmp_path / "hard", *flags, "--loss", "hard")
     train(tmp_path / "soft", *flags, "--loss", "forward_kl:hidden=1,on_policy=1", "--sft-steps", 2)
     hard, soft = logged(tmp_path / "hard")[0], logged(tmp_path / "soft")
