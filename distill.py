@@ -100,7 +100,7 @@ def objective(model: Transformer, projection: nn.Linear | None, batch: Batch, ta
     n_words: entries of the vocabulary; what a head has beyond them is padding.
     """
     kind, alpha = LOSSES[args.loss][0], args.alpha
-    hidden, head, mask = model.hidden_before(batch.input_ids), model.head.weight[:n_words], batch.completion_mask
+    hidden, head, mask = model.hidden_before(batch.input_ids), head_of(model, n_words), batch.completion_mask
     terms = {}
     if alpha:
         labels = batch.input_ids.masked_fill(mask * (1 - batch.own) == 0, IGNORED)  # its own texts are no truth
@@ -119,6 +119,12 @@ def objective(model: Transformer, projection: nn.Linear | None, batch: Batch, ta
     return terms
 
 
+def head_of(model: Transformer, n_words: int) -> Tensor:
+    """(n_words, D): the rows of the head that are compared; a slice of it would take a gradient of the whole size."""
+    weight = model.head.weight
+    return weight if len(weight) == n_words else weight[:n_words]
+
+
 def later_tokens(logps: Tensor, teacher_logps: Tensor, own: Tensor) -> Tensor:
     """- sum over t of R_t log q(y_t), R_t the mean of log p / q over the tokens after t (MiniLLM, equations 4 and 7).
 
@@ -135,7 +141,7 @@ def taught(teachers: Sequence[Transformer], batch: Batch, n_words: int, args: ar
     """What --loss needs of the teachers: of a batch with stored probabilities nothing."""
     if batch.stored is not None:
         return Taught(batch.stored)
-    targets = [(teacher.hidden_before(batch.input_ids), teacher.head.weight[:n_words]) for teacher in teachers]
+    targets = [(teacher.hidden_before(batch.input_ids), head_of(teacher, n_words)) for teacher in teachers]
     minillm = args.loss == "minillm"
     if len(teachers) == 1 and not minillm:
         return Taught(targets)
@@ -387,8 +393,8 @@ def divergences(kind: str, model: Transformer, teachers: Sequence[Transformer], 
                 loop: Loop) -> list[float]:  # fmt: skip
     """The sum over the tokens of each of the first n rows, at temperature 1."""
     with loop.autocast():
-        hidden, head = model.hidden_before(batch.input_ids), model.head.weight[:n_words]
-        targets = [(teacher.hidden_before(batch.input_ids), teacher.head.weight[:n_words]) for teacher in teachers]
+        hidden, head = model.hidden_before(batch.input_ids), head_of(model, n_words)
+        targets = [(teacher.hidden_before(batch.input_ids), head_of(teacher, n_words)) for teacher in teachers]
         return [linear_divergence(hidden[i], head, [(h[i], w) for h, w in targets], batch.completion_mask[i], kind=kind,
                                   skew=0.0, temperature=1.0).item() for i in range(n)]  # fmt: skip
 
