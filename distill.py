@@ -31,7 +31,7 @@ here: other layers' states, beam search, MiniLLM's mixing of both models in its 
     torchrun --nproc-per-node 8 distill.py --model SMALL --teacher LARGE --data rows.jsonl
     python distill.py --loss all --seeds 3                                a table of the losses
 
-Logged: `loss` and its terms, each with its weight: `hard` (the text), `soft` (the teacher), `later` (minillm), `hidden`.
+Logged: `loss` and its terms, weighted: `hard` (of the text), `soft` (of the teacher), `later` (minillm), `hidden`.
 Measured: `bits per byte` of held-out texts (of the generated world's weather, whose entropy is known); `KL`, KL(p || q)
 a token of them; `reverse KL`, KL(q || p) a token of texts of the student: what it says that the teacher would not; both
 in nats. In --task steps and rank `exact match`. The last line says how much of the gap between hard labels and the
