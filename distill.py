@@ -26,7 +26,7 @@ the head. One token of text says one thing; p says how likely all others were. -
 Vocabularies must be the same. Neither model's (tokens, vocabulary) logits ever exist (kernels.linear_divergence). Not
 here: other layers' states, beam search, MiniLLM's mixing of both models in its samples.
 
-    python distill.py                                                     the tiny model teaches one of an eighth
+    python distill.py                                                     the tiny model teaches one of a ninth
     python distill.py --model SMALL --teacher LARGE --data rows.jsonl --loss jsd --on-policy 0.5
     torchrun --nproc-per-node 8 distill.py --model SMALL --teacher LARGE --data rows.jsonl
     python distill.py --loss all --seeds 3                                a table of the losses
@@ -530,8 +530,9 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def new_student(tokenizer: Tokenizer, args: argparse.Namespace) -> Transformer:
-    """Random weights: --depth blocks of --width, with the context of the tiny teacher."""
-    return Transformer(replace(Config.from_depth(args.width // 32, tokenizer.vocab_size, 512), depth=args.depth))
+    """Random weights: --depth blocks of --width, the feed-forward twice as wide; the context of the tiny teacher."""
+    like = Config.from_depth(args.width // 32, tokenizer.vocab_size, 512)
+    return Transformer(replace(like, depth=args.depth, ffn_width=2 * args.width))
 
 
 def load_teachers(args: argparse.Namespace, tokenizer: Tokenizer | None, loop: Loop
