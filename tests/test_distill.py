@@ -277,6 +277,11 @@ def test_several_teachers_and_the_one_that_expects_the_text():
         q = probs(model, ids)
         total += sum(kl(ps[k][t], q[t]) for t in range(1, len(ids)) if mask[t])
     assert len(chosen) > 1, "or nothing was chosen"
+    late = batch_of((9,) * 12, (8,) * 12, own=(0,) * 12)  # one token after a long prompt, which has no say
+    for b, ids in enumerate(late.input_ids.tolist()):
+        expects = [probs(teacher, ids)[8][ids[8]] for teacher in teachers]
+        found = taught(teachers, late, 12, args).mixture[b]
+        assert (found.argmax(-1) == expects.index(max(expects))).all()
     found = objective(model, None, batch, best, 12, args)["soft"]
     assert found.item() == pytest.approx(total, rel=1e-9)
     minillm = taught(teachers, batch, 12, of("minillm"))
@@ -464,6 +469,8 @@ def test_which_answers_are_right():
 
     assert right("5") and right("<think>2 + 3 = 5.</think>5")
     assert not right("6") and not right("<think>2 + 3 = 5.") and not right("5", ()) and not right("<think>5</think>4")
+    args.check = "boxed"
+    assert right(r"\boxed{5}") and not right(r"\boxed{6}") and not right("5")
     with pytest.raises(UserError, match="have no answer"):
         distill.is_right(Example([1, 2], [0, 1], 1, {"text": "x"}), tiny(), args)
 
@@ -520,10 +527,10 @@ def test_a_share_of_the_rows_is_the_students_own(folders, tmp_path):
         assert [len(some) for some in new] == [5, 3] and sum(new, []) == sum(alone, [])
         for e, row in zip(sum(new, []), rows, strict=True):
             assert e.input_ids[:3] == row.input_ids[:3] and (e.own or e == row)
-        chosen += [e.own for e in sum(new, [])]
+        chosen.append([e.own for e in sum(new, [])])
         if step == 1:
             first = sum(new, [])
-    assert 0.3 < statistics.fmean(chosen) < 0.7
+    assert 0.3 < statistics.fmean(sum(chosen, [])) < 0.7 and len(set(map(tuple, chosen))) > 6
     assert model.training
     with torch.no_grad():
         model.embed.weight += 0.5 * torch.randn_like(model.embed.weight)

@@ -134,8 +134,8 @@ ROWS_OF_BUGS = [
     ("later: gains of the prompt", "((teacher_logps - logps) * own)", "(teacher_logps - logps)", LATER),
     (
         "minillm: texts of the data as if sampled",
-        "later_tokens(logps, taught.logps, batch.own)",
-        "later_tokens(logps, taught.logps, mask)",
+        'batch.own == 0, IGNORED))\n        terms["later"] = (1 - alpha) * later_tokens(logps, taught.logps, batch.own)',
+        'mask == 0, IGNORED))\n        terms["later"] = (1 - alpha) * later_tokens(logps, taught.logps, mask)',
         "test_minillm_takes_texts_of_the_data_token_by_token",
     ),
     # data
