@@ -416,6 +416,7 @@ WORLD = {  # --task: the defaults of its flags
     "rank": {"rows": 2000, "steps": 800, "depth": 1, "batch_size": 32, "samples": 1, "lr": 4e-3,
              "weight_decay": 0.0},
 }  # fmt: skip
+HARD_STEPS = {"weather": 300}  # of hard labels, which are learned by heart later
 HELD_OUT = 200  # rows of the generated world
 OF_WEAK = {"rows": 500, "steps": 250}  # in --weak-to-strong of the small model, which is to make mistakes
 OF_STRONG = {"rows": 500, "steps": 150, "lr": 5e-4}  # of the large one
@@ -496,6 +497,8 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
         except argparse.ArgumentTypeError as error:
             raise UserError(f"--loss {args.loss}: {key}: {error}") from None
     args.loss = name
+    if not args.data and name == "hard":
+        fill(args, {"steps": (HARD_STEPS.get(args.task),)}, 0)
     if not args.data:
         fill(args, {key: (value,) for key, value in WORLD[args.task].items() if not (key == "lr" and args.model)}, 0)
     fill(args, DEFAULTS, args.data is not None)
@@ -608,7 +611,7 @@ def conclude(teachers: Sequence[Transformer], tokenizer: Tokenizer, test: list[E
     if args.baseline and args.loss != "hard" and teachers and not args.data and not args.model:
         loop.say("\nthe same student on hard labels:")
         changes = {"loss": "hard", "out": loop.out / "hard", "resume": False, "hidden": 0.0}
-        changes |= dict.fromkeys((*HYPER, "top_k"))
+        changes |= dict.fromkeys((*HYPER, "top_k", "steps"))
         hard = main(resolved(argparse.Namespace(**vars(args) | changes)))["after"]
         baselines["the same student on hard labels"] = hard
     if teachers:

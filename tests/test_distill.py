@@ -327,6 +327,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 def stages(folders, monkeypatch):
     monkeypatch.setattr(Loop, "require", lambda self, stage: folders[stage])
     monkeypatch.setattr(distill, "HELD_OUT", 3)
+    monkeypatch.setattr(distill, "HARD_STEPS", {"weather": 4})
 
 
 @pytest.fixture(scope="module")
@@ -808,7 +809,7 @@ def test_the_default_run_says_what_was_closed(folders, stages, tmp_path, capsys)
     settings = json.loads((tmp_path / "run" / "hard" / "settings.json").read_text())["flags"]
     assert (
         settings["alpha"] == 1
-        and settings["steps"] == 3
+        and settings["steps"] == 4
         and settings["lr"] == 5e-4
         and settings["weight_decay"] == 1
         and settings["hidden"] == 0

@@ -340,7 +340,7 @@ ROWS_OF_BUGS = [
     ),
     ("fewer bits are worse", "higher_is_better=best is max", "higher_is_better=True", LOOP),
     ("the baseline is this run", '{"loss": "hard", "out": loop.out / "hard"', '{"out": loop.out / "hard"', SAYS),
-    ("the baseline has this run's rate", '(*HYPER, "top_k"))', '(*HYPER[1:], "top_k"))', SAYS),
+    ("the baseline has this run's rate", '(*HYPER, "top_k", "steps"))', '(*HYPER[1:], "top_k", "steps"))', SAYS),
     (
         "hard labels at the rate of all",
         '"hard": (None, {"lr": (5e-4, 1e-5),',
