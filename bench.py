@@ -173,6 +173,10 @@ def kernel_case(
             inputs, rest = [normal(b, t, 2 * 3 * h * d)], ()
         case "linear_cross_entropy" | "linear_logps" | "linear_logps with entropy":
             inputs, rest = [normal(n, width), normal(vocab, width, scale=0.05)], (integers(vocab, n),)
+        case "linear_divergence":  # a teacher of twice the width
+            inputs = [normal(n, width), normal(vocab, width, scale=0.05)]
+            teacher = normal(n, 2 * width).detach(), normal(vocab, 2 * width, scale=0.05).detach()
+            rest = [teacher], torch.ones(n, device=device)
         case "attention" | "attention over documents":
             inputs, rest = [normal(b, t, h, d), normal(b, t, h // 2, d), normal(b, t, h // 2, d)], ()
         case "lora_linear" | "lora_linear on NF4":
@@ -193,12 +197,14 @@ def kernel_case(
         options["documents"] = integers(2, b, t).cumsum(1) // 8
     if name == "linear_logps with entropy":
         options["with_entropy"] = True
+    if name == "linear_divergence":
+        options = {"kind": "forward_kl", "skew": 0.0, "temperature": 1.0}
     return (lambda *x: ours(*x, *rest, **options)), (lambda *x: peer(*x, *rest, **options)), inputs
 
 
 KERNELS = ("rms_norm", "add_rms_norm", "rotary", "qk_norm_rotary", "swiglu", "attention", "attention over documents",
            "lora_linear", "lora_linear on NF4", "linear_cross_entropy", "linear_logps",
-           "linear_logps with entropy")  # fmt: skip
+           "linear_logps with entropy", "linear_divergence")  # fmt: skip
 
 
 def gradients(kernel: Callable, inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -4,14 +4,15 @@ Each kernel is a pure function with a short eager `*_reference` beside it, which
 Two ways lead to speed. Eagerly, a `torch.autograd.Function` with a closed-form backward makes fewer passes over memory
 than autograd's chain of small operations; each one says by how much (2 CPU threads, fp32). After `use_compile(True)`
 torch.compile fuses instead: the references themselves for the elementwise kernels, and the body of one chunk, of a
-fixed size, for the two losses over the vocabulary. Statistics (norms, softmax, log-sum-exp) are at least fp32.
+fixed size, for the losses over the vocabulary. Statistics (norms, softmax, log-sum-exp) are at least fp32.
 
-The two losses over the vocabulary never hold the (tokens, vocab) logits. Both walk over the tokens in chunks:
+The losses over the vocabulary never hold the (tokens, vocab) logits. They walk over the tokens in chunks:
 
     linear_cross_entropy   keeps nothing for the backward: a sum has one scalar of upstream gradient, so the gradient is
                            computed in the forward, where the chunk's softmax is at hand, and scaled later (3 products)
     linear_logps           keeps one log-sum-exp a token; the upstream gradient is not known before the backward, which
                            therefore computes the chunk's logits once more (4 products)
+    linear_divergence      between a student and its teachers: like linear_cross_entropy, and one product a teacher
 
 Importing this file flushes denormal numbers to zero, which slow a small fp32 model down 5 to 70 times on a CPU.
 """
@@ -698,7 +699,7 @@ def _chunks(
 
 
 def _padded(x: Tensor, n: int) -> Tensor:
-    return F.pad(x, (0, n - len(x)))
+    return F.pad(x, (0, 0) * (x.dim() - 1) + (0, n - len(x)))
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -719,3 +720,219 @@ def _add_product(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
         torch.addmm(total, d_logits.T, hidden, out_dtype=total.dtype, out=total)
     else:
         total.add_(d_logits.T @ hidden)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Divergences between two distributions over the vocabulary
+
+
+def _forward_kl(logp: Tensor, logq: Tensor, skew: float) -> tuple[Tensor, Tensor]:
+    p = logp.exp()
+    return (p * (logp - logq)).sum(-1), -p
+
+
+def _reverse_kl(logp: Tensor, logq: Tensor, skew: float) -> tuple[Tensor, Tensor]:
+    terms = logq.exp() * (logq - logp)
+    return terms.sum(-1), terms
+
+
+def _jsd(logp: Tensor, logq: Tensor, skew: float) -> tuple[Tensor, Tensor]:
+    logm = _log_mix(logp, logq, skew)
+    of_p, of_q = logp.exp() * (logp - logm), (1 - skew) * logq.exp() * (logq - logm)
+    return skew * of_p.sum(-1) + of_q.sum(-1), of_q
+
+
+def _skew_kl(logp: Tensor, logq: Tensor, skew: float) -> tuple[Tensor, Tensor]:
+    logm = _log_mix(logp, logq, skew)
+    return (logp.exp() * (logp - logm)).sum(-1), -(1 - skew) * (logp + logq - logm).exp()
+
+
+def _skew_reverse_kl(logp: Tensor, logq: Tensor, skew: float) -> tuple[Tensor, Tensor]:
+    logm = _log_mix(logp, logq, 1 - skew)
+    terms = logq.exp() * (logq - logm)
+    return terms.sum(-1), terms - skew * (2 * logq - logm).exp()
+
+
+def _tvd(logp: Tensor, logq: Tensor, skew: float) -> tuple[Tensor, Tensor]:
+    q = logq.exp()
+    difference = q - logp.exp()
+    return 0.5 * difference.abs().sum(-1), 0.5 * q * difference.sign()
+
+
+def _log_mix(logp: Tensor, logq: Tensor, share: float) -> Tensor:
+    """log(share p + (1 - share) q), 0 < share < 1."""
+    return torch.logaddexp(logp + math.log(share), logq + math.log1p(-share))
+
+
+DIVERGENCES = {  # name: (log p, log q, skew) -> D (n,) and q dD/dq (n, V), to which any multiple of q may be added
+    "forward_kl": _forward_kl,  # KL(p || q), the sum of p log(p / q)
+    "reverse_kl": _reverse_kl,  # KL(q || p)
+    "jsd": _jsd,  # b KL(p || m) + (1 - b) KL(q || m), m = b p + (1 - b) q, b = skew (2306.13649, equation 1)
+    "skew_kl": _skew_kl,  # KL(p || a p + (1 - a) q), a = skew (2402.03898, equation 4)
+    "skew_reverse_kl": _skew_reverse_kl,  # KL(q || (1 - a) p + a q)
+    "tvd": _tvd,  # half the sum of |p - q|
+}  # fmt: skip
+
+
+class TopK(NamedTuple):
+    """What is kept of distributions over a vocabulary: the k most probable tokens; all others are one bucket."""
+
+    ids: Tensor  # (..., k)
+    logps: Tensor  # (..., k + 1), the last that of the bucket
+
+
+NEVER = -100.0  # the log of a bucket's probability 0: 0 log 0 is 0, and not NaN
+
+Teachers = Sequence[tuple[Tensor, Tensor]]  # of each the hidden states (..., D) and the head (V, D)
+
+
+def linear_divergence_reference(
+    hidden: Tensor, weight: Tensor, teachers: Teachers | TopK, mask: Tensor, *, kind: str, skew: float,
+    temperature: float, mixture: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    def probs(hidden: Tensor, weight: Tensor) -> Tensor:
+        logits = F.linear(hidden, weight)
+        return F.softmax(logits.to(_wide(logits.dtype)) / temperature, dim=-1)
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(a > 0, a * (a / b).log(), 0.0).sum(-1)
+
+    q, s = probs(hidden, weight), skew
+    if isinstance(teachers, TopK):
+        kept = q.gather(-1, teachers.ids)
+        p, q = teachers.logps.exp(), torch.cat([kept, q.sum(-1, keepdim=True) - kept.sum(-1, keepdim=True)], dim=-1)
+    else:
+        each = torch.stack([probs(*teacher) for teacher in teachers], dim=-1)  # (..., V, K)
+        p = each.mean(-1) if mixture is None else (each * mixture[..., None, :]).sum(-1)
+    found = {
+        "forward_kl": lambda: kl(p, q),
+        "reverse_kl": lambda: kl(q, p),
+        "jsd": lambda: s * kl(p, s * p + (1 - s) * q) + (1 - s) * kl(q, s * p + (1 - s) * q),
+        "skew_kl": lambda: kl(p, s * p + (1 - s) * q),
+        "skew_reverse_kl": lambda: kl(q, (1 - s) * p + s * q),
+        "tvd": lambda: 0.5 * (p - q).abs().sum(-1),
+    }[kind]()
+    return (found * mask).sum()
+
+
+def linear_divergence(
+    hidden: Tensor, weight: Tensor, teachers: Teachers | TopK, mask: Tensor, *, kind: str, skew: float,
+    temperature: float, mixture: Tensor | None = None, chunk_size: int | None = None,
+) -> Tensor:  # fmt: skip
+    """The sum over tokens of the divergence of q, the student, from p, the teacher, in nats; a scalar.
+
+    q = softmax(hidden @ weight.T / temperature), hidden (..., D), weight (V, D). p is the same of a teacher, or of
+    several their mean in the shares `mixture` (..., K), by default equal; teachers never get a gradient. A TopK stands
+    for a p that was stored (at this temperature): D is then between distributions over its k + 1 buckets. `kind` is one
+    of DIVERGENCES, `skew` the b or a of those that have one, in (0, 1). Tokens where mask (...) is 0 cost nothing and
+    get a gradient of zero, whatever they hold. chunk_size and autocast as in linear_cross_entropy, for each model.
+    """
+    stored = isinstance(teachers, TopK)
+    lead, n_words = mask.shape, len(weight)
+    shapes = [teachers.ids.shape[:-1]] if stored else [h.shape[:-1] for h, _ in teachers]
+    if any(shape != lead for shape in (hidden.shape[:-1], *shapes)):
+        raise ValueError(f"hidden {tuple(hidden.shape)}, mask {tuple(lead)}, teachers {shapes}: expected (..., D), "
+                         "(...), (...)")  # fmt: skip
+    if not stored and any(len(w) != n_words for _, w in teachers):
+        raise ValueError(f"vocabularies of {n_words} and {[len(w) for _, w in teachers]} words: expected one size")
+    kept = mask.reshape(-1).nonzero().squeeze(-1)
+    hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, kept)
+    wanted = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
+    with torch.no_grad():
+        targets = teachers if stored else [(h.reshape(-1, h.shape[-1])[kept], w) for h, w in teachers]
+        targets = TopK(*(x.reshape(-1, x.shape[-1])[kept] for x in teachers)) if stored else targets
+        shares = None if mixture is None else mixture.reshape(-1, mixture.shape[-1])[kept]
+        h, w = _operands(hidden, weight)
+        total = torch.zeros((), dtype=_wide(w.dtype), device=w.device)
+        d_hidden = torch.empty_like(h) if wanted[0] else None
+        d_weight = torch.zeros(w.shape, dtype=total.dtype, device=w.device) if wanted[1] else None
+        step = _fused(_divergence_step, dynamic=False)
+        for rows, n, logits, target in _beside_teachers(h, w, targets, shares, temperature, chunk_size):
+            found, d_logits = step(logits, target, kind, skew, temperature, w.dtype)
+            total += found[:n].sum()
+            if wanted[0]:
+                torch.mm(d_logits[:n], w, out=d_hidden[rows])
+            if wanted[1]:
+                _add_product(d_weight, d_logits[:n], h[rows])
+    return _WithGradients.apply(hidden, weight, total, d_hidden, d_weight) if any(wanted) else total
+
+
+def linear_top_k(teachers: Teachers, k: int, *, temperature: float, mixture: Tensor | None = None,
+                 chunk_size: int | None = None) -> TopK:  # fmt: skip
+    """The k most probable tokens of the (mean) teacher after every token; arguments as in linear_divergence."""
+    lead = teachers[0][0].shape[:-1]
+    with torch.no_grad():
+        flat = [(h.reshape(-1, h.shape[-1]), w) for h, w in teachers]
+        shares = None if mixture is None else mixture.reshape(-1, mixture.shape[-1])
+        size, parts = chunk_size or _chunk_size(flat[0][1]), []
+        for start in range(0, len(flat[0][0]), size):
+            rows = slice(start, start + size)
+            logits = [F.linear(*_operands(h[rows], w)) for h, w in flat]
+            logp = _mean_logps(logits, None if shares is None else shares[rows], temperature)
+            best, ids = logp.topk(k)
+            parts.append((ids, torch.cat([best, _log_rest(logp, ids)], dim=-1).clamp(min=NEVER)))
+        ids, logps = (torch.cat(x) for x in zip(*parts, strict=True))
+    return TopK(ids.view(*lead, k), logps.view(*lead, k + 1))
+
+
+def _beside_teachers(hidden: Tensor, weight: Tensor, teachers: Teachers | TopK, shares: Tensor | None,
+                     temperature: float, chunk_size: int | None) -> Iterator[tuple[slice, int, Tensor, Tensor | TopK]]:
+    """`_chunks` of the student, with log p (n, V) of the same rows, or what is stored of it, in place of labels."""
+    size = chunk_size or _chunk_size(weight)
+    if isinstance(teachers, TopK):
+        for rows, n, logits, ids in _chunks(hidden, weight, teachers.ids, size):
+            yield rows, n, logits, TopK(ids, _padded(teachers.logps[rows], len(ids)))
+        return
+    mean = _fused(_mean_logps, dynamic=False)
+    labels = hidden.new_zeros(len(hidden), 0) if shares is None else shares
+    others = [_chunks(*_operands(h, w), labels, size) for h, w in teachers]
+    for (rows, n, logits, share), *theirs in zip(_chunks(hidden, weight, labels, size), *others, strict=True):
+        yield rows, n, logits, mean([z for _, _, z, _ in theirs], share if share.shape[-1] else None, temperature)
+
+
+def _mean_logps(logits: list[Tensor], shares: Tensor | None, temperature: float) -> Tensor:
+    """log of the mean of the distributions (n, V) of K teachers, in shares (n, K) if there are any."""
+    logps = [F.log_softmax(z.to(_wide(z.dtype)) / temperature, dim=-1) for z in logits]
+    if len(logps) == 1:
+        return logps[0]
+    if shares is None:
+        return torch.stack(logps).logsumexp(0) - math.log(len(logps))
+    return torch.stack([logp + share[:, None] for logp, share in zip(logps, shares.log().T, strict=True)]).logsumexp(0)
+
+
+def _log_rest(logps: Tensor, ids: Tensor) -> Tensor:
+    """(n, 1): log of the probability of all tokens but `ids` (n, k), without cancellation; -inf of none."""
+    return logps.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+
+
+def _divergence_step(logits: Tensor, target: Tensor | TopK, kind: str, skew: float, temperature: float,
+                     dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """D (n,) and dD / d logits (n, V) in `dtype`: with c = q dD/dq it is (c - q sum of c) / temperature."""
+    logq = F.log_softmax(logits / temperature, dim=-1)
+    if isinstance(target, TopK):
+        rest = _log_rest(logq, target.ids)
+        buckets = torch.cat([logq.gather(-1, target.ids), rest], dim=-1).clamp(min=NEVER)
+        found, c = DIVERGENCES[kind](target.logps, buckets, skew)
+        in_bucket = (logq - rest).exp() * c[:, -1:]  # each token of the bucket by its share of it
+        c = in_bucket.scatter(-1, target.ids, c[:, :-1])
+    else:
+        found, c = DIVERGENCES[kind](target, logq, skew)
+    return found, ((c - logq.exp() * c.sum(-1, keepdim=True)) / temperature).to(dtype)
+
+
+class _WithGradients(torch.autograd.Function):
+    """`total`, whose gradients are known before the backward: there they are but scaled, once."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, total: Tensor, *known: Tensor | None) -> Tensor:
+        ctx.known, ctx.dtypes = known, (hidden.dtype, weight.dtype)
+        return total.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.known is None:
+            raise RuntimeError("linear_divergence: the backward ran already, and its gradients were given away")
+        known, ctx.known = ctx.known, None
+        pairs = zip(known, ctx.dtypes, strict=True)
+        return *(None if d is None else d.mul_(grad).to(dtype) for d, dtype in pairs), None, None, None

@@ -871,12 +871,13 @@ PARTS
 
 
 def compare(main: Callable, resolved: Callable, args: argparse.Namespace, variants: Iterable[str], out: Path,
-            columns: tuple[str, ...], repeated: tuple[str, ...], flag: str = "loss") -> dict:  # fmt: skip
+            columns: tuple[str, ...], repeated: tuple[str, ...], flag: str = "loss", start: str = "SFT"
+            ) -> dict:  # fmt: skip
     """--loss (or another `flag`) all: `main` of every one of `variants`, as a table, which is in OUT/table.json, too.
 
     `resolved` gives `args` the defaults of a variant. Variants that are `repeated` run with --seeds seeds. The first of
-    `columns` is the metric of result.json, the others are among its metrics. The row SFT is the first run before it
-    began. --resume keeps the runs that are finished, if their settings are those of now.
+    `columns` is the metric of result.json, the others are among its metrics. The row `start` is the first run before
+    it began. --resume keeps the runs that are finished, if their settings are those of now.
     """
     rows, wide = [], max(map(len, columns)) + 9
     print(f"{flag:16}{'seeds':>6}" + "".join(f"{name:>{wide}}" for name in (*columns, "seconds")))
@@ -894,7 +895,7 @@ def compare(main: Callable, resolved: Callable, args: argparse.Namespace, varian
             run = json.loads((folder / "result.json").read_text())
             whole = {"seconds": run["seconds"], "peak MB": run["peak_memory_mb"] or math.nan}  # 0 before
             runs.append({columns[0]: run} | {k: {"before": 0.0, "after": v} for k, v in whole.items()} | run["metrics"])
-        for label, moment, some in ([("SFT", "before", runs[:1])] if not rows else []) + [(name, "after", runs)]:
+        for label, moment, some in ([(start, "before", runs[:1])] if not rows else []) + [(name, "after", runs)]:
             rows.append({flag: label, "seeds": len(some)})
             line = f"{label:16}{len(some):6}"
             for column in (*columns, "seconds"):

@@ -69,6 +69,25 @@ CASES = {  # kernel: shapes of the inputs, what else it takes, options of the ke
 }
 
 
+def teachers(dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
+    """Two, of other widths than the student and than each other, for 7 tokens and 11 words."""
+    pairs = ((normal(7, d, seed=d, dtype=dtype), normal(11, d, seed=d + 1, dtype=dtype)) for d in (5, 4))
+    return [(hidden.detach(), weight.detach()) for hidden, weight in pairs]
+
+
+MASK = torch.tensor([1, 1, 0, 1, 0, 1, 1])
+SHARES = torch.rand(7, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+SHARES = SHARES / SHARES.sum(-1, keepdim=True)
+STORED = kernels.linear_top_k(teachers()[:1], 3, temperature=0.7)
+for _kind in kernels.DIVERGENCES:
+    _of = {"kind": _kind, "skew": 0.3, "temperature": 0.7}
+    _one = ([(7, 6), (11, 6)], (teachers()[:1], MASK), _of, {"chunk_size": 3})
+    CASES[f"linear_divergence {_kind}"] = _one
+    CASES[f"linear_divergence {_kind} of two"] = (_one[0], (teachers(), MASK), {**_of, "mixture": SHARES}, _one[3])
+    CASES[f"linear_divergence {_kind} stored"] = (_one[0], (STORED, MASK), _of, _one[3])
+ONCE = [name for name in CASES if name.startswith(("linear_cross_entropy", "linear_divergence"))]  # backward, no twice
+
+
 def run_case(name: str, dtype: torch.dtype, reference: bool) -> tuple[Tensor | tuple[Tensor, ...], list[Tensor]]:
     shapes, rest, options, own = CASES[name]
     inputs = [normal(*shape, seed=i, dtype=torch.bfloat16).detach().to(dtype).requires_grad_()
@@ -93,7 +112,7 @@ def test_kernel_equals_reference(name, dtype, tolerance):
         close(found, want, tolerance)
 
 
-@pytest.mark.parametrize("name", sorted(CASES.keys() - {"linear_cross_entropy"}))  # its backward runs only once
+@pytest.mark.parametrize("name", sorted(CASES.keys() - {*ONCE}))
 def test_gradcheck(name):
     """The closed-form backwards against finite differences."""
     shapes, rest, options, own = CASES[name]
@@ -712,6 +731,263 @@ def test_a_block_of_nf4_knows_nothing_of_the_others():
     same = (a.codes == b.codes).view(20, 32).all(-1)
     assert same.tolist() == [i != 5 for i in range(20)]
     assert all(torch.equal(x, y) for x, y in zip(a[1:4], b[1:4], strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Divergences over the vocabulary
+
+
+def divergence_of(p: list[float], q: list[float], kind: str, s: float) -> float:
+    def kl(a: list[float], b: list[float]) -> float:
+        return sum(x * math.log(x / y) for x, y in zip(a, b, strict=True))
+
+    def mix(a: list[float], b: list[float], share: float) -> list[float]:
+        return [share * x + (1 - share) * y for x, y in zip(a, b, strict=True)]
+
+    match kind:
+        case "forward_kl":
+            return kl(p, q)
+        case "reverse_kl":
+            return kl(q, p)
+        case "jsd":
+            return s * kl(p, mix(p, q, s)) + (1 - s) * kl(q, mix(p, q, s))
+        case "skew_kl":
+            return kl(p, mix(p, q, s))
+        case "skew_reverse_kl":
+            return kl(q, mix(q, p, s))
+        case "tvd":
+            return sum(abs(x - y) for x, y in zip(p, q, strict=True)) / 2
+
+
+def student() -> tuple[Tensor, Tensor]:
+    return normal(7, 6), normal(11, 6, seed=1)
+
+
+def divergence(hidden: Tensor, weight: Tensor, said=None, mask: Tensor = MASK, **changes) -> Tensor:
+    options = {"kind": "jsd", "skew": 0.3, "temperature": 0.7} | changes
+    return kernels.linear_divergence(hidden, weight, teachers()[:1] if said is None else said, mask, **options)
+
+
+def probs_of(hidden: Tensor, weight: Tensor, temperature: float) -> list[list[float]]:
+    return [[math.exp(x) for x in row] for row in brute_force_logps(hidden, weight, temperature)]
+
+
+@pytest.mark.parametrize("function", [kernels.linear_divergence, kernels.linear_divergence_reference])
+@pytest.mark.parametrize("kind", kernels.DIVERGENCES)
+def test_linear_divergence_value(kind, function):
+    """The sum over the tokens that count, in loops; at temperature 1 and 0.7; with two teachers, with buckets."""
+    hidden, weight = student()
+    for temperature in (1.0, 0.7):
+        options = {"kind": kind, "skew": 0.3, "temperature": temperature}
+        q, first, second = (probs_of(*pair, temperature) for pair in ((hidden, weight), *teachers()))
+        kept = [i for i in range(7) if MASK[i]]
+        want = sum(divergence_of(first[i], q[i], kind, 0.3) for i in kept)
+        assert function(hidden, weight, teachers()[:1], MASK, **options).item() == pytest.approx(want, rel=1e-11)
+        for shares in (None, SHARES):
+            of_first = [0.5] * 7 if shares is None else SHARES[:, 0].tolist()
+            pairs = [zip(x, y, strict=True) for x, y in zip(first, second, strict=True)]
+            p = [[a * x + (1 - a) * y for x, y in some] for a, some in zip(of_first, pairs, strict=True)]
+            want = sum(divergence_of(p[i], q[i], kind, 0.3) for i in kept)
+            found = function(hidden, weight, teachers(), MASK, **options, mixture=shares)
+            assert found.item() == pytest.approx(want, rel=1e-11)
+        want = 0.0
+        for i in kept:
+            best = sorted(range(11), key=lambda v, i=i: -first[i][v])[:3]
+            p_kept, q_kept = ([of[i][v] for v in best] for of in (first, q))
+            want += divergence_of([*p_kept, 1 - sum(p_kept)], [*q_kept, 1 - sum(q_kept)], kind, 0.3)
+        stored = kernels.linear_top_k(teachers()[:1], 3, temperature=temperature)
+        assert function(hidden, weight, stored, MASK, **options).item() == pytest.approx(want, rel=1e-9)
+
+
+def test_divergences_know_their_sides():
+    """By hand: p = (3/4, 1/4), q = (1/2, 1/2). Forward and reverse KL change places when the models do."""
+    one = torch.ones(1, 1, dtype=torch.float64)
+    p, q = (one, torch.tensor([[math.log(3)], [0.0]], dtype=torch.float64)), (one, torch.zeros(2, 1).double())
+    forward, reverse = 0.75 * math.log(1.5) + 0.25 * math.log(0.5), 0.5 * math.log(2 / 3) + 0.5 * math.log(2)
+
+    def value(kind: str, student: tuple, teacher: tuple, skew: float = 0.5) -> float:
+        options = {"kind": kind, "skew": skew, "temperature": 1.0}
+        return kernels.linear_divergence(*student, [teacher], torch.ones(1), **options).item()
+
+    assert value("forward_kl", q, p) == pytest.approx(forward) == pytest.approx(value("reverse_kl", p, q))
+    assert value("reverse_kl", q, p) == pytest.approx(reverse) == pytest.approx(value("forward_kl", p, q))
+    assert forward != pytest.approx(reverse, rel=0.05)
+    assert value("tvd", q, p) == pytest.approx(0.25)
+    assert value("jsd", q, p) == pytest.approx(value("jsd", p, q))  # with b = 1/2
+    assert value("jsd", q, p, 0.2) != pytest.approx(value("jsd", p, q, 0.2), rel=1e-3)
+    assert value("jsd", q, p, 1e-5) / 1e-5 == pytest.approx(forward, rel=1e-3)  # GKD: b to 0 is forward KL, over b
+    for kind, limit in (("skew_kl", forward), ("skew_reverse_kl", reverse)):
+        assert value(kind, q, p, 1e-9) == pytest.approx(limit, rel=1e-6)
+        assert 0 < value(kind, q, p, 0.3) < limit
+
+
+@pytest.mark.parametrize("kind", kernels.DIVERGENCES)
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(kind):
+    hidden, weight = student()
+    loss = divergence(hidden, weight, [(hidden.detach(), weight.detach())], kind=kind)
+    assert abs(loss.item()) < 1e-14
+    assert all(d.abs().max() < 1e-14 for d in torch.autograd.grad(loss, [hidden, weight]))
+    loss = divergence(hidden, weight, kind=kind)
+    assert loss > 0.1 and all(d.abs().max() > 1e-3 for d in torch.autograd.grad(loss, [hidden, weight]))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 4, 5, 1000])
+@pytest.mark.parametrize("said", [teachers(), STORED])
+def test_chunks_of_a_divergence_do_not_matter(chunk_size, said):
+    mixture = None if isinstance(said, kernels.TopK) else SHARES
+    for kind in kernels.DIVERGENCES:
+        found = []
+        for size in (None, chunk_size):
+            inputs = student()
+            loss = divergence(*inputs, said, kind=kind, mixture=mixture, chunk_size=size)
+            found.append((loss, *torch.autograd.grad(loss, inputs)))
+        for a, b in zip(*found, strict=True):
+            close(a, b, 1e-13)
+
+
+def test_tokens_that_do_not_count_may_hold_anything():
+    hidden, weight = student()
+    dead = MASK == 0
+    poisoned, said = hidden.detach().clone(), [(h.clone(), w) for h, w in teachers()]
+    stored = kernels.TopK(*(x.clone() for x in STORED))
+    for x in (poisoned, *(h for h, _ in said), stored.logps):
+        x[dead] = torch.nan
+    poisoned.requires_grad_()
+    for a, b, mixture in ((said, teachers(), SHARES), (stored, STORED, None)):
+        found, want = divergence(poisoned, weight, a, mixture=mixture), divergence(hidden, weight, b, mixture=mixture)
+        assert torch.equal(found, want)
+        d_hidden, d_weight = torch.autograd.grad(found, [poisoned, weight])
+        for d, e in zip((d_hidden, d_weight), torch.autograd.grad(want, [hidden, weight]), strict=True):
+            assert torch.equal(d, e)
+        assert ((d_hidden != 0).all(-1) == ~dead).all()
+    loss = divergence(hidden, weight, mask=torch.zeros(7))
+    assert loss == 0 and all((d == 0).all() for d in torch.autograd.grad(loss, [hidden, weight]))
+
+
+def test_what_is_stored_of_a_teacher():
+    """The k most probable tokens and the rest, of one teacher and of a mixture, in any shape; chunks do not matter."""
+    first, second = (torch.tensor(probs_of(*pair, 0.7)) for pair in teachers())
+    for said, mixture, p in (
+        (teachers()[:1], None, first),
+        (teachers(), None, (first + second) / 2),
+        (teachers(), SHARES, SHARES[:, :1] * first + SHARES[:, 1:] * second),
+    ):
+        best, ids = p.double().topk(4)
+        for size in (None, 2):
+            found = kernels.linear_top_k(said, 4, temperature=0.7, mixture=mixture, chunk_size=size)
+            assert torch.equal(found.ids, ids)
+            close(found.logps.exp(), torch.cat([best, 1 - best.sum(-1, keepdim=True)], dim=-1), 1e-6)
+    folded = kernels.linear_top_k([(h.view(7, 1, -1), w) for h, w in teachers()], 4, temperature=0.7)
+    assert folded.ids.shape == (7, 1, 4) and folded.logps.shape == (7, 1, 5)
+
+
+@pytest.mark.parametrize("kind", kernels.DIVERGENCES)
+def test_all_tokens_stored_are_the_whole_distribution(kind):
+    """k = V: the bucket of the others is empty. Below it less is told, never more: the divergence grows with k."""
+    hidden, weight = student()
+    whole, values = divergence(hidden, weight, kind=kind), []
+    for k in (1, 3, 6, 11):
+        stored = kernels.linear_top_k(teachers()[:1], k, temperature=0.7)
+        values.append(divergence(hidden, weight, stored, kind=kind))
+    assert all(0 < a.item() <= b.item() + 1e-12 for a, b in zip(values, values[1:], strict=False))
+    assert values[0] < 0.99 * whole
+    close(values[-1], whole, 1e-12)
+    for d, e in zip(*(torch.autograd.grad(x, [hidden, weight]) for x in (values[-1], whole)), strict=True):
+        close(d, e, 1e-11)
+
+
+def test_a_sure_teacher_is_stored_without_nan():
+    """In fp32 the rest underflows: a teacher all but certain, a student that is certain of something else."""
+    hidden = torch.ones(1, 1, requires_grad=True)
+    weight = torch.tensor([[0.0], [200.0], [1.0]], requires_grad=True)
+    stored = kernels.linear_top_k([(torch.ones(1, 1), torch.tensor([[300.0], [0.0], [0.0]]))], 1, temperature=1.0)
+    for kind in kernels.DIVERGENCES:
+        loss = divergence(hidden, weight, stored, torch.ones(1), kind=kind, temperature=1.0)
+        assert loss.isfinite() and loss > 0.1
+        assert all(d.isfinite().all() for d in torch.autograd.grad(loss, [hidden, weight]))
+
+
+def test_a_mixture_of_one_teacher_is_that_teacher():
+    hidden, weight = student()
+    for k in (0, 1):
+        shares = torch.zeros(7, 2, dtype=torch.float64)
+        shares[:, k] = 1.0
+        alone = divergence(hidden, weight, teachers()[k : k + 1])
+        close(divergence(hidden, weight, teachers(), mixture=shares), alone, 1e-13)
+    equal = divergence(hidden, weight, teachers(), mixture=torch.full_like(SHARES, 0.5))
+    close(divergence(hidden, weight, teachers()), equal, 1e-13)
+
+
+def test_a_divergence_takes_any_leading_shape():
+    hidden, weight = student()
+    folded = [(h.view(7, 1, -1), w) for h, w in teachers()]
+    stored = kernels.TopK(*(x[:, None] for x in STORED))
+    for said, other, mixture in ((folded, teachers(), SHARES), (stored, STORED, None)):
+        found = divergence(hidden.view(7, 1, 6), weight, said, MASK[:, None],
+                           mixture=None if mixture is None else mixture[:, None])  # fmt: skip
+        close(found, divergence(hidden, weight, other, mixture=mixture), 1e-14)
+
+
+def test_a_divergence_of_what_does_not_fit():
+    hidden, weight = student()
+    short, stored = [(h[1:], w) for h, w in teachers()], kernels.TopK(*(x[1:] for x in STORED))
+    for wrong in ((hidden[1:], weight, None), (hidden, weight, short), (hidden, weight, stored)):
+        with pytest.raises(ValueError, match="expected"):
+            divergence(*wrong)
+    with pytest.raises(ValueError, match=r"vocabularies of 11 and \[10, 10\] words"):
+        divergence(hidden, weight, [(h, w[1:]) for h, w in teachers()])
+
+
+def test_the_gradient_of_a_divergence_is_scaled_and_given_once():
+    hidden, weight = student()
+    once = torch.autograd.grad(divergence(hidden, weight), [hidden, weight])
+    loss = divergence(hidden, weight)
+    for a, b in zip(once, torch.autograd.grad(-2.5 * loss, [hidden, weight], retain_graph=True), strict=True):
+        close(b, -2.5 * a, 1e-14)
+    with pytest.raises(RuntimeError, match="ran already"):
+        loss.backward()
+
+
+def test_no_gradient_of_a_divergence_no_cost():
+    """A product for each model, one more for each gradient that is wanted; none for a teacher, whatever it holds."""
+    said = [(h.requires_grad_(), w.requires_grad_()) for h, w in teachers()]
+    for frozen, products in ((None, 5), (0, 4), (1, 4), (2, 3)):
+        inputs = [x.detach().requires_grad_(i != frozen and frozen != 2) for i, x in enumerate(student())]
+        with Watch() as watch:
+            loss = divergence(*inputs, said)
+            if frozen != 2:
+                loss.backward()
+        assert watch.products == products and loss.requires_grad == (frozen != 2)
+        assert [x.grad is not None for x in inputs] == [x.requires_grad for x in inputs]
+    assert all(x.grad is None for pair in said for x in pair)
+    with torch.no_grad(), Watch() as watch:
+        assert not divergence(*student(), said).requires_grad
+    assert watch.products == 3
+
+
+def test_logits_of_neither_model_ever_exist():
+    """300 tokens x 200 words in chunks of 16: nothing larger than a weight or a chunk's logits is made."""
+    hidden, weight, said = normal(300, 8), normal(200, 8, seed=1), [(normal(300, 8, seed=2), normal(200, 8, seed=3))]
+    with Watch() as watch:
+        divergence(hidden, weight, said, torch.ones(300), chunk_size=16).backward()
+        stored = kernels.linear_top_k(said, 2, temperature=1.0, chunk_size=16)
+        divergence(hidden, weight, stored, torch.ones(300), chunk_size=16).backward()
+    assert watch.largest <= 16 * 200
+
+
+def test_a_divergence_under_autocast():
+    """Products in bfloat16; the loss and the sum over chunks that is the weight's gradient in fp32."""
+    inputs = [normal(*shape, seed=i, dtype=torch.float32) for i, shape in enumerate([(512, 8), (20, 8)] * 2)]
+    with torch.autocast("cpu", torch.bfloat16), Watch() as watch:
+        loss = divergence(*inputs[:2], [inputs[2:]], torch.ones(512), chunk_size=8)
+        loss.backward()
+    assert watch.dtypes == {torch.bfloat16} and loss.dtype == torch.float32 == inputs[1].grad.dtype
+    exact = [x.detach().bfloat16().double().requires_grad_() for x in inputs]
+    want = divergence(*exact[:2], [exact[2:]], torch.ones(512))
+    close(loss, want, 1e-3)
+    for x, d in zip(inputs, torch.autograd.grad(want, exact[:2]), strict=False):
+        close(x.grad, d, 0.01)
+    assert not torch.equal(inputs[1].grad.bfloat16().float(), inputs[1].grad)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

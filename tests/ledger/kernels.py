@@ -3,6 +3,11 @@
 from tests.mutants import Mutant
 
 TESTS = "tests/test_kernels.py::"
+VALUE = "test_linear_divergence_value"
+EQUAL = "test_kernel_equals_reference"
+SIDES = "test_divergences_know_their_sides"
+STORED = "test_what_is_stored_of_a_teacher"
+COST = "test_no_gradient_of_a_divergence_no_cost"
 
 MUTANTS = [
     Mutant(name, "kernels.py", old, new, TESTS + test)
@@ -532,6 +537,218 @@ MUTANTS = [
             "index_copy(0, kept, x)",
             "index_copy(0, torch.arange(len(kept)), x)",
             "test_linear_logps_and_entropy_value",
+        ),
+        # divergences; a wrong term of a gradient shows beside the reference's
+        (
+            "K1: forward KL is reverse KL",
+            "DIVERGENCES[kind](target, logq, skew)",
+            "DIVERGENCES[kind](logq, target, skew)",
+            SIDES,
+        ),
+        ("K1: names exchanged", '"forward_kl": _forward_kl,', '"forward_kl": _reverse_kl,', SIDES),
+        ("forward KL without log p", "(p * (logp - logq)).sum(-1), -p", "(p * -logq).sum(-1), -p", VALUE),
+        ("forward KL: sign of its gradient", "(logp - logq)).sum(-1), -p", "(logp - logq)).sum(-1), p", EQUAL),
+        ("reverse KL: sign", "terms = logq.exp() * (logq - logp)", "terms = logq.exp() * (logp - logq)", VALUE),
+        ("reverse KL's gradient is forward KL's", "terms.sum(-1), terms\n", "terms.sum(-1), -logp.exp()\n", EQUAL),
+        (
+            "JSD: shares exchanged",
+            "logm = _log_mix(logp, logq, skew)\n    of_p",
+            "logm = _log_mix(logq, logp, skew)\n    of_p",
+            VALUE,
+        ),
+        ("JSD: the teacher's share", "return skew * of_p.sum(-1)", "return of_p.sum(-1)", VALUE),
+        ("JSD: the student's share", "(1 - skew) * logq.exp() * (logq - logm)", "logq.exp() * (logq - logm)", VALUE),
+        ("JSD's gradient through the teacher alone", "+ of_q.sum(-1), of_q", "+ of_q.sum(-1), -of_p", EQUAL),
+        (
+            "skew KL: shares exchanged",
+            "logm = _log_mix(logp, logq, skew)\n    return (logp",
+            "logm = _log_mix(logq, logp, skew)\n    return (logp",
+            VALUE,
+        ),
+        (
+            "skew KL: its gradient forgets 1 - a",
+            "-(1 - skew) * (logp + logq - logm).exp()",
+            "-(logp + logq - logm).exp()",
+            EQUAL,
+        ),
+        ("skew KL: its gradient forgets q / m", "* (logp + logq - logm).exp()", "* logp.exp()", EQUAL),
+        ("skew reverse KL: shares exchanged", "_log_mix(logp, logq, 1 - skew)", "_log_mix(logp, logq, skew)", VALUE),
+        ("skew reverse KL: m is held fixed", "terms - skew * (2 * logq - logm).exp()", "terms", EQUAL),
+        ("TVD: no half", "return 0.5 * difference.abs()", "return difference.abs()", VALUE),
+        ("TVD: no half in the gradient", "0.5 * q * difference.sign()", "q * difference.sign()", EQUAL),
+        ("TVD: sign", "q * difference.sign()", "-q * difference.sign()", EQUAL),
+        ("TVD: q missing", "0.5 * q * difference.sign()", "0.5 * difference.sign()", EQUAL),
+        ("the gradient is not that of logits", "c - logq.exp() * c.sum(-1, keepdim=True)", "c", EQUAL),
+        (
+            "K2: the mean over the vocabulary",
+            "c.sum(-1, keepdim=True)) / temperature",
+            "c.mean(-1, keepdim=True)) / temperature",
+            EQUAL,
+        ),
+        (
+            "the student without temperature",
+            "F.log_softmax(logits / temperature, dim=-1)\n    if isinstance(target",
+            "F.log_softmax(logits, dim=-1)\n    if isinstance(target",
+            VALUE,
+        ),
+        (
+            "the teacher without temperature",
+            "F.log_softmax(z.to(_wide(z.dtype)) / temperature, dim=-1)",
+            "F.log_softmax(z.to(_wide(z.dtype)), dim=-1)",
+            VALUE,
+        ),
+        (
+            "1/T missing from the gradient",
+            "keepdim=True)) / temperature).to(dtype)",
+            "keepdim=True))).to(dtype)",
+            EQUAL,
+        ),
+        (
+            "K5: the student is compared with itself",
+            "yield rows, n, logits, mean([z for _, _, z, _ in theirs]",
+            "yield rows, n, logits, mean([logits for _ in theirs]",
+            VALUE,
+        ),
+        (
+            "K4: tokens that do not count",
+            "kept = mask.reshape(-1).nonzero().squeeze(-1)\n    hidden",
+            "kept = torch.arange(mask.numel(), device=mask.device)\n    hidden",
+            VALUE,
+        ),
+        (
+            "the teacher's states are those of other tokens",
+            "[(h.reshape(-1, h.shape[-1])[kept], w) for h, w in teachers]",
+            "[(h.reshape(-1, h.shape[-1])[: len(kept)], w) for h, w in teachers]",
+            VALUE,
+        ),
+        (
+            "the shares are those of other tokens",
+            "mixture.reshape(-1, mixture.shape[-1])[kept]",
+            "mixture.reshape(-1, mixture.shape[-1])[: len(kept)]",
+            VALUE,
+        ),
+        (
+            "what is stored is that of other tokens",
+            "TopK(*(x.reshape(-1, x.shape[-1])[kept] for x in teachers))",
+            "TopK(*(x.reshape(-1, x.shape[-1])[: len(kept)] for x in teachers))",
+            VALUE,
+        ),
+        ("K2: the mean over a chunk", "total += found[:n].sum()", "total += found[:n].mean()", VALUE),
+        (
+            "K4: the last chunk alone",
+            "total += found[:n].sum()",
+            "total = found[:n].sum()",
+            "test_chunks_of_a_divergence_do_not_matter",
+        ),
+        (
+            "hidden gradients of the first chunk",
+            "torch.mm(d_logits[:n], w, out=d_hidden[rows])",
+            "torch.mm(d_logits[:n], w, out=d_hidden[:n])",
+            "test_chunks_of_a_divergence_do_not_matter",
+        ),
+        ("no gradient for the head", "_add_product(d_weight, d_logits[:n], h[rows])", "pass", EQUAL),
+        (
+            "the head's gradient in half precision",
+            "torch.zeros(w.shape, dtype=total.dtype, device=w.device)",
+            "torch.zeros(w.shape, dtype=w.dtype, device=w.device)",
+            "test_a_divergence_under_autocast",
+        ),
+        (
+            "geometric mean of teachers",
+            "torch.stack(logps).logsumexp(0) - math.log(len(logps))",
+            "torch.stack(logps).mean(0)",
+            VALUE,
+        ),
+        (
+            "several teachers are their sum",
+            "torch.stack(logps).logsumexp(0) - math.log(len(logps))",
+            "torch.stack(logps).logsumexp(0)",
+            VALUE,
+        ),
+        (
+            "the shares of the first teacher for all",
+            "zip(logps, shares.log().T, strict=True)",
+            "zip(logps, shares.log().T[:1].expand(len(logps), -1), strict=True)",
+            VALUE,
+        ),
+        (
+            "K10: no bucket for the rest",
+            "found, c = DIVERGENCES[kind](target.logps, buckets, skew)",
+            "found, c = DIVERGENCES[kind](target.logps[:, :-1], buckets[:, :-1], skew)\n        c = F.pad(c, (0, 1))",
+            VALUE,
+        ),
+        (
+            "K10: the teacher's k are made to sum to 1",
+            "parts.append((ids, torch.cat([best, _log_rest(logp, ids)], dim=-1)",
+            "parts.append((ids, torch.cat([best.log_softmax(-1), _log_rest(logp, ids)], dim=-1)",
+            STORED,
+        ),
+        (
+            "K10: the student's rest is all",
+            "rest = _log_rest(logq, target.ids)",
+            "rest = torch.zeros_like(logq[:, :1])",
+            VALUE,
+        ),
+        (
+            "the bucket's gradient to each of its tokens whole",
+            "(logq - rest).exp() * c[:, -1:]",
+            "logq.exp() * 0 + c[:, -1:]",
+            EQUAL,
+        ),
+        ("no gradient in the bucket", "(logq - rest).exp() * c[:, -1:]", "0 * logq", EQUAL),
+        (
+            "0 log 0 is NaN",
+            "dim=-1).clamp(min=NEVER)\n        found",
+            "dim=-1)\n        found",
+            "test_all_tokens_stored_are_the_whole_distribution",
+        ),
+        (
+            "an empty rest is NaN",
+            "_log_rest(logp, ids)], dim=-1).clamp(min=NEVER)))",
+            "_log_rest(logp, ids)], dim=-1)))",
+            "test_all_tokens_stored_are_the_whole_distribution",
+        ),
+        (
+            "stored without temperature",
+            "shares[rows], temperature)\n            best",
+            "shares[rows], 1.0)\n            best",
+            STORED,
+        ),
+        (
+            "stored without shares",
+            "None if shares is None else shares[rows], temperature)\n            best",
+            "None, temperature)\n            best",
+            STORED,
+        ),
+        (
+            "the gradient of a divergence is not scaled",
+            "d.mul_(grad).to(dtype) for d",
+            "d.mul_(1).to(dtype) for d",
+            "test_the_gradient_of_a_divergence_is_scaled_and_given_once",
+        ),
+        (
+            "the gradient of a divergence is given twice",
+            "known, ctx.known = ctx.known, None",
+            "known = ctx.known",
+            "test_the_gradient_of_a_divergence_is_scaled_and_given_once",
+        ),
+        (
+            "a divergence computes gradients that nobody wants",
+            "wanted = [torch.is_grad_enabled() and x.requires_grad for x",
+            "wanted = [True for x",
+            COST,
+        ),
+        (
+            "vocabularies are cut to fit",
+            "if not stored and any(len(w) != n_words for _, w in teachers):",
+            "if False:",
+            "test_a_divergence_of_what_does_not_fit",
+        ),
+        (
+            "rows that do not fit",
+            "if any(shape != lead for shape in (hidden.shape[:-1], *shapes)):",
+            "if False:",
+            "test_a_divergence_of_what_does_not_fit",
         ),
         # compiling
         (

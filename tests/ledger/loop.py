@@ -754,7 +754,7 @@ MUTANTS = [
         ("the table keeps runs of other settings", ".read_text()) == _identity(one)):", ".read_text())):"),
         ("the number of seeds is a setting of each run", '"resume", "seeds"}', '"resume"}'),
         ("the table has the start where the end belongs", '[(name, "after", runs)]', '[(name, "before", runs)]'),
-        ("the table's first row is the end", '("SFT", "before", runs[:1])', '("SFT", "after", runs[:1])'),
+        ("the table's first row is the end", '(start, "before", runs[:1])', '(start, "after", runs[:1])'),
         ("the table repeats every variant", "args.seeds if name in repeated else 1", "args.seeds"),
         ("the spread of a population", "statistics.stdev(values)", "statistics.pstdev(values)"),
     ]
