@@ -166,7 +166,7 @@ class QuantMatrix(nn.Module):
 
     def __init__(self, shape: tuple[int, int], tensors: dict[str, Tensor], scheme: dict):
         super().__init__()
-        self.shape, self.scheme = tuple(shape), scheme
+        self.shape, self.scheme, self.laid_out = tuple(shape), scheme, None
         for name in (*kernels.NF4._fields[:-1], *kernels.Packed._fields[:3], "kept", "kept_weight"):
             if name not in self._buffers:
                 self.register_buffer(name, tensors.get(name))
@@ -186,10 +186,22 @@ class QuantMatrix(nn.Module):
         if self.scheme["activations"] == 8:
             x = x if self.kept is None else x.index_fill(-1, self.kept.long(), 0.0)  # or they would set the scale
             y = kernels.int8_linear(x, self.q)
+        elif (few := self._for_few_rows(x)) is not None:
+            y = kernels.few_rows_linear(x, few)
         else:
             y = kernels.quantized_linear(x, self.q)
         y = y if of_kept is None else y + of_kept
         return y if seed is None else kernels.rotate(y, seed, back=True)
+
+    def _for_few_rows(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What kernels.few_rows_linear reads, a second copy, made when a bf16 model on a CPU first decodes."""
+        if x.dtype != torch.bfloat16 or x.device.type != "cpu" or torch.is_grad_enabled():
+            return None
+        if x.numel() > kernels.FEW * x.shape[-1]:
+            return None
+        if self.laid_out is None:
+            self.laid_out = kernels.lay_out(self.q) or ()
+        return self.laid_out or None
 
     def n_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.buffers())

@@ -142,17 +142,15 @@ class Grid(NamedTuple):
 def fit_grid(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> Grid:
     """The smallest grid that reaches all of weight (out, in), and 0, in each group; group_size 0: one group a row.
 
-    symmetric: 2^bits - 1 codes, zero in their middle. Scales are rounded to bf16 before anything is divided by them.
+    symmetric: 2^bits - 1 codes, zero in their middle. Scales are rounded to bf16, none of them down, before anything is
+    divided by them.
     """
     groups = weight.unflatten(-1, (-1, group_size or weight.shape[-1]))  # (out, G, g)
-    if symmetric:
-        scales = groups.abs().amax(-1) / (2 ** (bits - 1) - 1)
-        scales = torch.where(scales > 0, scales, 1.0).bfloat16().to(weight.dtype)
-        return Grid(scales, torch.full_like(scales, 2 ** (bits - 1)), bits, True)
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)  # 0 has a code of its own
-    scales = (high - low) / (2**bits - 1)
-    scales = torch.where(scales > 0, scales, 1.0).bfloat16().to(weight.dtype)
-    return Grid(scales, (-low / scales).round().clamp(0, 2**bits - 1), bits, False)
+    scales = torch.maximum(-low, high) / (2 ** (bits - 1) - 1) if symmetric else (high - low) / (2**bits - 1)
+    scales = torch.where(scales > 0, scales * (1 + 2**-9), 1.0).bfloat16().to(weight.dtype)
+    middle = torch.full_like(scales, 2 ** (bits - 1))
+    return Grid(scales, middle if symmetric else (-low / scales).round(), bits, symmetric)
 
 
 def nearest(weight: Tensor, grid: Grid) -> Tensor:
