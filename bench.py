@@ -852,7 +852,7 @@ def decoding_of_bf16(name: str, narrow: Transformer, plain: Transformer, rows: i
     ours, theirs, of_copy = medians(calls, args.repeats, args.device)
     cached = decoding_bytes(plain, rows, prompt, new) / new - 2 * n_weights(plain)
     n_bytes = [weight_bytes(model) + cached for model in (narrow, plain)]  # of a step
-    best = rows * 2 * len(source) / of_copy / n_bytes[0]
+    best = rows * (len(source) + len(target)) / of_copy / n_bytes[0]
     return [row(f"decoding, {name}", rows * new / ours, rows * new / theirs, "tokens/s", True),
             row(f"bytes of a step, {name}", *(n / 1e6 for n in n_bytes), "MB", False),
             row(f"decoding, {name}, {CEILING} of bandwidth", rows * new / ours, best, "tokens/s", True)]  # fmt: skip

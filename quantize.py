@@ -29,7 +29,7 @@ hard in large models is now true (a small model has no outliers of its own; ever
 
 Left out: AWQ's search for clipping ranges, OWQ's and SpQR's sparse formats, QuIP's rescaling. A checkpoint is a Hugging
 Face directory with packed integers; `model.load` reads it, other libraries do not. Measured on held-out text: `bits per
-byte` of the weather, whose entropy is known; `KL` (full model, quantized model) of the next token, in nats a token;
+byte` of the weather, whose entropy is known; `KL, mnat`, KL(full model, quantized one) in thousandths of a nat a token;
 `exact match` on the questions of sft.py; `bits per weight` really stored, scales and all; `MB` of the checkpoint;
 `tokens/s` of greedy decoding. The last lines: `bits per byte: 1.0x before, 1.0x after`.
 """
@@ -578,7 +578,7 @@ def measured(model: Transformer, ref_model: Transformer, tokenizer: Tokenizer, t
     per_row = math.log(2) * sum(n_bytes) / len(n_bytes)  # so that the mean over rows is the mean over bytes
     mean_count = sum(n for *_, n in found) / len(found)
     metrics = {"bits per byte": [nll / per_row for nll, *_ in found[: len(n_bytes)]],
-               "KL": [kl / mean_count for _, kl, _ in found]}  # fmt: skip
+               "KL, mnat": [1000 * kl / mean_count for _, kl, _ in found]}  # fmt: skip
     if "questions" in test:
         metrics["exact match"] = evaluate(model, tokenizer, {"questions": test["questions"]}, args, loop)["exact match"]
     model.eval()
@@ -624,7 +624,7 @@ TABLE = (
     "int8-mixed --plant 64",
 )  # fmt: skip
 MAIN_METHODS = ("rtn", "awq", "gptq")  # which --method all runs with --seeds seeds
-COLUMNS = ("bits per byte", "KL", "exact match", "bits per weight", "MB", "tokens/s")
+COLUMNS = ("bits per byte", "KL, mnat", "exact match", "bits per weight", "MB", "tokens/s")
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -666,23 +666,21 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def resolved(args: argparse.Namespace) -> argparse.Namespace:
-    """`args` with the defaults of its --method, which in a row of the table has flags of its own."""
+    """`args` with the defaults of its --method, which in a row of the table has flags of its own: "rtn --bits 2"."""
     method, *flags = shlex.split(args.method)
-    if flags:
-        own = get_args(["--method", method, *flags])
-        args = argparse.Namespace(**vars(args) | {name: getattr(own, name) for name in ROW_FLAGS})
+    of_row = get_args(["--method", method, *flags]) if flags else args
+    own = {flag[2:].replace("-", "_") for flag in flags if flag.startswith("--")}
+    args = argparse.Namespace(**vars(args) | {name: getattr(of_row, name) for name in own} | {"method": method})
     if method not in (*METHODS, "qat", "none"):
         raise UserError(f"--method {method}: expected one of {', '.join(METHODS)}, qat, none, all")
-    args.method = method
     fill(args, DEFAULTS, args.model is not None)
     whole = method in OF_ACTIVATIONS
     fill(args, {"bits": (4, 8), "group_size": (64, 0), "symmetric": (False, True)}, whole)
     if whole and (args.bits, args.group_size, args.symmetric) != (8, 0, True):
         raise UserError(f"--method {method} is a product of integers: --bits 8 --group-size 0 --symmetric")
+    if method == "none" and not args.kv:
+        raise UserError("--method none leaves the weights alone: choose what else, such as --kv 4")
     return args
-
-
-ROW_FLAGS = ("bits", "group_size", "symmetric", "act_order", "plant", "kv", "kv_keys")  # of a row
 
 
 def scheme_of(args: argparse.Namespace) -> dict:
@@ -733,6 +731,11 @@ def main(args: argparse.Namespace) -> dict:
     start = args.model or loop.require("sft")
     model, tokenizer = load(start, device=loop.device, with_tokenizer=True)
     loop.check_length(model)
+    if quantized(model):
+        raise UserError(f"{start}: is quantized already")
+    for path in (paths := [f"blocks.{i}.{name}" for i in range(model.config.depth) for name in MATRICES]):
+        if args.group_size and (width := model.get_submodule(path).in_features) % args.group_size:
+            raise UserError(f"--group-size {args.group_size}: does not divide the {width} inputs of {path}")
     model.eval().requires_grad_(False)
     if args.plant:
         plant(model, args.plant, args.seed)
@@ -742,7 +745,6 @@ def main(args: argparse.Namespace) -> dict:
     batches = [collate(groups[i : i + args.micro_batch_size], loop.device, with_documents=True)
                for i in range(0, len(groups), args.micro_batch_size)]  # fmt: skip
     before = measured(ref_model, ref_model, tokenizer, test, args, loop)
-    paths = [f"blocks.{i}.{name}" for i in range(model.config.depth) for name in MATRICES]
     if args.method in FOLDED:
         fold_all(model, batches, args)
 

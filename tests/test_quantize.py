@@ -1,5 +1,6 @@
 """quantize.py: codes by hand, GPTQ against brute force, folding and planting change no logit, what is saved loads."""
 
+import contextlib
 import copy
 import json
 import math
@@ -17,6 +18,7 @@ import quantize
 import sft
 from data import chat
 from data.formats import UserError
+from data.tokenizer import tiny
 from loop import RunFailed
 from model import Config, KVCache, QuantLinear, Transformer, generate, load, read_safetensors, save, write_safetensors
 from quantize import (
@@ -788,3 +790,147 @@ def test_losses_are_those_of_sft_and_the_divergence_is_from_the_full_model():
         wanted = sum(each[t - 1].item() for t, trained in enumerate(row.completion_mask) if trained)
         assert kl == pytest.approx(wanted, rel=1e-4)
     assert all(abs(kl) < 1e-5 for _, kl, _ in quantize.losses(ref, ref, rows, args, Plain))
+
+
+def test_quip_sees_the_rotated_inputs():
+    """With few bits and inputs that hang together, the rotated gram is what makes the error small."""
+    weight, x = normal(16, 16), correlated(200, 16, dtype=torch.float32)
+    c, errors = flags(method="quip", bits=2, group_size=0), {}
+    for name, inputs in (("rotated", inputs_of(x)), ("none", inputs_of(torch.eye(16)))):
+        part = model_module.QuantMatrix((16, 16), quantize.quip(weight, inputs, c), quantize.scheme_of(c))
+        errors[name] = (part(x) - x @ weight.T).square().sum().item()
+    assert errors["rotated"] < 0.6 * errors["none"]
+
+
+def test_the_measurement_of_a_cache_is_through_it():
+    net, ref = random_net(), random_net()
+    net.cache = lambda *args: QuantizedCache(*args, bits=2, keys_by="channel")
+    rows = [chat.Row(ids(n).tolist(), [0] + [1] * (n - 1)) for n in (40, 30)]
+    args, loop = Namespace(micro_batch_size=2), Namespace(device=torch.device("cpu"), autocast=contextlib.nullcontext)
+    assert all(kl > 0.1 for _, kl, _ in quantize.losses(net, ref, rows, args, loop))
+
+
+def test_few_rows_of_bf16_are_multiplied_from_the_codes():
+    weight, x = normal(48, 128), normal(2, 3, 128, seed=1).bfloat16()
+    for bits, group, symmetric in ((8, 0, True), (4, 32, False), (4, 64, True)):
+        c = flags(method="rtn", bits=bits, group_size=group, symmetric=symmetric)
+        part = model_module.QuantMatrix(weight.shape, quantize.rtn(weight, None, c), quantize.scheme_of(c))
+        exact = F.linear(x.double(), kernels.dequantize(part.q, torch.float64))
+        with torch.no_grad():
+            found = part(x)
+            assert part.laid_out and found.dtype == torch.bfloat16
+            assert (found.double() - exact).abs().max() < 0.01 * exact.abs().max()
+            assert torch.equal(part(x[:1, :1]), found[:1, :1]) or (part(x[:1, :1]) - found[:1, :1]).abs().max() < 0.1
+            many = part(x.repeat(4, 1, 1))  # 24 rows: a product with the whole matrix, other roundings
+            assert torch.equal(many, F.linear(x.repeat(4, 1, 1), kernels.dequantize(part.q, torch.bfloat16)))
+        assert torch.equal(part(x), F.linear(x, kernels.dequantize(part.q, torch.bfloat16)))  # with gradients
+    for bits, group, symmetric in ((8, 0, False), (4, 0, False), (4, 16, False), (3, 32, False)):
+        c = flags(method="rtn", bits=bits, group_size=group, symmetric=symmetric)
+        part = model_module.QuantMatrix(weight.shape, quantize.rtn(weight, None, c), quantize.scheme_of(c))
+        assert kernels.lay_out(part.q) is None
+        with torch.no_grad():
+            assert torch.equal(part(x), F.linear(x, kernels.dequantize(part.q, torch.bfloat16)))
+    assert kernels.lay_out(kernels.nf4_quantize(weight)) is None
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """A model of one block, and 8 rows of each kind to measure."""
+    torch.manual_seed(0)
+    net = Transformer(Config.from_depth(1, 1024, 192))
+    for name, p in net.named_parameters():
+        nn.init.normal_(p, mean=float("norm" in name), std=0.2)
+    save(net, tiny(), tmp_path / "start")
+    held_out = quantize.held_out
+
+    def fewer(tokenizer, seed=0):
+        test = held_out(tokenizer, seed)
+        rows = test["text"][:8] + test["rows"][-8:]
+        return {"text": test["text"][:8], "rows": rows, "questions": test["questions"][:8]}
+
+    monkeypatch.setattr(quantize, "held_out", fewer)
+    return net
+
+
+def run(tmp_path, *words: str) -> dict:
+    common = ["--model", str(tmp_path / "start"), "--out", str(tmp_path / "out"), "--rows", "16", "--group-size", "32",
+              "--max-new-tokens", "8", "--micro-batch-size", "8", "--device", "cpu"]  # fmt: skip
+    return quantize.main(get_args([*common, *words]))
+
+
+def test_a_run_leaves_a_checkpoint_that_is_what_was_measured(start, tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(quantize, "load", lambda *a, **k: loaded.append(load(*a, **k)) or loaded[-1])
+    result = run(tmp_path, "--method", "awq", "--bits", "3", "--plant", "64")
+    assert (result["metric"], result["higher_is_better"], result["n"]) == ("bits per byte", False, 8)
+    assert result["variant"] == "awq, 3 bits, outliers planted"
+    metrics = result["metrics"]
+    assert metrics["KL, mnat"]["before"] == pytest.approx(0, abs=1e-2) and metrics["KL, mnat"]["after"] > 10
+    assert metrics["bits per weight"]["before"] == 32 and metrics["bits per weight"]["after"] < 4.5
+    sizes = [(tmp_path / folder / "model.safetensors").stat().st_size / 1e6 for folder in ("start", "out/checkpoint")]
+    assert [metrics["MB"]["before"], metrics["MB"]["after"]] == sizes
+    assert len(loaded) == 2  # the start, and what was written: that is measured
+    tokenizer, net = tiny(), load(tmp_path / "out")[0]
+    rows = quantize.held_out(tokenizer)["text"]
+    texts = [tokenizer.decode(row.input_ids[1:], skip_special=True) for row in rows]
+    for model, found in ((start, result["before"]), (net, result["after"])):
+        logps = [model(torch.tensor([row.input_ids]))[0, :-1].log_softmax(-1) for row in rows]
+        picked = (p.gather(-1, torch.tensor(row.input_ids[1:])[:, None]) for p, row in zip(logps, rows, strict=True))
+        nll = -sum(p.sum().item() for p in picked)
+        assert found == pytest.approx(nll / math.log(2) / sum(len(text.encode()) for text in texts), rel=1e-4)
+    ratio = (net.blocks[0].ffn_norm.weight / start.blocks[0].ffn_norm.weight).detach().abs()
+    assert ratio.max() / ratio.median() > 3  # planted; and scaled by AWQ, which no other norm would be
+    assert len(ratio.unique()) > 4
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4] and all(0 < line["error"] < 1 for line in lines)
+    with pytest.raises(UserError, match="is quantized already"):
+        quantize.main(get_args(["--model", str(tmp_path / "out"), "--out", str(tmp_path / "again")]))
+
+
+def test_qat_learns(start, tmp_path):
+    """A few steps on the text to be measured bring the rounded model nearer to the full one."""
+    kl = []
+    for steps in ("0", "12"):
+        result = run(tmp_path, "--method", "qat", "--bits", "2", "--steps", steps, "--lr", "3e-3", "--batch-size", "8")
+        kl.append(result["metrics"]["KL, mnat"]["after"])
+    assert kl[1] < 0.8 * kl[0]
+
+
+def test_a_cache_alone(start, tmp_path):
+    result = run(tmp_path, "--method", "none", "--kv", "2", "--kv-keys", "token")
+    assert result["variant"] == "none, cache 2 bits" and result["metrics"]["bits per weight"]["after"] == 32
+    assert result["metrics"]["KL, mnat"]["after"] > 0.1
+
+
+def test_flags_and_their_defaults():
+    args = get_args([])
+    assert (args.method, args.bits, args.group_size, args.symmetric) == ("gptq", 4, 64, False)
+    args = get_args(["--method", "smoothquant"])
+    assert (args.bits, args.group_size, args.symmetric) == (8, 0, True)
+    assert quantize.scheme_of(args)["activations"] == 8 and quantize.scheme_of(get_args([]))["activations"] == 16
+    assert quantize.scheme_of(get_args(["--method", "quip", "--seed", "5"]))["rotation"] == 5
+    of_table = vars(get_args(["--method", "all", "--rows", "7"])) | {"method": "rtn --bits 2 --plant 8"}
+    row = quantize.resolved(Namespace(**of_table))
+    assert (row.method, row.bits, row.plant, row.group_size, row.rows, row.symmetric) == ("rtn", 2, 8.0, 64, 7, False)
+    for words, wrong in ((["--method", "fp8"], "fp8"), (["--method", "w8a8", "--bits", "4"], "8 --group-size 0"),
+                         (["--method", "none"], "--kv")):  # fmt: skip
+        with pytest.raises(UserError, match=wrong):
+            get_args(words)
+
+
+def test_sizes_that_do_not_fit_are_refused(start, tmp_path):
+    with pytest.raises(UserError, match="--group-size 24: .* 32"):
+        run(tmp_path, "--group-size", "24")
+    assert not (tmp_path / "out" / "checkpoint").exists()
+
+
+def test_a_table_of_methods(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantize, "TABLE", ("rtn --bits 2", "w8a8 --group-size 0"))
+    words = ["--model", str(tmp_path / "start"), "--out", str(tmp_path / "all"), "--rows", "8", "--max-new-tokens", "4",
+             "--group-size", "32"]
+    table = quantize.main(get_args(["--method", "all", "--seeds", "1", *words]))
+    assert [row["method"] for row in table["rows"]] == ["SFT", "rtn --bits 2", "w8a8 --group-size 0"]
+    full, rtn, w8a8 = table["rows"]
+    assert full["KL, mnat"]["mean"] == pytest.approx(0, abs=1e-2)
+    assert rtn["KL, mnat"]["mean"] > w8a8["KL, mnat"]["mean"] > 0
+    assert rtn["bits per weight"]["mean"] < 4 < 8 < w8a8["bits per weight"]["mean"] < 9
