@@ -604,6 +604,15 @@ def bits_per_weight(model: Transformer) -> float:
     return 8 * sum(part.n_bytes() for part in parts) / sum(math.prod(part.shape) for part in parts)
 
 
+@torch.no_grad()
+def bits_in_cache(model: Transformer) -> float:
+    """Of a key or value of one channel and token, once it is packed."""
+    cache = model.cache(model, 1, KV_GROUP, model.embed.weight.dtype)
+    model.hidden(torch.zeros(1, KV_GROUP, dtype=torch.long, device=model.embed.weight.device), cache=cache)
+    cache.reserve(1)
+    return cache.bits_per_number()
+
+
 # 3. Config
 
 DEFAULTS = {  # flag: (the tiny model), (a --model of your own)
@@ -632,7 +641,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         __doc__,
         flags=("--model", "--data", "--out", "--steps", "--batch-size", "--micro-batch-size", "--lr", "--warmup",
                "--schedule", "--grad-clip", "--max-length", "--max-new-tokens", "--eval-data", "--seed", "--device",
-               "--dtype", "--log-every"),
+               "--dtype", "--log-every", "--resume"),
         defaults=dict.fromkeys(DEFAULTS) | {"steps": 150, "warmup": 10, "schedule": "linear", "grad_clip": 1.0,
                                             "max_new_tokens": 64, "log_every": 1},
     )
@@ -660,8 +669,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--too-long", choices=("refuse", "drop", "cut", "split"), default="cut",
                      help="rows of more than --max-length tokens (default: %(default)s)")
     cli.add_argument("--seeds", type=COUNT, default=1, help=f"runs of {', '.join(MAIN_METHODS)} in --method all")
-    cli.set_defaults(stage="sft", mix={}, resume=False)
+    cli.set_defaults(stage="sft", mix={})  # which sft.file_rows asks for
     args = cli.parse_args(argv)
+    if args.resume and args.method != "all":
+        raise UserError("--resume keeps the finished rows of --method all; a single run starts anew")
     return args if args.method == "all" else resolved(args)
 
 
@@ -791,6 +802,8 @@ def main(args: argparse.Namespace) -> dict:
     after = measured(model, ref_model, tokenizer, test, args, loop)
     sizes = {"bits per weight": (bits_per_weight(ref_model), bits_per_weight(model)),
              "MB": (file_mb(start), file_mb(loop.checkpoint))}
+    if args.kv:
+        sizes["bits per cached number"] = 8.0 * model.embed.weight.element_size(), bits_in_cache(model)
     before |= {name: [was] for name, (was, _) in sizes.items()}
     after |= {name: [now] for name, (_, now) in sizes.items()}
     return loop.finish(before, after, variant=variant_of(args), higher_is_better=False,

@@ -900,6 +900,7 @@ def test_a_cache_alone(start, tmp_path):
     result = run(tmp_path, "--method", "none", "--kv", "2", "--kv-keys", "token")
     assert result["variant"] == "none, cache 2 bits" and result["metrics"]["bits per weight"]["after"] == 32
     assert result["metrics"]["KL, mnat"]["after"] > 0.1
+    assert result["metrics"]["bits per cached number"]["after"] == 2 + 24 / 32  # of one head of 32 channels
 
 
 def test_flags_and_their_defaults():
@@ -913,7 +914,7 @@ def test_flags_and_their_defaults():
     row = quantize.resolved(Namespace(**of_table))
     assert (row.method, row.bits, row.plant, row.group_size, row.rows, row.symmetric) == ("rtn", 2, 8.0, 64, 7, False)
     for words, wrong in ((["--method", "fp8"], "fp8"), (["--method", "w8a8", "--bits", "4"], "8 --group-size 0"),
-                         (["--method", "none"], "--kv")):  # fmt: skip
+                         (["--method", "none"], "--kv"), (["--resume"], "--method all")):  # fmt: skip
         with pytest.raises(UserError, match=wrong):
             get_args(words)
 
