@@ -801,10 +801,8 @@ SCHEMES = {"int8": (8, 0, True), "int4": (4, 64, False)}  # name: (bits, group_s
 
 def bench_quantize(args: argparse.Namespace) -> list[dict]:
     """Weights at random, since only their number matters, and enough of them that no cache holds them."""
-    new, prompt, width = 16, 16, 1024
-    config = Config("llama", vocab_size=512, depth=args.depth, width=width, heads=16, kv_heads=8, head_dim=64,
-                    ffn_width=2816, max_length=256)  # fmt: skip
-    wide = Transformer(config).requires_grad_(False)
+    new, prompt = 16, 16
+    wide = Transformer(large(args.depth)).requires_grad_(False)
     plain = copy.deepcopy(wide).to(args.device, torch.bfloat16)
     print(f"quantize: {n_weights(plain) / 1e6:.3g}M weights, {prompt} + {new} tokens, greedy, {args.device}, bf16, "
           f"{torch.get_num_threads()} threads, medians of {args.repeats} alternating runs")  # fmt: skip
@@ -822,6 +820,12 @@ def bench_quantize(args: argparse.Namespace) -> list[dict]:
         seconds = race(functools.partial(read, narrow), functools.partial(read, plain), args.repeats, args.device)
         rows.append(row(f"prompts, {name}, 8 x 128 tokens", *(text.numel() / s for s in seconds), "tokens/s", True))
     return rows
+
+
+def large(depth: int) -> Config:
+    """Twelve million weights a block."""
+    return Config("llama", vocab_size=512, depth=depth, width=1024, heads=16, kv_heads=8, head_dim=64, ffn_width=2816,
+                  max_length=256)  # fmt: skip
 
 
 def rounded_model(model: Transformer, bits: int, group_size: int, symmetric: bool) -> Transformer:

@@ -520,8 +520,8 @@ def plant(model: Transformer, factor: float, seed: int, channels: int = 3) -> No
 def examples(args: argparse.Namespace, tokenizer: Tokenizer, loop: Loop) -> tuple[list[chat.Row], dict[str, list]]:
     """The rows to calibrate on (and to train on, qat), and what to measure.
 
-    Of the generated world: what sft.py was trained on, but never a row of it, and the weather, text, questions that
-    were held out. Of --data: its rows, and the held-out ones.
+    Of the generated world: chats, documents and weather like those that sft.py was trained on, but never those; weather
+    and questions that were held out. Of --data: its rows, and the held-out ones.
     """
     if args.data:
         train, test = file_rows(args, args.data, loop)
@@ -530,10 +530,10 @@ def examples(args: argparse.Namespace, tokenizer: Tokenizer, loop: Loop) -> tupl
         if not rows or not kept:
             raise UserError(f"no row is left to calibrate on or to measure: --max-length is {args.max_length}")
         return rows, {"text": kept, "rows": kept}
-    count = args.steps * args.batch_size if args.method == "qat" else args.rows
-    chats = [chat.render(row["messages"], tokenizer) for row in world.sft_rows(count, seed=1_000_000 + args.seed)]
-    texts = [document(text, tokenizer) for text in world.base_documents(count // 2, seed=1_000_000 + args.seed)]
-    rows = [row for pair in zip(chats, texts * 2, strict=False) for row in pair]
+    count, seed = (args.steps * args.batch_size if args.method == "qat" else args.rows), 1_000_000 + args.seed
+    rows = [chat.render(row["messages"], tokenizer) for row in world.sft_rows(count, seed)]
+    weather = (world.weather_log(world.rng_for("calibration", seed, i)) for i in range(count // 2))
+    rows += [document(text, tokenizer) for text in (*world.base_documents(count // 2, seed), *weather)]
     return fitting(rows, "rows", args, loop), held_out(tokenizer)
 
 
