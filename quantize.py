@@ -148,9 +148,15 @@ def fit_grid(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> Gri
     groups = weight.unflatten(-1, (-1, group_size or weight.shape[-1]))  # (out, G, g)
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)  # 0 has a code of its own
     scales = torch.maximum(-low, high) / (2 ** (bits - 1) - 1) if symmetric else (high - low) / (2**bits - 1)
-    scales = torch.where(scales > 0, scales * (1 + 2**-9), 1.0).bfloat16().to(weight.dtype)
+    scales = not_below(torch.where(scales > 0, scales, 1.0))
     middle = torch.full_like(scales, 2 ** (bits - 1))
     return Grid(scales, middle if symmetric else (-low / scales).round(), bits, symmetric)
+
+
+def not_below(x: Tensor) -> Tensor:
+    """The least numbers of bf16, as they are in x's dtype, that are not below x: what is divided by them fits."""
+    narrow = x.bfloat16()
+    return torch.where(narrow.to(x.dtype) < x, narrow.nextafter(torch.full_like(narrow, math.inf)), narrow).to(x.dtype)
 
 
 def nearest(weight: Tensor, grid: Grid) -> Tensor:
@@ -199,7 +205,7 @@ def optimal_brain(weight: Tensor, gram: Tensor, c: argparse.Namespace, *, block_
     kept = torch.zeros(n, dtype=torch.bool, device=weight.device) if kept is None else kept
     order = gram.diagonal().argsort(descending=True, stable=True) if c.act_order else torch.arange(n).to(kept.device)
     order = torch.cat([order[~kept[order]], order[kept[order]]])
-    in_place = not (c.act_order or kept.any())
+    columns, in_place = order.tolist(), not (c.act_order or kept.any())
     grid = fit_grid(weight.masked_fill(kept, 0.0), c.bits, c.group_size, c.symmetric)
     scales, zeros = grid.scales, grid.zeros
     u = inverse_factor(gram[order][:, order], c.damping)
@@ -207,10 +213,8 @@ def optimal_brain(weight: Tensor, gram: Tensor, c: argparse.Namespace, *, block_
     cuts = sorted({*range(0, n, block_size), *(range(0, n, group) if in_place else ()), n})
     for start, end in zip(cuts, cuts[1:], strict=False):
         errors = torch.zeros_like(w[:, start:end])
-        for j in range(start, end):
-            column = int(order[j])
-            if kept[column]:
-                continue
+        for j in range(start, min(end, n - int(kept.sum()))):
+            column = columns[j]
             g = column // group
             if in_place and j % group == 0:
                 new = fit_grid(w[:, j : j + group], c.bits, 0, c.symmetric)
@@ -525,8 +529,9 @@ def examples(args: argparse.Namespace, tokenizer: Tokenizer, loop: Loop) -> tupl
     """
     if args.data:
         train, test = file_rows(args, args.data, loop)
+        train = train if args.method == "qat" else train[: args.rows]
         rows, kept = (fitting([encode(row, tokenizer, args) for row in some], what, args, loop)
-                      for some, what in ((train[: args.rows], "rows"), (test, "held-out rows")))  # fmt: skip
+                      for some, what in ((train, "rows"), (test, "held-out rows")))  # fmt: skip
         if not rows or not kept:
             raise UserError(f"no row is left to calibrate on or to measure: --max-length is {args.max_length}")
         return rows, {"text": kept, "rows": kept}
