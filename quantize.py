@@ -624,7 +624,7 @@ DEFAULTS = {  # flag: (the tiny model), (a --model of your own)
     "batch_size": (16, 16),
     "micro_batch_size": (16, 4),
     "max_length": (160, 1024),
-    "lr": (5e-4, 1e-5),
+    "lr": (1e-3, 1e-5),  # those of sft.py
     "rows": (256, 256),
 }
 METHODS: dict[str, Callable] = {"rtn": rtn, "nf4": nf4, "gptq": gptq, "awq": rtn, "owq": owq, "quip": quip, "w8a8": rtn,

@@ -108,7 +108,7 @@ IN_QUANTIZE = [
     ("symmetric: the largest weight, not size", "torch.maximum(-low, high)", "high", HAND),
     ("asymmetric: 2^bits steps", "(high - low) / (2**bits - 1)\n", "(high - low) / 2**bits\n", HAND),
     ("a scale of 0", "torch.where(scales > 0, scales, 1.0)", "scales", HAND),
-    ("scales are rounded down", "torch.where(narrow.to(x.dtype) < x, ", "torch.where(narrow.to(x.dtype) < 0, ", NEAREST),
+    ("scales are rounded down", "torch.where(narrow.to(x.dtype) < x,", "torch.where(narrow.to(x.dtype) < 0,", NEAREST),
     (
         "scales are not those that are stored",
         "scales = not_below(torch.where(scales > 0, scales, 1.0))",
