@@ -265,6 +265,27 @@ def int8_mixed(weight: Tensor, inputs: Inputs, c: argparse.Namespace) -> dict[st
     return tensors_of(nearest(weight.masked_fill(kept, 0.0), grid), grid) | kept_columns(weight, kept)
 
 
+# Into the model
+
+
+def scheme_of(args: argparse.Namespace) -> dict:
+    """The quantization_config of the checkpoint."""
+    is_nf4 = args.method == "nf4"
+    return {"quant_method": "post-training", "format": "nf4" if is_nf4 else "int", "bits": 4 if is_nf4 else args.bits,
+            "group_size": args.group_size, "symmetric": bool(args.symmetric),
+            "activations": 8 if args.method in OF_ACTIVATIONS else 16,
+            "rotation": args.seed if args.method == "quip" else None}  # fmt: skip
+
+
+def put_quantized(model: Transformer, path: str, make: Callable[[slice], dict[str, Tensor]], scheme: dict) -> None:
+    """Put a QuantLinear in the place of the matrix at `path`; make: rows to the tensors of a QuantMatrix of them."""
+    matrix, start, parts = model.get_submodule(path), 0, []
+    for n in their_names(model.config, f"{path}.weight")[1] or [matrix.out_features]:
+        parts.append(QuantMatrix((n, matrix.in_features), make(slice(start, start + n)), scheme))
+        start += n
+    put_at(model, path, QuantLinear(parts, matrix.bias))
+
+
 # Folding: x / s enters W s. The division goes into what makes x, and the model is the same function.
 
 
@@ -609,6 +630,20 @@ def bits_per_weight(model: Transformer) -> float:
     return 8 * sum(part.n_bytes() for part in parts) / sum(math.prod(part.shape) for part in parts)
 
 
+def file_mb(folder: str | Path) -> float:
+    """MB of the weights of a checkpoint, or of that of a run."""
+    folder = Path(folder)
+    folder = folder if (folder / "config.json").exists() else folder / "checkpoint"
+    return sum(file.stat().st_size for file in folder.glob("model*.safetensors")) / 1e6
+
+
+def relative_error(weight: Tensor, module: QuantLinear, gram: Tensor) -> float:
+    """|(W - W') X|^2 / |W X|^2"""
+    effective = torch.cat([part(torch.eye(weight.shape[1], device=weight.device)) for part in module.parts], -1).T
+    change = effective - weight
+    return (((change @ gram) * change).sum() / ((weight @ gram) * weight).sum()).item()
+
+
 @torch.no_grad()
 def bits_in_cache(model: Transformer) -> float:
     """Of a key or value of one channel and token, once it is packed."""
@@ -635,7 +670,8 @@ TABLE = (
     "quip", "qat",
     *(f"{name} --bits {bits}" for bits in (3, 2) for name in ("rtn", "awq", "gptq", "owq", "quip", "qat")),
     "w8a8", "rtn --plant 64", "awq --plant 64", "gptq --plant 64", "w8a8 --plant 64", "smoothquant --plant 64",
-    "int8-mixed --plant 64",
+    "int8-mixed --plant 64", "none --kv 8", "none --kv 4", "none --kv 2", "none --kv 4 --plant 64",
+    "none --kv 4 --kv-keys token --plant 64",
 )  # fmt: skip
 MAIN_METHODS = ("rtn", "awq", "gptq")  # which --method all runs with --seeds seeds
 COLUMNS = ("bits per byte", "KL, mnat", "exact match", "bits per weight", "MB", "tokens/s")
@@ -699,42 +735,10 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
-def scheme_of(args: argparse.Namespace) -> dict:
-    """The quantization_config of the checkpoint."""
-    is_nf4 = args.method == "nf4"
-    return {"quant_method": "post-training", "format": "nf4" if is_nf4 else "int", "bits": 4 if is_nf4 else args.bits,
-            "group_size": args.group_size, "symmetric": bool(args.symmetric),
-            "activations": 8 if args.method in OF_ACTIVATIONS else 16,
-            "rotation": args.seed if args.method == "quip" else None}  # fmt: skip
-
-
 def variant_of(args: argparse.Namespace) -> str:
     words = [args.method, f"{scheme_of(args)['bits']} bits" if args.method != "none" else ""]
     words += [f"cache {args.kv} bits" if args.kv else "", "outliers planted" if args.plant else ""]
     return ", ".join(filter(None, words))
-
-
-def put_quantized(model: Transformer, path: str, make: Callable[[slice], dict[str, Tensor]], scheme: dict) -> None:
-    """Put a QuantLinear in the place of the matrix at `path`; make: rows to the tensors of a QuantMatrix of them."""
-    matrix, start, parts = model.get_submodule(path), 0, []
-    for n in their_names(model.config, f"{path}.weight")[1] or [matrix.out_features]:
-        parts.append(QuantMatrix((n, matrix.in_features), make(slice(start, start + n)), scheme))
-        start += n
-    put_at(model, path, QuantLinear(parts, matrix.bias))
-
-
-def file_mb(folder: str | Path) -> float:
-    """MB of the weights of a checkpoint, or of that of a run."""
-    folder = Path(folder)
-    folder = folder if (folder / "config.json").exists() else folder / "checkpoint"
-    return sum(file.stat().st_size for file in folder.glob("model*.safetensors")) / 1e6
-
-
-def relative_error(weight: Tensor, module: QuantLinear, gram: Tensor) -> float:
-    """|(W - W') X|^2 / |W X|^2"""
-    effective = torch.cat([part(torch.eye(weight.shape[1], device=weight.device)) for part in module.parts], -1).T
-    change = effective - weight
-    return (((change @ gram) * change).sum() / ((weight @ gram) * weight).sum()).item()
 
 
 def main(args: argparse.Namespace) -> dict:
