@@ -129,6 +129,7 @@ def test_grid_by_hand():
     close = torch.tensor([2 / 3, 2.5, 1.0, 1.0]).bfloat16().float()
     assert torch.equal(grid.scales[:, 0], close) and (grid.zeros == 4).all()
     assert nearest(weight, grid).tolist() == [[5, 3, 7, 4], [6, 6, 6, 7], [1, 3, 2, 4], [4, 4, 4, 4]]
+    assert fit_grid(torch.tensor([[-6.0, 1.0]]), 3, 0, symmetric=True).scales.item() == 2
     beyond = nearest(torch.tensor([[-9.0, 9.0, 0, 0]]), Grid(torch.ones(1, 1), torch.full((1, 1), 4.0), 3, True))
     assert beyond.tolist() == [[1, 7, 4, 4]]  # symmetric: -3 to 3
 
@@ -247,8 +248,8 @@ def test_packed_documents_do_not_see_each_other():
     rows = [chat.Row(row[real].tolist(), [1] * int(real.sum())) for row, real in pairs]
     both = [sft.collate([rows], torch.device("cpu"), with_documents=True)]
     sums = ([inputs.abssum for *_, inputs in layer_by_layer(net, some)] for some in (apart, both))
-    first, second = next(iter(zip(*sums, strict=True)))
-    torch.testing.assert_close(first, second)  # of the first matrix, which no position has moved yet
+    for first, second in zip(*sums, strict=True):  # positions are relative: the second document begins anywhere
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
 
 
 def test_what_enters_a_matrix_is_what_the_changed_ones_make():
@@ -260,8 +261,8 @@ def test_what_enters_a_matrix_is_what_the_changed_ones_make():
             state = net.embed(some[0].input_ids)[some[0].documents >= 0]
             normed = net.blocks[1].attention_norm(state)
             torch.testing.assert_close(inputs.absmax, normed.abs().amax(0))
-        with torch.no_grad():
-            matrix.weight.zero_()
+        assert matrix is net.get_submodule(path)
+        net.get_submodule(path).weight.zero_()
 
 
 def test_the_inverse_factor_is_that_of_the_inverse():
@@ -317,7 +318,7 @@ CASES = {"a row": {"group_size": 0}, "groups": {"group_size": 3}, "symmetric": {
 @pytest.mark.parametrize("kept", [(), (1, 4)])
 def test_gptq_is_optimal_brain_quantization(case, kept):
     c = flags(bits=3, damping=0.02, **CASES[case])
-    weight, x = normal(4, 6, dtype=torch.float64), correlated(40, 6)
+    weight, x = normal(64, 6, dtype=torch.float64), correlated(40, 6)
     gram = x.T @ x
     mask = torch.zeros(6, dtype=torch.bool)
     mask[list(kept)] = True
@@ -395,6 +396,7 @@ def test_int8_mixed_keeps_the_channels_that_stand_out():
     x = normal(50, 8)
     x[:, 3] *= 30
     c, weight = flags(method="int8-mixed", bits=8, group_size=0, symmetric=True), normal(5, 8)
+    weight[:, 3] *= 10
     found = quantize.int8_mixed(weight, inputs_of(x), c)
     assert found["kept"].tolist() == [3]
     assert torch.equal(found["kept_weight"], weight[:, [3]].bfloat16())
