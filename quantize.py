@@ -667,11 +667,10 @@ METHODS: dict[str, Callable] = {"rtn": rtn, "nf4": nf4, "gptq": gptq, "awq": rtn
 OF_ACTIVATIONS = ("w8a8", "smoothquant", "int8-mixed")
 TABLE = (
     "rtn --bits 8", "rtn", "rtn --symmetric", "rtn --group-size 0", "nf4", "awq", "gptq", "gptq --act-order", "owq",
-    "quip", "qat",
-    *(f"{name} --bits {bits}" for bits in (3, 2) for name in ("rtn", "awq", "gptq", "owq", "quip", "qat")),
-    "w8a8", "rtn --plant 64", "awq --plant 64", "gptq --plant 64", "w8a8 --plant 64", "smoothquant --plant 64",
-    "int8-mixed --plant 64", "none --kv 8", "none --kv 4", "none --kv 2", "none --kv 4 --plant 64",
-    "none --kv 4 --kv-keys token --plant 64",
+    "quip", "qat", *(f"{name} --bits 3" for name in ("rtn", "awq", "gptq", "qat")),
+    *(f"{name} --bits 2" for name in ("rtn", "awq", "gptq", "owq", "quip", "qat")), "w8a8", "rtn --plant 64",
+    "awq --plant 64", "gptq --plant 64", "w8a8 --plant 64", "smoothquant --plant 64", "int8-mixed --plant 64",
+    "none --kv 8", "none --kv 4", "none --kv 2", "none --kv 4 --plant 64", "none --kv 4 --kv-keys token --plant 64",
 )  # fmt: skip
 MAIN_METHODS = ("rtn", "awq", "gptq")  # which --method all runs with --seeds seeds
 COLUMNS = ("bits per byte", "KL, mnat", "exact match", "bits per weight", "MB", "tokens/s")
@@ -683,7 +682,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         flags=("--model", "--data", "--out", "--steps", "--batch-size", "--micro-batch-size", "--lr", "--warmup",
                "--schedule", "--grad-clip", "--max-length", "--max-new-tokens", "--eval-data", "--seed", "--device",
                "--dtype", "--log-every", "--resume"),
-        defaults=dict.fromkeys(DEFAULTS) | {"steps": 150, "warmup": 10, "schedule": "linear", "grad_clip": 1.0,
+        defaults=dict.fromkeys(DEFAULTS) | {"steps": 100, "warmup": 10, "schedule": "linear", "grad_clip": 1.0,
                                             "max_new_tokens": 64, "log_every": 1},
     )
     cli.add_argument("--method", default="gptq", metavar="NAME", help=f"{', '.join(METHODS)}, qat, none, or all: "
