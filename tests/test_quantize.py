@@ -332,7 +332,7 @@ def test_gptq_is_optimal_brain_quantization(case, kept):
     loss = lambda w: (((w - weight) @ gram) * (w - weight)).sum()  # noqa: E731
     if not kept:
         plain = fit_grid(weight, 3, c.group_size, c.symmetric)
-        assert loss(wanted) < 0.9 * loss(meant(nearest(weight, plain), plain))
+        assert loss(wanted) < 0.95 * loss(meant(nearest(weight, plain), plain))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -887,7 +887,7 @@ def test_a_run_leaves_a_checkpoint_that_is_what_was_measured(start, tmp_path, mo
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4] and all(0 < line["error"] < 1 for line in lines)
     with pytest.raises(UserError, match="is quantized already"):
-        quantize.main(get_args(["--model", str(tmp_path / "out"), "--out", str(tmp_path / "again")]))
+        run(tmp_path, "--model", str(tmp_path / "out"), "--out", str(tmp_path / "again"))
 
 
 def test_qat_learns(start, tmp_path):
