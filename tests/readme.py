@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- results -->", "<!-- /results -->"
-TABLES = ("dpo", "grpo", "lora")  # of --loss or --method all, in results/tables, each between marks of its own
+TABLES = ("dpo", "grpo", "lora")  # of --loss or --method all, in results/tables, each between its marks
 BENCH_START, BENCH_END = "<!-- bench -->", "<!-- /bench -->"
 ORDER = ("sft", "reward", "dpo", "ppo", "grpo", "lora", "distill", "quantize", "prune", "reason", "merge", "edit",
          "rag", "vlm")  # fmt: skip
@@ -50,7 +50,7 @@ def variants_table(path: Path) -> str:
     for row in rows:
         lines.append([row[label], str(row["seeds"])])
         for column in columns:
-            digits, (mean, spread) = {"seconds": 0, "peak MB": 0}.get(column, 3), row[column].values()
+            digits, (mean, spread) = {"seconds": 0, "peak MB": 0, "tokens/s": 0}.get(column, 3), row[column].values()
             spread = spread if digits else None
             lines[-1].append(f"{mean:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}"))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

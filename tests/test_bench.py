@@ -326,6 +326,60 @@ def test_variety_is_the_share_of_new_tokens():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# quantize
+
+
+SMALL = Config("llama", vocab_size=512, depth=2, width=64, heads=2, kv_heads=1, head_dim=32, ffn_width=128,
+               max_length=256)  # fmt: skip
+
+
+def test_bytes_of_a_step_are_those_of_codes_and_scales():
+    per_block = 64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 128
+    plain = Transformer(SMALL).requires_grad_(False)
+    assert bench.weight_bytes(plain.bfloat16()) == 2 * (512 * 64 + 2 * per_block)
+    rows = 64 + 2 * 32 + 64 + 2 * 128  # of 64 inputs: one group each; those of `down`, 64 rows of 128, have two
+    wanted = ("int8", per_block, 2 * (rows + 64)), ("int4", per_block / 2, 3 * (rows + 2 * 64))
+    for name, of_codes, of_scales in wanted:
+        narrow = bench.rounded_model(Transformer(SMALL).requires_grad_(False), *bench.SCHEMES[name]).bfloat16()
+        less = 64 if name == "int4" else 0  # two zeros of a row of `down` share a byte
+        assert bench.weight_bytes(narrow) == 2 * 512 * 64 + 2 * (of_codes + of_scales - less)
+        assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16}
+
+
+def test_quantized_decoding_against_its_ceiling(monkeypatch):
+    made: list = []
+
+    def medians(calls, repeats, device):
+        made.append(calls)
+        for call in calls:
+            call()
+        return [2.0, 5.0, 0.5]
+
+    monkeypatch.setattr(bench, "medians", medians)
+    plain = Transformer(SMALL).requires_grad_(False)
+    narrow = bench.rounded_model(plain, *bench.SCHEMES["int4"]).bfloat16()
+    plain = plain.bfloat16()
+    rate, n_bytes, ceiling = bench.decoding_of_bf16("int4, 3 at a time", narrow, plain, 3, 5, 4, ARGS)
+    assert (rate["ours"], rate["peer"], rate["ratio"]) == (6.0, 2.4, 2.5)
+    assert 0 < n_bytes["ratio"] < 1 and n_bytes["ours"] < bench.decoding_bytes(plain, 3, 5, 4) / 4e6
+    cached = bench.decoding_bytes(plain, 3, 5, 4) / 4 - bench.weight_bytes(plain)
+    assert n_bytes["ours"] == pytest.approx((bench.weight_bytes(narrow) + cached) / 1e6)
+    assert n_bytes["peer"] == pytest.approx(bench.decoding_bytes(plain, 3, 5, 4) / 4e6)
+    assert ceiling["peer"] == pytest.approx(3 * 2 * 2**27 / 0.5 / (1e6 * n_bytes["ours"]))
+    for row in (rate, n_bytes, ceiling):
+        check(row)
+
+
+def test_the_quantize_area_runs(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "large", lambda depth: SMALL)
+    bench.main(bench.get_args(["quantize", "--device", "cpu", "--repeats", "1", "--out", str(tmp_path)]))
+    rows = json.loads((tmp_path / "quantize.json").read_text())["rows"]
+    assert len(rows) == 14 and len({row["name"] for row in rows}) == 14
+    for row in rows:
+        check(row)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # gpu
 
 

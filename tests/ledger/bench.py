@@ -135,6 +135,25 @@ MUTANTS = [
             "new * prompt",
             "test_decoding_bytes_are_those_of_weights_and_cache",
         ),
+        # quantize
+        (
+            "scales are not read",
+            "sum(part.n_bytes() for part in parts)\n\n\n",
+            "sum(part.codes.numel() for part in parts)\n\n\n",
+            "test_bytes_of_a_step_are_those_of_codes_and_scales",
+        ),
+        (
+            "the ceiling of the wide model",
+            "(len(source) + len(target)) / of_copy / n_bytes[0]",
+            "(len(source) + len(target)) / of_copy / n_bytes[1]",
+            "test_quantized_decoding_against_its_ceiling",
+        ),
+        (
+            "a step reads no cache",
+            "n_bytes = [weight_bytes(model) + cached for",
+            "n_bytes = [weight_bytes(model) for",
+            "test_quantized_decoding_against_its_ceiling",
+        ),
         (
             "a copy does not read",
             "2 * len(source) / of_copy",
