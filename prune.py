@@ -22,8 +22,8 @@ numbers, and merged into W it would fill all gaps again, so that what is trained
 trains all that is left to say what the dense model says, KL(dense, pruned) (1503.02531).
 
 Differences from the papers: every layer keeps the same share (FLAP and ShortGPT's follow-ups spread it unevenly), and
-SliceGPT turns all layers by one rotation, so that no layer needs a matrix on its residual connection and the result is a
-plain Llama. q, k and v are one matrix with one pair of factors, as are gate and up. Embedding and head are left alone.
+SliceGPT turns all layers by one rotation, so that no layer needs a matrix on its residual connection and what comes out
+is a plain Llama. q, k and v share one pair of factors, as do gate and up. Embedding and head are left alone.
 
     python prune.py                                                     SparseGPT, half of the weights, then LoRA
     python prune.py --method wanda --pattern 2:4 --recover none
@@ -58,10 +58,16 @@ from data.tokenizer import Tokenizer
 from loop import COUNT, REAL, ROOT, Loop, adamw, clip, compare, fill, parser, run, set_lr
 from lora import Adapter, LoRA, linears, merge, put_at, wide
 from model import Config, Transformer, load, token_logps
-from quantize import Inputs, inverse_factor, layer_by_layer
+from quantize import MATRICES, Inputs, inverse_factor, layer_by_layer
 from sft import Batch, collate, document, evaluate, fitting, pack, row_losses, sft_loss
 
 # 1. The objective
+
+
+def unpruned(model: Transformer, batches: list[Batch], args: argparse.Namespace) -> tuple[Transformer, dict]:
+    """Nothing is taken away: what does the training do by itself that is called recovery of the others?"""
+    return model, {}
+
 
 # Zeros: a score for every weight, and which of them are kept
 
@@ -91,15 +97,14 @@ def keep(scores: Tensor, sparsity: float, pattern: str, scope: str) -> Tensor:
     return torch.ones_like(rows, dtype=torch.bool).scatter(-1, least, False).view_as(scores)
 
 
-def sparsegpt(weight: Tensor, gram: Tensor, sparsity: float, pattern: str, *, block: int, damping: float
-              ) -> tuple[Tensor, Tensor]:  # fmt: skip
+def sparsegpt(weight: Tensor, upper: Tensor, sparsity: float, pattern: str, *, block: int) -> tuple[Tensor, Tensor]:
     """(the weights (out, in) with their zeros, which are kept), by optimal brain surgery a column at a time.
 
-    2301.00774, algorithm 1. The columns before j are done and stay; U is the Cholesky factor of the damped H^-1, whose
-    row j is, times U_jj, row j of the inverse of H without them. Zeros are chosen for `block` columns at once, or for
-    the M of a pattern, by weights that have made up for all zeros before; what follows a block learns of it at its end.
+    2301.00774, algorithm 1. upper (in, in): quantize.inverse_factor of H. The columns before j are done and stay;
+    U_jj U_j: is row j of the inverse of H without them. Zeros are chosen for `block` columns at once, or for the M of a
+    pattern, by weights that have made up for all zeros before; what follows a block learns of it at its end.
     """
-    w, upper, kept = wide(weight).clone(), inverse_factor(gram, damping), torch.ones_like(weight, dtype=torch.bool)
+    w, kept = wide(weight).clone(), torch.ones_like(weight, dtype=torch.bool)
     group = 0 if pattern == "unstructured" else int(pattern.split(":")[1])
     block -= block % max(1, group)
     scale = upper.diagonal()  # of column j: the root of [H^-1]_jj
@@ -137,8 +142,8 @@ def prune_weights(model: Transformer, batches: list[Batch], args: argparse.Names
             scores[path] = score(linear.weight, inputs)
             continue
         if args.method == "sparsegpt":
-            pairs = [sparsegpt(part, inputs.gram, args.sparsity, args.pattern, block=BLOCK, damping=DAMPING)
-                     for part in parts]  # fmt: skip
+            upper = inverse_factor(inputs.gram, DAMPING)
+            pairs = [sparsegpt(part, upper, args.sparsity, args.pattern, block=BLOCK) for part in parts]
             linear.weight.copy_(torch.cat([new for new, _ in pairs]))
             masks[path] = torch.cat([kept for _, kept in pairs])
         else:
@@ -201,21 +206,13 @@ def unit_scores(c: Config, scores: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     A channel is a row of gate, the same of up, and a column of down; a head is rows of q and columns of out, and where
     it shares them with no other, rows of k and v, too.
     """
-    heads, channels = [], []
+    heads, channels, sizes = [], [], [c.head_dim * n for n in (c.heads, c.kv_heads, c.kv_heads)]
     for i in range(c.depth):
-        qkv, out, gate_up, down = (scores[f"blocks.{i}.{name}.weight"] for name in c_matrices())
-        q, k, v = (x.sum(1).view(-1, c.head_dim).sum(1) for x in qkv.split(qkv_sizes(c)))
+        qkv, out, gate_up, down = (scores[f"blocks.{i}.{name}.weight"] for name in MATRICES)
+        q, k, v = (x.sum(1).view(-1, c.head_dim).sum(1) for x in qkv.split(sizes))
         heads.append(q + out.sum(0).view(c.heads, -1).sum(1) + (k + v if c.heads == c.kv_heads else 0))
         channels.append(gate_up.sum(1).view(2, -1).sum(0) + down.sum(0))
     return torch.stack(heads), torch.stack(channels)
-
-
-def c_matrices() -> tuple[str, ...]:
-    return "attention.qkv", "attention.out", "ffn.gate_up", "ffn.down"
-
-
-def qkv_sizes(c: Config) -> list[int]:
-    return [c.head_dim * n for n in (c.heads, c.kv_heads, c.kv_heads)]
 
 
 @dataclass
@@ -278,7 +275,7 @@ def flap(model: Transformer, batches: list[Batch], args: argparse.Namespace) -> 
         scores[f"{path}.weight"] = torch.zeros_like(wide(linear.weight))
         if path.endswith(("attention.out", "ffn.down")):
             means[path] = inputs.sum / inputs.n
-            variance = inputs.gram.diagonal() / inputs.n - means[path].square()
+            variance = (inputs.gram.diagonal() / inputs.n - means[path].square()).clamp(min=0)
             scores[f"{path}.weight"] = variance * wide(linear.weight).square()
     units, biases = Units.best(c, *unit_scores(c, scores), args.sparsity, args.units), {}
     for path, mean in means.items():
@@ -551,6 +548,7 @@ def speeds(models: tuple[Transformer, ...], args: argparse.Namespace, loop: Loop
 Method = Callable[[Transformer, list[Batch], argparse.Namespace], tuple[Transformer, dict[str, Tensor]]]
 ZEROS = {"sparsity": 0.5, "pattern": "unstructured"}
 METHODS: dict[str, tuple[Method, dict[str, object]]] = {  # name: (what does it, {flag: default})
+    "dense": (unpruned, {"sparsity": 0.0}),
     "magnitude": (prune_weights, ZEROS | {"scope": "layer"}),
     "wanda": (prune_weights, ZEROS | {"scope": "row"}),
     "sparsegpt": (prune_weights, ZEROS),
@@ -571,13 +569,14 @@ DEFAULTS = {  # flag: (the tiny model), (a --model of your own)
 }
 RATES = {"none": (0.0, 0.0), "lora": (2e-3, 2e-5), "kd": (1e-3, 1e-5)}  # --lr, for the same two
 TABLE = (
-    "magnitude", "magnitude --scope global", "wanda", "wanda --scope layer", "sparsegpt", "sparsegpt --recover kd",
-    "magnitude --sparsity 0.7", "wanda --sparsity 0.7", "sparsegpt --sparsity 0.7", "magnitude --pattern 2:4",
-    "wanda --pattern 2:4", "sparsegpt --pattern 2:4", "llm-pruner --score random --sparsity 0.5",
-    "llm-pruner --score magnitude --sparsity 0.5", "llm-pruner --sparsity 0.5",
-    "llm-pruner --sparsity 0.5 --recover kd", "flap --sparsity 0.5", "llm-pruner --units heads --sparsity 0.5",
-    "flap --units heads --sparsity 0.5", "shortgpt", "shortgpt --score random", "slicegpt", "svd", "asvd", "svd-llm",
-)  # fmt: skip
+    "dense", "magnitude", "magnitude --scope global", "wanda", "wanda --scope layer", "sparsegpt",
+    "sparsegpt --recover kd", "magnitude --sparsity 0.7", "wanda --sparsity 0.7", "sparsegpt --sparsity 0.7",
+    "magnitude --pattern 2:4", "wanda --pattern 2:4", "sparsegpt --pattern 2:4",
+    "llm-pruner --score random --sparsity 0.5", "llm-pruner --score magnitude --sparsity 0.5",
+    "llm-pruner --sparsity 0.5", "llm-pruner --sparsity 0.5 --recover kd", "flap --sparsity 0.5",
+    "llm-pruner --units heads --sparsity 0.5", "flap --units heads --sparsity 0.5", "shortgpt",
+    "shortgpt --score random", "slicegpt", "svd", "asvd", "svd-llm",
+)
 MAIN_METHODS = ("magnitude", "wanda", "sparsegpt")  # which --method all runs with --seeds seeds
 COLUMNS = ("bits per byte", "pruned: bits per byte", "exact match", "pruned: exact match", "sparsity", "parameters",
            "MB", "MB packed", "tokens/s")  # fmt: skip
@@ -629,12 +628,15 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def resolved(args: argparse.Namespace) -> argparse.Namespace:
-    """`args` with the flags that --method brings along, and the defaults of the method; UserError if they do not fit."""
+    """`args` with the flags that --method brings along and the defaults of the method; UserError if they do not fit."""
     args.variant, (args.method, *more) = args.method, args.method.split() or [""]
     if args.method not in METHODS:
         raise UserError(f"--method {args.method}: there are {', '.join(METHODS)}, and all")
-    for flag, value in zip(more[::2], more[1::2], strict=True):
-        setattr(args, flag[2:], float(value) if flag == "--sparsity" else value)
+    for flag in more[::2]:
+        name = flag.removeprefix("--")
+        if name not in (*OWN, "recover"):
+            raise UserError(f"--method {args.variant}: {flag} is none of --{', --'.join(OWN)}, --recover")
+        setattr(args, name, getattr(get_args(["--method", args.method, *more]), name))
     own = METHODS[args.method][1]
     for flag in OWN:
         if flag not in own and getattr(args, flag) is not None:
@@ -652,6 +654,16 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
         raise UserError(f"--score {args.score}: --method {args.method} has {', '.join(SCORES[args.method])}")
     fill(args, DEFAULTS | {"lr": RATES[args.recover]}, args.model is not None)
     return args
+
+
+def stored(args: argparse.Namespace) -> dict[str, float]:
+    """What the recovery by itself makes of the dense model, from the committed table."""
+    path = ROOT / "results" / "tables" / "prune.json"
+    if args.data or args.model or args.recover != "lora" or args.method == "dense" or not path.exists():
+        return {}
+    rows = {row["method"]: row for row in json.loads(path.read_text())["rows"]}
+    return {f"{name} of the dense model after the same training (stored, of another run)": rows["dense"][name]["mean"]
+            for name in ("bits per byte", "exact match")}  # fmt: skip
 
 
 def stored_dtype(start: str | Path) -> torch.dtype:
@@ -673,6 +685,8 @@ def main(args: argparse.Namespace) -> dict:
     start = args.model or loop.require("sft")
     dense, tokenizer = load(start, with_tokenizer=True)
     loop.check_length(dense)
+    if dense.config.ranks:
+        raise UserError(f"{start}: its matrices are products of two already")
     if args.chat_format:
         tokenizer = replace(tokenizer, chat_format=args.chat_format)
     dense.to(loop.device)
@@ -684,6 +698,8 @@ def main(args: argparse.Namespace) -> dict:
     # 5. Apply
     began = time.perf_counter()
     model, masks = METHODS[args.method][0](copy.deepcopy(dense), batches, args)
+    if model.config == dense.config and not masks and args.method != "dense":
+        raise UserError(f"--sparsity {args.sparsity:g} is less than one of the units of --method {args.variant}")
     loop.say(f"{args.variant}: {len(some)} rows of {n_tokens:,} tokens, {time.perf_counter() - began:.1f} s")
     pruned = measured(model, tokenizer, test, args, loop)
     loop.say(f"pruned, {', '.join(f'{name} {statistics.fmean(values):.3f}' for name, values in pruned.items())}")
@@ -717,11 +733,11 @@ def main(args: argparse.Namespace) -> dict:
     after |= {f"pruned: {name}": values for name, values in pruned.items()} | sizes(model, dense)
     before |= {f"pruned: {name}": before[name] for name in pruned} | sizes(dense, dense)
     before["tokens/s"], after["tokens/s"] = ([x] for x in speed)
-    floor = {}
+    baselines = stored(args)
     if "logs" in test:
-        bits = sum(map(code_length, test["logs"]))
-        floor["entropy of these reports, bits per byte"] = bits / sum(n_bytes(row, tokenizer) for row in test["rows"])
-    return loop.finish(before, after, variant=args.variant, baselines=floor, higher_is_better=False)
+        n_all = sum(n_bytes(row, tokenizer) for row in test["rows"])
+        baselines["the entropy of these reports, in bits per byte"] = sum(map(code_length, test["logs"])) / n_all
+    return loop.finish(before, after, variant=args.variant, baselines=baselines, higher_is_better=False)
 
 
 if __name__ == "__main__":
