@@ -305,11 +305,11 @@ def stream(model: Transformer, batch: Batch) -> list[Tensor]:
 
 def influence(model: Transformer, batches: list[Batch]) -> Tensor:
     """1 - E cos(x_in, x_out) of each layer (depth,) over all tokens (2403.03853, eq. 1)."""
-    total, n = torch.zeros(model.config.depth), 0
+    total, n = 0.0, 0
     for batch in batches:
         states = stream(model, batch)[::2]
         cosines = [F.cosine_similarity(x, y, dim=-1).sum() for x, y in zip(states, states[1:], strict=False)]
-        total, n = total + torch.stack(cosines).cpu(), n + len(states[0])
+        total, n = total + torch.stack(cosines), n + len(states[0])
     return 1 - total / n
 
 
@@ -334,13 +334,13 @@ def slicegpt(model: Transformer, batches: list[Batch], args: argparse.Namespace)
     The head has the gain of the last norm in it, and so is no longer the embedding.
     """
     c = model.config
-    covariance = torch.zeros(c.width, c.width, dtype=torch.float64, device=model.embed.weight.device)
+    covariance = torch.zeros(c.width, c.width, dtype=torch.float64)
     for batch in batches:
         for x in stream(model, batch):
-            x = F.normalize(x.double(), dim=-1)  # what the norms make of it, but for a factor
-            covariance += x.T @ x
+            x = F.normalize(x, dim=-1)  # what the norms make of it, but for a factor
+            covariance += (x.T @ x).cpu()
     width = max(8, round((1 - args.sparsity) * c.width / 8) * 8)
-    q = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :width].to(wide(model.embed.weight).dtype)
+    q = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :width].to(wide(model.embed.weight))
 
     def read(linear: nn.Linear, norm: nn.Module) -> Tensor:
         return (wide(linear.weight) * wide(norm.weight) @ q).to(linear.weight.dtype)
@@ -567,7 +567,7 @@ DEFAULTS = {  # flag: (the tiny model), (a --model of your own)
     "micro_batch_size": (32, 1),
     "max_length": (128, 1024),
 }
-RATES = {"none": (0.0, 0.0), "lora": (2e-3, 2e-5), "kd": (1e-3, 1e-5)}  # --lr, for the same two
+RATES = {"none": (0.0, 0.0), "lora": (5e-3, 5e-5), "kd": (1e-3, 1e-5)}  # --lr, for the same two
 TABLE = (
     "dense", "magnitude", "magnitude --scope global", "wanda", "wanda --scope layer", "sparsegpt",
     "sparsegpt --recover kd", "magnitude --sparsity 0.7", "wanda --sparsity 0.7", "sparsegpt --sparsity 0.7",
@@ -595,7 +595,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         flags=("--model", "--data", "--out", "--steps", "--batch-size", "--micro-batch-size", "--lr", "--warmup",
                "--schedule", "--grad-clip", "--max-length", "--max-new-tokens", "--eval-data", "--seed", "--device",
                "--dtype", "--log-every", "--resume"),
-        defaults=dict.fromkeys((*DEFAULTS, "lr")) | {"steps": 100, "warmup": 10, "schedule": "linear",
+        defaults=dict.fromkeys((*DEFAULTS, "lr")) | {"steps": 60, "warmup": 10, "schedule": "linear",
                                                      "grad_clip": 1.0, "max_new_tokens": 32},
     )  # fmt: skip
     cli.epilog = "methods, and the flags of each with their defaults:\n" + "\n".join(
@@ -721,6 +721,8 @@ def main(args: argparse.Namespace) -> dict:
         optimizer.step()
         optimizer.zero_grad()
         loop.log(step, loss=loss_sum, grad_norm=grad_norm, lr=lr, tokens=n_tokens)
+        if loop.signalled:
+            raise KeyboardInterrupt(f"interrupted in step {step}: a run is short, and saved at its end only")
     if total and args.recover == "lora":
         merge(model)
 

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -243,7 +244,7 @@ def test_each_matrix_sees_what_the_pruned_ones_before_it_make_of_the_text(family
             new.append(one)
             kept.append(mask)
         assert torch.equal(masks[path], torch.cat(kept)), path
-        torch.testing.assert_close(pruned.get_submodule(path).weight, torch.cat(new), atol=1e-8, rtol=1e-8)
+        torch.testing.assert_close(pruned.get_submodule(path).weight, torch.cat(new), atol=1e-6, rtol=1e-6)
     for name, p in pruned.named_parameters():
         if name.removesuffix(".weight") not in masks:
             assert torch.equal(p, net.get_parameter(name))
@@ -454,7 +455,8 @@ def test_rotating_the_stream_changes_nothing(family):
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_directions_that_are_never_used_are_cut_off_for_nothing(family, with_bias):
     """A stream in 24 of 32 directions, which are no coordinates."""
-    net = random_net(family)
+    net = Transformer(replace(FAMILIES[family], norm_eps=1e-12)).double()  # eps is not turned with it
+    net.load_state_dict(random_net(family).state_dict())
     if with_bias:
         net, _ = applied(net, "flap")
     basis = torch.linalg.qr(torch.randn(32, 24, dtype=torch.float64)).Q
@@ -466,7 +468,7 @@ def test_directions_that_are_never_used_are_cut_off_for_nothing(family, with_bia
                     p.copy_(basis @ basis.T @ p)
     small, _ = applied(net, "slicegpt", "--sparsity", 0.25)
     assert small.config.width == 24 and not small.config.tied
-    torch.testing.assert_close(small(ids(2, 9)), net(ids(2, 9)), atol=1e-4, rtol=1e-4)  # eps is not turned
+    torch.testing.assert_close(small(ids(2, 9)), net(ids(2, 9)))
 
 
 def test_slicegpt_keeps_the_directions_of_most_variance():
@@ -554,7 +556,7 @@ def test_low_rank_follows_what_the_factors_before_make_of_the_text():
     a, b = prune.factors(net.get_submodule(path).weight, prune.whitening("svd-llm", inputs_of(x)),
                          small.config.ranks["attention.out"])  # fmt: skip
     two = small.get_submodule(path)
-    torch.testing.assert_close(two.up.weight @ two.down.weight, b @ a, atol=1e-7, rtol=1e-7)
+    torch.testing.assert_close(two.up.weight @ two.down.weight, b @ a, atol=1e-6, rtol=1e-6)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -775,7 +777,8 @@ def test_recovery_is_a_plain_loop(checkpoint, data, tmp_path, method):
         logged.append({"step": step, "loss": loss.item() / n, "grad_norm": norm.item()})
     found = weights(tmp_path / "kd")
     for name, p in model.named_parameters():
-        torch.testing.assert_close(found[name], p.detach(), atol=2e-5, rtol=1e-3)
+        error = (found[name] - p.detach()).abs()  # Adam makes a step of the rounding where a gradient is next to 0
+        assert error.mean() < 1e-5 and error.max() < 5e-3
     lines = [json.loads(line) for line in (tmp_path / "kd" / "metrics.jsonl").read_text().splitlines()]
     for line, wanted in zip(lines, logged, strict=True):
         assert {name: line[name] for name in wanted} == pytest.approx(wanted, rel=1e-3)
@@ -828,19 +831,21 @@ def test_sizes_by_hand():
     dense = random_net(dtype=torch.float32)
     n = sum(p.numel() for p in dense.parameters())
     inside = sum(p.numel() for p in dense.blocks.parameters() if p.ndim == 2)
-    assert prune.sizes(dense, dense) == {"sparsity": [0.0], "parameters": [n / 1e6], "MB": [4 * n / 1e6],
-                                         "MB packed": [4 * n / 1e6]}  # fmt: skip
+
+    def found(model: Transformer) -> tuple[float, ...]:
+        sizes = prune.sizes(model, dense)
+        assert list(sizes) == ["sparsity", "parameters", "MB", "MB packed"]
+        return tuple(value for (value,) in sizes.values())
+
+    assert found(dense) == (0.0, n / 1e6, 4 * n / 1e6, 4 * n / 1e6)
     pruned, _ = applied(dense, "wanda --pattern 2:4")
     packed = 4 * (n - inside // 2) + inside / 8
-    assert prune.sizes(pruned, dense) == pytest.approx({"sparsity": [0.5], "parameters": [n / 1e6],
-                                                        "MB": [4 * n / 1e6], "MB packed": [packed / 1e6]})  # fmt: skip
+    assert found(pruned) == pytest.approx((0.5, n / 1e6, 4 * n / 1e6, packed / 1e6))
     small, _ = applied(dense, "llm-pruner --sparsity 0.5")
     gone = 2 * 3 * 24 * 32
-    n = n - gone
-    assert prune.sizes(small, dense) == pytest.approx({"sparsity": [gone / inside], "parameters": [n / 1e6],
-                                                       "MB": [4 * n / 1e6], "MB packed": [4 * n / 1e6]})  # fmt: skip
-    half = prune.sizes(pruned.bfloat16(), dense)
-    assert half["MB"][0] == pytest.approx(2 * (n + gone) / 1e6) and half["sparsity"] == [0.5]
+    assert found(small) == pytest.approx((gone / inside, *[x * (n - gone) / 1e6 for x in (1, 4, 4)]))
+    packed = 2 * (n - inside // 2) + inside / 8
+    assert found(pruned.bfloat16()) == pytest.approx((0.5, n / 1e6, 2 * n / 1e6, packed / 1e6))
 
 
 def test_speed_is_tokens_over_the_median_second(checkpoint, data, tmp_path, monkeypatch):
@@ -962,6 +967,20 @@ def test_several_processes_are_refused(checkpoint, data, tmp_path, monkeypatch):
         prune.main(args_for(checkpoint, data, tmp_path / "a"))
 
 
+def test_an_interrupted_run_leaves_nothing(checkpoint, data, tmp_path, monkeypatch):
+    """Which --resume of a table would take for a finished one."""
+    log = Loop.log
+
+    def interrupted(self, step: int, **metrics: object) -> None:
+        log(self, step, **metrics)
+        self.signalled = step == 2
+
+    monkeypatch.setattr(Loop, "log", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="in step 2"):
+        prune.main(args_for(checkpoint, data, tmp_path / "a"))
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"metrics.jsonl", "settings.json"}
+
+
 def test_the_table_runs_every_row(tmp_path, monkeypatch):
     """Each row is a command line of its own; the row SFT is the dense model as it was."""
     seen = []
@@ -981,7 +1000,7 @@ def test_the_table_runs_every_row(tmp_path, monkeypatch):
     table = original(args)["rows"]
     assert [row["method"] for row in table] == ["SFT", *prune.TABLE]
     assert seen == [(name, seed) for name in prune.TABLE for seed in range(1 + (name in prune.MAIN_METHODS))]
-    assert {METHODS.keys() - {text.split()[0] for text in prune.TABLE}} == {frozenset()}
+    assert METHODS.keys() == {text.split()[0] for text in prune.TABLE}
 
 
 @pytest.mark.slow
