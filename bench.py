@@ -16,6 +16,8 @@ Areas
     lora      the training step of lora.py against peft's LoRA, and its peak memory: same base, same rank, same matrices
     grpo      whole steps of grpo.py (rollout, rewards, update) against trl's GRPOTrainer with its own generate: same
               weights, questions, group size and lengths; a breakdown of ours is printed
+    quantize  greedy decoding of a model of quantized weights against the same in bf16, one row and four at a time; the
+              bytes that a token reads; against what memory allows. A prompt, where nothing is gained
     gpu       training (bf16, compiled) and decoding of a model of half a billion parameters against what the device
               can do at all, measured here: products of matrices and copies; the kernels against Liger's, if that is
               installed. Without CUDA the same code at toy size
@@ -47,13 +49,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dpo
 import grpo
 import kernels
+import quantize
 from data import world
 from data.chat import Row
 from data.formats import UserError
 from data.tokenizer import save_hf, tiny
 from loop import COUNT, Loop, RunFailed, adamw, clip, run
 from lora import adapt
-from model import Config, Transformer, frozen, generate, load
+from model import Config, Transformer, frozen, generate, load, quantized
 from sft import Batch, collate, pack, sft_loss
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -265,6 +268,7 @@ GOALS = {  # of the ratio, by the name of the row up to its first comma
     "peak memory of a step": 0.25,  # at most: less is better
     "LoRA step": 1.0,
     "memory of a LoRA step": 1.02,  # at most
+    "decoding": 1.3,
 }
 
 
@@ -789,6 +793,78 @@ def their_grpo_trainer(model: nn.Module, questions: list[str], folder: str, args
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# quantize: fewer bytes a token
+
+
+SCHEMES = {"int8": (8, 0, True), "int4": (4, 64, False)}  # name: (bits, group_size, symmetric)
+
+
+def bench_quantize(args: argparse.Namespace) -> list[dict]:
+    """Weights at random, since only their number matters, and enough of them that no cache holds them."""
+    new, prompt, width = 16, 16, 1024
+    config = Config("llama", vocab_size=512, depth=args.depth, width=width, heads=16, kv_heads=8, head_dim=64,
+                    ffn_width=2816, max_length=256)  # fmt: skip
+    wide = Transformer(config).requires_grad_(False)
+    plain = copy.deepcopy(wide).to(args.device, torch.bfloat16)
+    print(f"quantize: {n_weights(plain) / 1e6:.3g}M weights, {prompt} + {new} tokens, greedy, {args.device}, bf16, "
+          f"{torch.get_num_threads()} threads, medians of {args.repeats} alternating runs")  # fmt: skip
+    rows = []
+    for name, scheme in SCHEMES.items():
+        narrow = rounded_model(wide, *scheme).to(args.device, torch.bfloat16)
+        for n in (1, 4):
+            rows += decoding_of_bf16(f"{name}, {n} at a time", narrow, plain, n, prompt, new, args)
+        text = torch.tensor(random_ids(512, [128] * 8), device=args.device)
+
+        def read(model: Transformer, text: Tensor = text) -> None:
+            with torch.inference_mode():
+                model.hidden(text)
+
+        seconds = race(functools.partial(read, narrow), functools.partial(read, plain), args.repeats, args.device)
+        rows.append(row(f"prompts, {name}, 8 x 128 tokens", *(text.numel() / s for s in seconds), "tokens/s", True))
+    return rows
+
+
+def rounded_model(model: Transformer, bits: int, group_size: int, symmetric: bool) -> Transformer:
+    """A copy of `model` with all matrices of its blocks rounded to the nearest code."""
+    model = copy.deepcopy(model)
+    c = argparse.Namespace(method="rtn", bits=bits, group_size=group_size, symmetric=symmetric)
+    for path in [f"blocks.{i}.{name}" for i in range(model.config.depth) for name in quantize.MATRICES]:
+        weight = model.get_submodule(path).weight
+
+        def make(rows: slice, weight: Tensor = weight) -> dict[str, Tensor]:
+            return quantize.rtn(weight[rows], None, c)
+
+        quantize.put_quantized(model, path, make, quantize.scheme_of(c))
+    return model
+
+
+def decoding_of_bf16(name: str, narrow: Transformer, plain: Transformer, rows: int, prompt: int, new: int,
+                     args: argparse.Namespace) -> list[dict]:  # fmt: skip
+    """Tokens a second of both models, the bytes of a step of theirs, and ours against what a copy of memory allows."""
+    prompts = random_ids(512, [prompt] * rows)
+    source = torch.zeros(2**30 if args.device == "cuda" else 2**27, dtype=torch.uint8, device=args.device)
+    target = torch.empty_like(source)
+
+    def decode(model: Transformer) -> None:
+        generate(model, prompts, max_new_tokens=new, eos_ids=(), temperature=0.0)
+
+    calls = functools.partial(decode, narrow), functools.partial(decode, plain), lambda: target.copy_(source)
+    ours, theirs, of_copy = medians(calls, args.repeats, args.device)
+    cached = decoding_bytes(plain, rows, prompt, new) / new - 2 * n_weights(plain)
+    n_bytes = [weight_bytes(model) + cached for model in (narrow, plain)]  # of a step
+    best = rows * (len(source) + len(target)) / of_copy / n_bytes[0]
+    return [row(f"decoding, {name}", rows * new / ours, rows * new / theirs, "tokens/s", True),
+            row(f"bytes of a step, {name}", *(n / 1e6 for n in n_bytes), "MB", False),
+            row(f"decoding, {name}, {CEILING} of bandwidth", rows * new / ours, best, "tokens/s", True)]  # fmt: skip
+
+
+def weight_bytes(model: Transformer) -> int:
+    """What every step reads of the weights of `model`: the codes and scales of quantized ones."""
+    parts = [part for module in quantized(model).values() for part in module.parts]
+    return n_weights(model) * model.embed.weight.element_size() + sum(part.n_bytes() for part in parts)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # gpu: training and decoding against what the device can do
 
 CEILING = "of the ceiling"  # in the name of a row whose peer is one
@@ -903,7 +979,7 @@ def liger(args: argparse.Namespace) -> list[dict]:
 # The command line
 
 AREAS = {"kernels": bench_kernels, "sft": bench_sft, "dpo": bench_dpo, "lora": bench_lora, "grpo": bench_grpo,
-         "gpu": bench_gpu}  # fmt: skip
+         "quantize": bench_quantize, "gpu": bench_gpu}  # fmt: skip
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -915,14 +991,15 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda if there is one)")
     parser.add_argument("--repeats", type=COUNT, default=9, help="timed runs of each side (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="compile our side (area gpu: always on CUDA)")
-    parser.add_argument("--depth", type=COUNT, help="gpu: blocks of the model (default: 36, on a CPU 2)")
+    parser.add_argument("--depth", type=COUNT, help="gpu, quantize: blocks of the model (default: 36, on a CPU 2, 8)")
     parser.add_argument("--batch-size", type=COUNT, help="gpu: rows of a training step (default: 8, on a CPU 4)")
     args = parser.parse_args(argv)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is none on this machine")
     on_cuda = args.device == "cuda"
-    args.depth, args.batch_size = args.depth or (36 if on_cuda else 2), args.batch_size or (8 if on_cuda else 4)
+    toy = 8 if args.area == "quantize" else 2
+    args.depth, args.batch_size = args.depth or (36 if on_cuda else toy), args.batch_size or (8 if on_cuda else 4)
     args.compile = args.compile or (on_cuda and args.area == "gpu")
     return args
 

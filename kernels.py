@@ -384,6 +384,153 @@ def nf4_dequantize(q: NF4, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Integers of 2, 3, 4 or 8 bits
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """codes (..., n), integers from 0 to 2^bits - 1, as (..., m) uint8: code i at bits i * bits and up, lowest first.
+
+    Two codes of 4 bits share a byte, four of 2, and eight of 3 bits share three; the last bytes are filled with 0.
+    """
+    (count, n_bytes), device = word(bits), codes.device
+    shifts, byte_shifts = bits * torch.arange(count, device=device), 8 * torch.arange(n_bytes, device=device)
+    words = F.pad(codes.int(), (0, -codes.shape[-1] % count)).unflatten(-1, (-1, count))
+    words = (words << shifts).sum(-1)  # of at most 24 bits
+    return (words[..., None] >> byte_shifts & 255).to(torch.uint8).flatten(-2)
+
+
+def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
+    """The first n codes (..., n) of each row of `packed` (..., m), in uint8 or, of 3 bits, int32."""
+    (count, n_bytes), device = word(bits), packed.device
+    if n_bytes > 1:
+        byte_shifts = 8 * torch.arange(n_bytes, dtype=torch.int32, device=device)
+        packed = (packed.unflatten(-1, (-1, n_bytes)).int() << byte_shifts).sum(-1, dtype=torch.int32)
+    codes = packed[..., None] >> bits * torch.arange(count, dtype=packed.dtype, device=device) & (1 << bits) - 1
+    return codes.flatten(-2)[..., :n]
+
+
+def word(bits: int) -> tuple[int, int]:
+    """How many codes fill how many whole bytes."""
+    return math.lcm(bits, 8) // bits, math.lcm(bits, 8) // 8
+
+
+class Packed(NamedTuple):
+    """A matrix (out, in) of `bits` bits a weight: (code - zero) * scale, with a scale and a zero for each group.
+
+    A group is in / groups weights of one row beside each other.
+    """
+
+    codes: Tensor  # (out, in * bits / 8) uint8, as `pack` lays them
+    scales: Tensor  # (out, groups) bf16
+    zeros: Tensor | None  # (out, groups * bits / 8, rounded up) uint8, laid alike; None: all are 2^(bits - 1)
+    bits: int
+    shape: tuple[int, int]
+
+
+def dequantize(q: Packed | NF4, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weights (out, in) that `q` stands for, computed in fp32."""
+    if isinstance(q, NF4):
+        return nf4_dequantize(q, dtype)
+    groups = q.scales.shape[1]
+    codes = unpack(q.codes, q.bits, q.shape[1]).unflatten(-1, (groups, -1)).float()
+    zeros = 2.0 ** (q.bits - 1) if q.zeros is None else unpack(q.zeros, q.bits, groups)[..., None].float()
+    return ((codes - zeros) * q.scales[..., None].float()).flatten(1).to(dtype)
+
+
+def quantized_linear_reference(x: Tensor, q: Packed | NF4, bias: Tensor | None = None) -> Tensor:
+    return F.linear(x, dequantize(q, x.dtype), bias)
+
+
+def quantized_linear(x: Tensor, q: Packed | NF4, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias; W is made whole for the product and not kept, in backward it is made anew. x (..., in)."""
+    if _compiling:
+        return _fused(quantized_linear_reference)(x, q, bias)
+    if not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
+        return quantized_linear_reference(x, q, bias)
+    nothing = x.new_zeros(0, x.shape[-1]), x.new_zeros(0, 1)
+    return lora_linear(x, functools.partial(dequantize, q, x.dtype), bias, *nothing, (), 0.0)
+
+
+FEW = 16  # rows of a product that reading the weights takes longer than
+
+
+def lay_out(q: Packed | NF4) -> tuple[Tensor, Tensor] | None:
+    """`q` as few_rows_linear reads it: 8 bits with one scale a row and no zeros, 4 bits in groups of 32 to 256.
+
+    None for what PyTorch has no kernel for.
+    """
+    if isinstance(q, NF4) or q.codes.device.type != "cpu":
+        return None
+    group = q.shape[1] // q.scales.shape[1]
+    if q.bits == 8 and q.zeros is None and group == q.shape[1]:
+        return (q.codes ^ 128).view(torch.int8), q.scales[:, 0].contiguous()
+    if q.bits != 4 or group not in (32, 64, 128, 256) or q.shape[0] % 16:
+        return None
+    zeros = torch.full_like(q.scales, 8.0) if q.zeros is None else unpack(q.zeros, 4, q.scales.shape[1]).to(q.scales)
+    scales_and_shifts = torch.stack([q.scales, (8 - zeros) * q.scales], dim=-1)  # w = (code - 8) * scale + shift
+    codes = torch._convert_weight_to_int4pack_for_cpu(unpack(q.codes, 4, q.shape[1]).int(), 1)
+    return codes, scales_and_shifts.transpose(0, 1).contiguous()
+
+
+def few_rows_linear(x: Tensor, laid_out: tuple[Tensor, Tensor]) -> Tensor:
+    """x W^T for a few rows of x (..., in) in bf16 on a CPU: PyTorch's kernels, which read the codes and no more.
+
+    4 bits read an eighth of what fp32 would, and take a quarter of the time of bf16 (one thread, width 896).
+    """
+    weight, scales = laid_out
+    flat = x.reshape(-1, x.shape[-1])
+    if weight.dtype == torch.int8:
+        y = torch._weight_int8pack_mm(flat, weight, scales)
+    else:
+        y = torch._weight_int4pack_mm_for_cpu(flat, weight, x.shape[-1] // len(scales), scales)
+    return y.view(*x.shape[:-1], -1)
+
+
+def int8_linear_reference(x: Tensor, q: Packed, bias: Tensor | None = None) -> Tensor:
+    scales = x.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+    return F.linear((x / scales).round() * scales, dequantize(q, x.dtype), bias)
+
+
+def int8_linear(x: Tensor, q: Packed, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias with each token of x (..., in) rounded to 8 bits, too: a product of int8 matrices, summed in int32.
+
+    q: 8 bits, symmetric, one group a row. A token's scale is its largest size / 127 (2208.07339, equation 4).
+    """
+    flat = x.reshape(-1, x.shape[-1]).to(_wide(x.dtype))
+    scales = flat.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127  # (n, 1)
+    tokens, weight = (flat / scales).round().to(torch.int8), (q.codes ^ 128).view(torch.int8)
+    if x.is_cuda:  # there the product wants more than 16 rows, a multiple of 8
+        tokens = F.pad(tokens, (0, 0, 0, 24 if len(tokens) < 24 else -len(tokens) % 8))
+    y = torch._int_mm(tokens, weight.T)[: len(flat)] * scales * q.scales[:, 0].to(scales.dtype)
+    return (y if bias is None else y + bias).view(*x.shape[:-1], -1).to(x.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Random rotations
+
+
+@functools.cache
+def rotation(n: int, seed: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Random orthogonal matrices (p, p) and (n / p, n / p), p the largest divisor of n up to its root (2307.13304).
+
+    Their Kronecker product is orthogonal (n, n), and is multiplied with in n (p + n / p) steps. The sign of each column
+    is that of the Haar measure, which also makes it a function of the seed alone.
+    """
+    p = next(p for p in range(math.isqrt(n), 0, -1) if n % p == 0)
+    generator, found = torch.Generator().manual_seed(seed), []
+    for size in (p, n // p):
+        q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+        found.append((q * r.diagonal().sign()).float().to(device))
+    return tuple(found)
+
+
+def rotate(x: Tensor, seed: int, *, back: bool = False) -> Tensor:
+    """x (..., n) times the transpose of the `rotation` of n and seed: each row rotated; `back` undoes it."""
+    a, b = (m.to(x.dtype).T if back else m.to(x.dtype) for m in rotation(x.shape[-1], seed, x.device))
+    return (a @ x.unflatten(-1, (len(a), len(b))) @ b.T).flatten(-2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Attention
 
 

@@ -6,7 +6,8 @@
 
 RMSNorm (arXiv 1910.07467), rotary positions (2104.09864), grouped-query attention (2305.13245), SwiGLU (2002.05202), a
 bias on q, k and v for Qwen2, norms on q and k for Qwen3, a tied or untied head. Checkpoints of Llama, SmolLM2, Qwen2,
-Qwen2.5 and Qwen3 load and save unchanged. Not here: sliding windows, mixtures of experts, dropout, quantized weights.
+Qwen2.5 and Qwen3 load and save unchanged, so does what quantize.py made of them. Not here: sliding windows, mixtures of
+experts, dropout, other formats of quantized weights.
 
 A row is [prompt][completion][padding]. Causal attention never looks at what stands to the right, so that padding needs
 no mask. `hidden_before(input_ids)[:, t]` is the state that predicts token t: the only shift in this codebase.
@@ -66,6 +67,7 @@ class Config:
     labels: int = 0  # 0: a language model; 1: the head is one number, of a reward model or a critic
     out_bias: bool = False  # on what attention and feed-forward network add to the stream; prune.py makes such models
     ranks: dict[str, int] | None = None  # of the matrices of a block that are products of two; prune.py, too
+    quantization: dict | None = None  # the scheme of QuantMatrix, where quantize.py made the checkpoint
 
     @classmethod
     def from_depth(cls, depth: int, vocab_size: int, max_length: int) -> "Config":
@@ -165,6 +167,75 @@ class Block(nn.Module):
         return x + self.ffn(h)
 
 
+class QuantMatrix(nn.Module):
+    """A matrix (out, in) of a few bits a weight, as quantize.py makes it and the checkpoint holds it, tensor by tensor.
+
+    scheme, one for all matrices of a checkpoint: "format" (int or nf4), "bits", "group_size", "symmetric" (no zeros),
+    "activations" (8: tokens are rounded, too; else 16), "rotation" (of both sides: a seed, or None; 2307.13304).
+    Columns `kept` (k,) are not quantized: theirs is kept_weight (out, k), and their codes stand for 0.
+    """
+
+    def __init__(self, shape: tuple[int, int], tensors: dict[str, Tensor], scheme: dict):
+        super().__init__()
+        self.shape, self.scheme, self.laid_out = tuple(shape), scheme, None
+        for name in (*kernels.NF4._fields[:-1], *kernels.Packed._fields[:3], "kept", "kept_weight"):
+            if name not in self._buffers:
+                self.register_buffer(name, tensors.get(name))
+
+    @property
+    def q(self) -> kernels.Packed | kernels.NF4:
+        if self.scheme["format"] == "nf4":
+            return kernels.NF4(self.codes, self.scales, self.steps, self.mean, self.shape)
+        return kernels.Packed(self.codes, self.scales, self.zeros, self.scheme["bits"], self.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seed, of_kept = self.scheme["rotation"], None
+        if seed is not None:
+            x = kernels.rotate(x, seed)
+        if self.kept is not None:
+            of_kept = F.linear(x[..., self.kept], self.kept_weight.to(x.dtype))
+        if self.scheme["activations"] == 8:
+            x = x if self.kept is None else x.index_fill(-1, self.kept.long(), 0.0)  # or they would set the scale
+            y = kernels.int8_linear(x, self.q)
+        elif (few := self._for_few_rows(x)) is not None:
+            y = kernels.few_rows_linear(x, few)
+        else:
+            y = kernels.quantized_linear(x, self.q)
+        y = y if of_kept is None else y + of_kept
+        return y if seed is None else kernels.rotate(y, seed, back=True)
+
+    def _for_few_rows(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What kernels.few_rows_linear reads, a second copy, made when a bf16 model on a CPU first decodes."""
+        if x.dtype != torch.bfloat16 or x.device.type != "cpu" or torch.is_grad_enabled():
+            return None
+        if x.numel() > kernels.FEW * x.shape[-1]:
+            return None
+        if self.laid_out is None:
+            self.laid_out = kernels.lay_out(self.q) or ()
+        return self.laid_out or None
+
+    def n_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.buffers())
+
+
+class QuantLinear(nn.Module):
+    """In the place of an nn.Linear: the matrices that a checkpoint keeps apart (q, k, v; gate, up), one by one."""
+
+    def __init__(self, parts: Sequence[QuantMatrix], bias: Tensor | None):
+        super().__init__()
+        self.parts, self.bias = nn.ModuleList(parts), bias
+        self.in_features, self.out_features = parts[0].shape[1], sum(part.shape[0] for part in parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cat([part(x) for part in self.parts], dim=-1)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+def quantized(model: nn.Module) -> dict[str, QuantLinear]:
+    """{path: module} of the quantized matrices of `model`."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
 class Transformer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
@@ -179,6 +250,7 @@ class Transformer(nn.Module):
         # lora.py may put these on: what writes the checkpoint in the place of `save`, and n positions before every row,
         # () -> (n, D) embeddings or () -> (n, depth, 2, Hkv, d) keys and values
         self.adapter, self.prompt, self.prefix, self.virtual = None, None, None, 0
+        self.cache: Callable[..., KVCache] | None = None  # what generates in the place of KVCache (quantize.py --kv)
         self._angles: tuple[Tensor, Tensor] | None = None
         self._init_weights()
 
@@ -466,7 +538,8 @@ def _decode(model: Transformer, prompts: list[tuple[int, ...]], uniforms: Tensor
             ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A token and its log-prob (rows, max_new_tokens) for each of `uniforms`; arbitrary after a row's ending token."""
     device, (rows, max_new_tokens) = uniforms.device, uniforms.shape
-    capture = None if hasattr(model, "unshard") else CAPTURE.get(device.type)  # what FSDP gathers moves
+    moves = hasattr(model, "unshard") or model.cache is not None  # what FSDP gathers, what is quantized in groups
+    capture = None if moves else CAPTURE.get(device.type)
 
     # Prefill every distinct prompt once.
     place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
@@ -477,7 +550,8 @@ def _decode(model: Transformer, prompts: list[tuple[int, ...]], uniforms: Tensor
     narrow = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if narrow else model.embed.weight.dtype
     capacity = longest + (max_new_tokens if capture else min(max_new_tokens, GROWTH))
-    cache = KVCache(model, len(place), capacity + (-(model.virtual + capacity) % ALIGNED if capture else 0), dtype)
+    capacity += -(model.virtual + capacity) % ALIGNED if capture else 0
+    cache = (model.cache or KVCache)(model, len(place), capacity, dtype)
     state = model.hidden(ids.to(device), cache=cache)[torch.arange(len(place), device=device), lengths - 1]
     cache.cut(lengths)
     begun = cache.column
@@ -721,7 +795,9 @@ def load(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.d
     tensors = _read_weights(path)
     with torch.device("meta"):
         model = Transformer(config)
-    state = {}
+    if config.quantization:
+        _put_quantized(model, tensors, path, device)
+    state = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
     for name, parameter in model.named_parameters():  # a tied head is named once, as the embedding
         theirs, sizes = their_names(config, name)
         if missing := [key for key in theirs if key not in tensors]:
@@ -748,6 +824,45 @@ def load(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.d
     return model.requires_grad_(True), tokenizer
 
 
+def _put_quantized(model: Transformer, tensors: dict[str, Tensor], path: Path, device: str | torch.device) -> None:
+    """Put each matrix of a quantized checkpoint in its place, and take what it is made of out of `tensors`."""
+    scheme = model.config.quantization
+    for full, linear in [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]:
+        if not full.startswith("blocks."):
+            continue
+        theirs, sizes = their_names(model.config, f"{full}.weight")
+        parts = []
+        for key, n_out in zip(theirs, sizes or [linear.out_features], strict=True):
+            key, shape = key.removesuffix("weight"), (n_out, linear.in_features)
+            found = {name.removeprefix(key): tensors.pop(name) for name in list(tensors) if name.startswith(key)
+                     and not name.endswith("bias")}  # fmt: skip
+            wanted = quantized_like(shape, scheme, len(found["kept"]) if "kept" in found else None)
+            if (like := {name: (t.dtype, tuple(t.shape)) for name, t in found.items()}) != wanted:
+                raise UserError(f"{path}: {key[:-1]} is made of {like}, config.json asks for {wanted}")
+            if any(not 0 <= column < shape[1] for column in found.get("kept", torch.empty(0)).tolist()):
+                raise UserError(f"{path}: {key}kept names columns that are not there")
+            parts.append(QuantMatrix(shape, {name: t.to(device) for name, t in found.items()}, scheme))
+        parent, _, name = full.rpartition(".")
+        setattr(model.get_submodule(parent), name, QuantLinear(parts, linear.bias))
+
+
+def quantized_like(shape: tuple[int, int], scheme: dict, kept: int | None) -> dict[str, tuple[torch.dtype, tuple]]:
+    """{name: (dtype, shape)} of what a QuantMatrix is made of; kept: how many columns are not quantized, if any are."""
+    out, width = shape
+    if scheme["format"] == "nf4":
+        blocks = -(-out * width // 64)
+        like = {"codes": (torch.uint8, (32 * blocks,)), "scales": (torch.int8, (blocks,)),
+                "steps": (torch.float32, (-(-blocks // 256),)), "mean": (torch.float32, ())}  # fmt: skip
+    else:
+        groups, (count, n_bytes) = width // (scheme["group_size"] or width), kernels.word(scheme["bits"])
+        like = {"codes": (torch.uint8, (out, -(-width // count) * n_bytes)), "scales": (torch.bfloat16, (out, groups))}
+        if not scheme["symmetric"]:
+            like["zeros"] = torch.uint8, (out, -(-groups // count) * n_bytes)
+    if kept is not None:
+        like |= {"kept": (torch.int32, (kept,)), "kept_weight": (torch.bfloat16, (out, kept))}
+    return like
+
+
 def save(model: Transformer, tokenizer: Tokenizer | None, path: str | Path) -> None:
     """Write a Hugging Face directory that `load` and transformers read: config, weights and, if given, tokenizer."""
     path, c = Path(path), model.config
@@ -759,6 +874,9 @@ def save(model: Transformer, tokenizer: Tokenizer | None, path: str | Path) -> N
     for name, parameter in model.named_parameters():
         theirs, sizes = their_names(c, name)
         state.update(zip(theirs, parameter.detach().split(sizes) if sizes else (parameter.detach(),), strict=True))
+    for full, module in quantized(model).items():
+        for key, part in zip(their_names(c, f"{full}.weight")[0], module.parts, strict=True):
+            state |= {key.removesuffix("weight") + name: tensor for name, tensor in part.named_buffers()}
     write_safetensors(path / "model.safetensors", state)
     eos = {"eos_token_id": list(tokenizer.eos_ids), "pad_token_id": tokenizer.pad_id} if tokenizer else {}
     eos |= {"bos_token_id": tokenizer.bos_id} if tokenizer else {}
@@ -773,6 +891,8 @@ def save(model: Transformer, tokenizer: Tokenizer | None, path: str | Path) -> N
         "rms_norm_eps": c.norm_eps, "attention_bias": False, "hidden_act": "silu", "tie_word_embeddings": c.tied,
         "torch_dtype": str(model.embed.weight.dtype).removeprefix("torch."), **eos,
     }  # fmt: skip
+    if c.quantization:
+        config["quantization_config"] = c.quantization
     if c.labels:
         names = [f"LABEL_{i}" for i in range(c.labels)]
         config |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
@@ -807,7 +927,7 @@ def read_config(path: Path) -> Config:
         (not c.get("attention_bias"), "attention_bias"),
         (not c.get("mlp_bias"), "mlp_bias"),
         (not c.get("use_sliding_window"), "use_sliding_window"),
-        ("quantization_config" not in c, "quantization_config"),
+        (_is_ours(c.get("quantization_config")), "quantization_config"),
         (kind in ("default", "llama3"), f"rope type {kind!r}"),
         (rope.get("partial_rotary_factor", 1.0) == 1.0, "partial_rotary_factor"),
     ):
@@ -826,6 +946,7 @@ def read_config(path: Path) -> Config:
             tied=bool(c.get("tie_word_embeddings", False)) and not scalar,
             labels=len(c.get("id2label") or range(c.get("num_labels") or 2)) if scalar else 0,
             out_bias=bool(c.get("out_bias")), ranks=c.get("ranks"),
+            quantization=c.get("quantization_config"),
         )  # fmt: skip
     except KeyError as error:
         raise UserError(f"{path}: {error.args[0]} is missing") from None
@@ -840,6 +961,18 @@ def read_config(path: Path) -> Config:
     if not all(type(n) is int and n > 0 for n in sizes) or config.heads % config.kv_heads or config.head_dim % 2:
         raise UserError(f"{path}: the sizes make no model: {c}")
     return config
+
+
+def _is_ours(scheme: object) -> bool:
+    """Whether this quantization_config is none, or one that quantize.py writes."""
+    if scheme is None:
+        return True
+    known = {"quant_method": ("post-training",), "format": ("int", "nf4"), "bits": (2, 3, 4, 8), "activations": (8, 16),
+             "symmetric": (True, False)}  # fmt: skip
+    return (isinstance(scheme, dict) and scheme.keys() == {*known, "group_size", "rotation"}
+            and all(scheme[name] in values for name, values in known.items())
+            and type(scheme["group_size"]) is int and scheme["group_size"] >= 0
+            and (scheme["rotation"] is None or type(scheme["rotation"]) is int))  # fmt: skip
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

@@ -58,7 +58,7 @@ from data.tokenizer import Tokenizer
 from loop import COUNT, REAL, ROOT, Loop, adamw, clip, compare, fill, parser, run, set_lr
 from lora import Adapter, LoRA, linears, merge, put_at, wide
 from model import Config, Transformer, load, token_logps
-from quantize import MATRICES, Inputs, inverse_factor, layer_by_layer
+from quantize import MATRICES, Inputs, inverse_factor, layer_by_layer, plant
 from sft import Batch, collate, document, evaluate, fitting, pack, row_losses, sft_loss
 
 # 1. The objective
@@ -452,8 +452,8 @@ def kd_loss(model: Transformer, teacher: Transformer, batch: Batch) -> Tensor:
 
 
 def world_rows(n: int, seed: int, tokenizer: Tokenizer) -> Iterator[chat.Row]:
-    """A third each of conversations, base text and weather reports, of the training split."""
-    chats, texts = world.sft_rows(n, seed), world.base_documents(n, seed)
+    """A third each of conversations, base text and weather reports, of the training split, and none of sft.py's own."""
+    chats, texts = world.sft_rows(n, 1_000_000 + seed), world.base_documents(n, 1_000_000 + seed)
     for i in range(n // 3 + 1):
         yield chat.render(next(chats)["messages"], tokenizer)
         yield document(next(texts), tokenizer)
@@ -571,7 +571,8 @@ RATES = {"none": (0.0, 0.0), "lora": (5e-3, 5e-5), "kd": (1e-3, 1e-5)}  # --lr, 
 TABLE = (
     "dense", "magnitude", "magnitude --scope global", "wanda", "wanda --scope layer", "sparsegpt",
     "sparsegpt --recover kd", "magnitude --sparsity 0.7", "wanda --sparsity 0.7", "sparsegpt --sparsity 0.7",
-    "magnitude --pattern 2:4", "wanda --pattern 2:4", "sparsegpt --pattern 2:4",
+    "magnitude --pattern 2:4", "wanda --pattern 2:4", "sparsegpt --pattern 2:4", "magnitude --plant 64",
+    "wanda --plant 64", "sparsegpt --plant 64",
     "llm-pruner --score random --sparsity 0.5", "llm-pruner --score magnitude --sparsity 0.5",
     "llm-pruner --sparsity 0.5", "llm-pruner --sparsity 0.5 --recover kd", "flap --sparsity 0.5",
     "llm-pruner --units heads --sparsity 0.5", "flap --units heads --sparsity 0.5", "shortgpt",
@@ -610,6 +611,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--score", choices=("taylor", "magnitude", "influence", "random"), help="by which it is chosen")
     cli.add_argument("--recover", choices=tuple(RATES), default="lora", help="train for --steps steps afterwards: lora "
                      "on the text, kd on what the dense model says (default: %(default)s)")  # fmt: skip
+    cli.add_argument("--plant", type=REAL, default=0.0, metavar="FACTOR", help="first plant outliers of this size, as "
+                     "in quantize.py; 0: none")  # fmt: skip
     cli.add_argument("--rows", type=COUNT, default=192, help="to calibrate on (default: %(default)s)")
     cli.add_argument("--map", nargs="+", default=[], metavar="THEIRS=OURS", help="rename fields of the JSONL files")
     cli.add_argument("--chat-format", help="chatml, qwen2.5, qwen3 or llama3, where the checkpoint does not say")
@@ -634,8 +637,8 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
         raise UserError(f"--method {args.method}: there are {', '.join(METHODS)}, and all")
     for flag in more[::2]:
         name = flag.removeprefix("--")
-        if name not in (*OWN, "recover"):
-            raise UserError(f"--method {args.variant}: {flag} is none of --{', --'.join(OWN)}, --recover")
+        if name not in (*OWN, "recover", "plant"):
+            raise UserError(f"--method {args.variant}: {flag} is none of --{', --'.join(OWN)}, --recover, --plant")
         setattr(args, name, getattr(get_args(["--method", args.method, *more]), name))
     own = METHODS[args.method][1]
     for flag in OWN:
@@ -685,11 +688,13 @@ def main(args: argparse.Namespace) -> dict:
     start = args.model or loop.require("sft")
     dense, tokenizer = load(start, with_tokenizer=True)
     loop.check_length(dense)
-    if dense.config.ranks:
-        raise UserError(f"{start}: its matrices are products of two already")
+    if dense.config.ranks or dense.config.quantization:
+        raise UserError(f"{start}: its matrices are of low rank or quantized; prune a model before that")
     if args.chat_format:
         tokenizer = replace(tokenizer, chat_format=args.chat_format)
     dense.to(loop.device)
+    if args.plant:
+        plant(dense, args.plant, args.seed)
     some, rows, test = examples(args, tokenizer, loop)
     batches = batched(some, args, loop)
     n_tokens = sum(int((batch.documents >= 0).sum()) for batch in batches)

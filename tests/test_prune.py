@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import loop as loop_module
 import lora
 import prune
+import quantize
 import sft
 from data import chat, world
 from data.formats import UserError
@@ -956,8 +957,27 @@ def test_too_little_sparsity_is_refused(checkpoint, data, tmp_path):
 
 def test_a_model_of_low_rank_is_refused(checkpoint, data, tmp_path):
     prune.main(args_for(checkpoint, data, tmp_path / "a", "--method", "svd", "--steps", 0))
-    with pytest.raises(UserError, match="its matrices are products of two already"):
+    with pytest.raises(UserError, match="its matrices are of low rank or quantized"):
         prune.main(args_for(tmp_path / "a", data, tmp_path / "b", "--method", "wanda"))
+
+
+def test_a_quantized_model_is_refused(checkpoint, data, tmp_path):
+    flags = ["--model", checkpoint, "--data", data, "--out", tmp_path / "a", "--device", "cpu", "--method", "rtn",
+             "--max-length", 96]  # fmt: skip
+    quantize.main(quantize.get_args(list(map(str, flags))))
+    with pytest.raises(UserError, match="its matrices are of low rank or quantized"):
+        prune.main(args_for(tmp_path / "a", data, tmp_path / "b"))
+
+
+def test_planted_outliers_leave_the_dense_model_as_it_is(checkpoint, data, tmp_path):
+    """But magnitude prunes other weights of it, and Wanda the same: |W| / s * |s X|."""
+    for method in ("magnitude", "wanda"):
+        runs = [prune.main(args_for(checkpoint, data, tmp_path / f"{method}{factor}", "--method", method, "--recover",
+                                    "none", "--plant", factor)) for factor in (0, 64)]  # fmt: skip
+        assert runs[0]["before"] == pytest.approx(runs[1]["before"], rel=1e-5)
+        zeros = [weights(tmp_path / f"{method}{factor}")["blocks.0.ffn.gate_up.weight"] == 0 for factor in (0, 64)]
+        same = (zeros[0] == zeros[1]).double().mean().item()
+        assert same > 0.999 if method == "wanda" else same < 0.99
 
 
 def test_several_processes_are_refused(checkpoint, data, tmp_path, monkeypatch):

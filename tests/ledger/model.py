@@ -450,7 +450,7 @@ MUTANTS = [
             "        run = run or",
             PINNED,
         ),
-        ("pinned: what FSDP gathers is captured", 'None if hasattr(model, "unshard") else CAPTURE', "CAPTURE", SAID),
+        ("pinned: what FSDP gathers is captured", 'moves = hasattr(model, "unshard") or', "moves =", SAID),
         ("pinned: rows of the mask that begin anywhere", "-(model.virtual + capacity) % ALIGNED", "0", CAPTURED),
         ("pinned: no step is replayed", "        graph.replay()\n", "        step()\n", CAPTURED),
         (
@@ -620,7 +620,7 @@ MUTANTS = [
         ("no check: bias of attention", '(not c.get("attention_bias"),', "(True,", NOT),
         ("no check: bias of the feed-forward", '(not c.get("mlp_bias"),', "(True,", NOT),
         ("no check: sliding window", '(not c.get("use_sliding_window"),', "(True,", NOT),
-        ("no check: quantized", '("quantization_config" not in c,', "(True,", NOT),
+        ("no check: quantized", '(_is_ours(c.get("quantization_config")),', "(True,", NOT),
         ("no check: kind of scaling", '(kind in ("default", "llama3"),', "(True,", NOT),
         ("no check: part of a head rotated", '(rope.get("partial_rotary_factor", 1.0) == 1.0,', "(True,", NOT),
         ("no check: sizes", "if not all(type(n) is int and n > 0 for n in sizes) or", "if", NOT),
