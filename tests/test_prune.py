@@ -882,7 +882,8 @@ def test_rows_of_the_world_are_a_third_of_each_kind():
     texts = [tokenizer.decode(row.input_ids) for row in rows]
     assert all(text.startswith("<|im_start|>user") for text in texts[::3])
     assert all(text.startswith("Weather:") for text in texts[2::3])
-    assert len(set(texts)) == 9 and texts != [tokenizer.decode(r.input_ids) for r in prune.world_rows(8, 1, tokenizer)]
+    others = {tokenizer.decode(row.input_ids) for row in prune.world_rows(8, 1, tokenizer)}
+    assert len(others | set(texts)) == 18
 
 
 def test_reports_that_are_measured_are_not_those_of_the_training(monkeypatch, checkpoint, tmp_path):
