@@ -6,12 +6,12 @@ A matrix W (out, in) multiplies inputs x; X holds those of some text, a row a to
     wanda       of least |W_ij| * |X_j|, in every row (Sun et al. 2023, 2306.11695, equation 1)
     sparsegpt   of least W_ij^2 / [H^-1]_jj, and the weights after them make up for it:
                 W_i: -= W_ij / [H^-1]_jj * [H^-1]_j:        (Frantar & Alistarh 2023, 2301.00774, equation 3)
-    llm-pruner  heads and channels of the feed-forward network of least sum |w * dL/dw| (2305.11627, equation 5)
+    llm-pruner  heads and channels of the feed-forward network of least sum |w * dL/dw| (Ma et al. 2023, 2305.11627)
     flap        those whose output fluctuates least, Var(X_j) * |W_:j|^2, their mean put into a bias (2312.11983)
     shortgpt    the layers that change the stream least: influence = 1 - E cos(x_in, x_out) (2403.03853, equation 1)
     slicegpt    the last principal directions of the stream, to which all weights are rotated first (2401.15024)
     svd, asvd,  W = B A of low rank, the nearest to W (svd), after columns were scaled by mean |X_j|^0.5 (asvd,
-    svd-llm     2312.05821), or nearest in its products with X: SVD(W S) S^-1, S S^T = H (2403.07378, section 3.1)
+    svd-llm     2312.05821), or nearest in its products with X: SVD(W S) S^-1, S S^T = H (2403.07378)
 
 The first three put zeros into matrices that keep their shape, anywhere or N in every M of a row (--pattern 2:4): the
 model loads everywhere as before, and is neither smaller nor faster where zeros are stored and multiplied like other
@@ -106,7 +106,7 @@ def sparsegpt(weight: Tensor, upper: Tensor, sparsity: float, pattern: str, *, b
     """
     w, kept = wide(weight).clone(), torch.ones_like(weight, dtype=torch.bool)
     group = 0 if pattern == "unstructured" else int(pattern.split(":")[1])
-    block -= block % max(1, group)
+    block = max(group, block - block % max(1, group))
     scale = upper.diagonal()  # of column j: the root of [H^-1]_jj
     for start in range(0, w.shape[1], block):
         end = min(start + block, w.shape[1])
@@ -183,7 +183,7 @@ def rebuilt(model: Transformer, config: Config, changed: dict[str, Tensor]) -> T
 def saliency(model: Transformer, batches: list[Batch], score: str, seed: int) -> dict[str, Tensor]:
     """How much each weight of the blocks matters, {name: (out, in)}.
 
-    taylor: |w * dL/dw|, what the loss would change by without it to first order (2305.11627, eq. 5), a mean over
+    taylor: |w * dL/dw|, what the loss would change by without it to first order (2305.11627), a mean over
     batches; magnitude: w^2; random: nothing.
     """
     matrices = {f"{path}.weight": linear.weight for path, linear, _ in linears(model)}
@@ -268,7 +268,7 @@ def llm_pruner(model: Transformer, batches: list[Batch], args: argparse.Namespac
 def flap(model: Transformer, batches: list[Batch], args: argparse.Namespace) -> tuple[Transformer, dict]:
     """A unit that hardly varies is as good as a constant: it goes, and its mean times its weights becomes a bias.
 
-    2312.11983, eq. 5-7: Var(X_j) * |W_:j|^2, of a head the sum over its inputs of `out`.
+    2312.11983: Var(X_j) * |W_:j|^2, of a head the sum over its inputs of `out`.
     """
     c, scores, means = model.config, {}, {}
     for path, linear, inputs in layer_by_layer(model, batches):
@@ -377,7 +377,7 @@ def whitening(method: str, inputs: Inputs) -> Tensor:
 
 
 def factors(weight: Tensor, s: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A (rank, in) and B (out, rank) whose product is nearest to W in |(W - B A) S| (2403.07378, theorem 1)."""
+    """A (rank, in) and B (out, rank) whose product is nearest to W in |(W - B A) S| (2403.07378)."""
     u, sigma, vt = torch.linalg.svd(wide(weight) @ s, full_matrices=False)
     root = sigma[:rank].sqrt()
     down = torch.linalg.solve(s, root[:, None] * vt[:rank], left=False)
