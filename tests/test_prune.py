@@ -428,7 +428,7 @@ def test_influence_is_how_far_a_layer_turns_the_stream():
             y = block(x, cos[None, : x.shape[1]], sin[None, : x.shape[1]], None, None)
             found += [F.cosine_similarity(a, b, dim=0).item() for a, b in zip(x[0], y[0], strict=True)]
             x = y
-    wanted = torch.tensor([1 - sum(found) / len(found) for found in cosines])
+    wanted = torch.tensor([1 - sum(found) / len(found) for found in cosines], dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(prune.influence(net, batches_of(rows)), wanted)
 
