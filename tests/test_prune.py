@@ -886,7 +886,7 @@ def test_rows_of_the_world_are_a_third_of_each_kind():
     assert len(others | set(texts)) == 18
 
 
-def test_reports_that_are_measured_are_not_those_of_the_training(monkeypatch, checkpoint, tmp_path):
+def test_reports_that_are_measured_are_not_those_of_the_training(tmp_path):
     args = prune.get_args(["--out", str(tmp_path), "--device", "cpu", "--steps", "2"])
     some, rows, test = prune.examples(args, tiny(), Loop(args, "prune"))
     assert len(some) == 192 and len(rows) >= 2 * args.batch_size and len(test["rows"]) == 128
@@ -897,7 +897,7 @@ def test_reports_that_are_measured_are_not_those_of_the_training(monkeypatch, ch
 
 def test_a_run_is_measured_before_after_and_in_between(checkpoint, data, tmp_path, monkeypatch):
     """Of the world, exact match, too; and the entropy of the reports is what to beat."""
-    monkeypatch.setattr(prune.world, "sft_test", lambda n: world.exchange and [
+    monkeypatch.setattr(prune.world, "sft_test", lambda n: [
         world.exchange("first", world.rng_for("some", i), "test") for i in range(3)])  # fmt: skip
     argv = ["--model", checkpoint, "--out", tmp_path / "out", "--device", "cpu", "--max-length", 64, "--steps", 0,
             "--rows", 9, "--method", "shortgpt", "--sparsity", 0.5, "--max-new-tokens", 4, "--batch-size", 4,
