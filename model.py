@@ -25,6 +25,7 @@ import math
 import os
 import struct
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,8 @@ class Config:
     qk_norm: bool = False
     tied: bool = True  # the head is the embedding
     labels: int = 0  # 0: a language model; 1: the head is one number, of a reward model or a critic
+    out_bias: bool = False  # on what attention and feed-forward network add to the stream; prune.py makes such models
+    ranks: dict[str, int] | None = None  # of the matrices of a block that are products of two; prune.py, too
     quantization: dict | None = None  # the scheme of QuantMatrix, where quantize.py made the checkpoint
 
     @classmethod
@@ -94,6 +97,14 @@ class RMSNorm(nn.Module):
         return kernels.rms_norm(x, self.weight, self.eps)
 
 
+def linear(c: Config, name: str, n_in: int, n_out: int, bias: bool) -> nn.Module:
+    """The matrix `name` of a block ("ffn.down"); if c.ranks has it, two smaller ones, `down` and then `up`."""
+    if not c.ranks or name not in c.ranks:
+        return nn.Linear(n_in, n_out, bias=bias)
+    down, up = nn.Linear(n_in, c.ranks[name], bias=False), nn.Linear(c.ranks[name], n_out, bias=bias)
+    return nn.Sequential(OrderedDict(down=down, up=up))
+
+
 # keys, values, and the columns used of a cache, a tensor once it is pinned; None: of a prefix
 Past = tuple[Tensor, Tensor, int | Tensor | None] | None
 
@@ -104,8 +115,8 @@ class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.sizes, self.head_dim = (c.heads, c.kv_heads, c.kv_heads), c.head_dim
-        self.qkv = nn.Linear(c.width, sum(self.sizes) * c.head_dim, bias=c.qkv_bias)
-        self.out = nn.Linear(c.heads * c.head_dim, c.width, bias=False)
+        self.qkv = linear(c, "attention.qkv", c.width, sum(self.sizes) * c.head_dim, c.qkv_bias)
+        self.out = linear(c, "attention.out", c.heads * c.head_dim, c.width, c.out_bias)
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
 
@@ -137,8 +148,8 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.gate_up = nn.Linear(c.width, 2 * c.ffn_width, bias=False)
-        self.down = nn.Linear(c.ffn_width, c.width, bias=False)
+        self.gate_up = linear(c, "ffn.gate_up", c.width, 2 * c.ffn_width, False)
+        self.down = linear(c, "ffn.down", c.ffn_width, c.width, c.out_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(kernels.swiglu(self.gate_up(x)))
@@ -742,10 +753,13 @@ PARTS = {  # of a block, here: there, where q, k, v and gate, up are matrices of
     "attention.q_norm.weight": ("self_attn.q_norm.weight",),
     "attention.k_norm.weight": ("self_attn.k_norm.weight",),
     "attention.out.weight": ("self_attn.o_proj.weight",),
+    "attention.out.bias": ("self_attn.o_proj.bias",),
     "ffn_norm.weight": ("post_attention_layernorm.weight",),
     "ffn.gate_up.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
     "ffn.down.weight": ("mlp.down_proj.weight",),
+    "ffn.down.bias": ("mlp.down_proj.bias",),
 }
+OURS = "_pruned"  # ends the model_type of what transformers has no architecture for, so that it refuses it
 
 
 def their_names(config: Config, name: str) -> tuple[tuple[str, ...], list[int]]:
@@ -753,6 +767,8 @@ def their_names(config: Config, name: str) -> tuple[tuple[str, ...], list[int]]:
     if name in ENDS:
         return ("score.weight" if config.labels and name == "head.weight" else ENDS[name],), []
     _, i, part = name.split(".", 2)
+    if part not in PARTS:  # one of two factors, of which they have none
+        return (f"model.layers.{i}.{part}",), []
     sizes = {
         "attention.qkv": [config.head_dim * n for n in (config.heads, config.kv_heads, config.kv_heads)],
         "ffn.gate_up": [config.ffn_width] * 2,
@@ -882,6 +898,8 @@ def save(model: Transformer, tokenizer: Tokenizer | None, path: str | Path) -> N
         config |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
         if eos and tokenizer.pad_id in tokenizer.eos_ids:  # transformers reads a score at the last token that is not
             config["pad_token_id"] = None  # padding: it would miss the end of an answer; so it takes one row at a time
+    if c.out_bias or c.ranks:
+        config |= {"model_type": c.family + OURS, "out_bias": c.out_bias, "ranks": c.ranks}
     (path / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     if tokenizer:
         (path / "generation_config.json").write_text(json.dumps(eos, indent=1) + "\n")
@@ -898,9 +916,9 @@ def read_config(path: Path) -> Config:
         raise UserError(f"{path}: not JSON ({error})") from None
     if not isinstance(c, dict):
         raise UserError(f"{path}: not a JSON object")
-    family = c.get("model_type")
+    family = str(c.get("model_type")).removesuffix(OURS)
     if family not in ARCHITECTURES:
-        raise UserError(f"{path}: model_type {family!r} is not supported; {', '.join(ARCHITECTURES)} are")
+        raise UserError(f"{path}: model_type {c.get('model_type')!r} is not supported; {', '.join(ARCHITECTURES)} are")
     scalar = str(c.get("architectures")).endswith(f"{SCALAR}']")
     rope = {"rope_theta": c.get("rope_theta", 10_000.0)} | (c.get("rope_scaling") or c.get("rope_parameters") or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -927,14 +945,19 @@ def read_config(path: Path) -> Config:
             qkv_bias=family == "qwen2", qk_norm=family == "qwen3",
             tied=bool(c.get("tie_word_embeddings", False)) and not scalar,
             labels=len(c.get("id2label") or range(c.get("num_labels") or 2)) if scalar else 0,
+            out_bias=bool(c.get("out_bias")), ranks=c.get("ranks"),
             quantization=c.get("quantization_config"),
         )  # fmt: skip
     except KeyError as error:
         raise UserError(f"{path}: {error.args[0]} is missing") from None
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{path}: the sizes make no model: {error}") from None
+    ranks = config.ranks or {}
+    matrices = {name.removesuffix(".weight") for name in PARTS if name.endswith(".weight") and "norm" not in name}
+    if not isinstance(ranks, dict) or not ranks.keys() <= matrices:
+        raise UserError(f"{path}: ranks {ranks}: expected those of {', '.join(sorted(matrices))}")
     sizes = (config.vocab_size, config.depth, config.width, config.heads, config.kv_heads, config.head_dim,
-             config.ffn_width, config.max_length)  # fmt: skip
+             config.ffn_width, config.max_length, *ranks.values())  # fmt: skip
     if not all(type(n) is int and n > 0 for n in sizes) or config.heads % config.kv_heads or config.head_dim % 2:
         raise UserError(f"{path}: the sizes make no model: {c}")
     return config

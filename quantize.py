@@ -68,6 +68,7 @@ class Inputs:
         dtype = torch.promote_types(dtype, torch.float32)
         self.gram = torch.zeros(width, width, dtype=dtype, device=device)  # X^T X (in, in), summed over tokens
         self.absmax, self.abssum = self.gram.new_zeros(2, width)  # (in,): the largest of |x| in each channel, the sum
+        self.sum = self.gram.new_zeros(width)  # of x
         self.n = 0  # tokens
 
     def add(self, x: Tensor) -> None:
@@ -76,6 +77,7 @@ class Inputs:
         self.gram.addmm_(x.T, x)
         self.absmax = torch.maximum(self.absmax, x.abs().amax(0))
         self.abssum = self.abssum + x.abs().sum(0)
+        self.sum = self.sum + x.sum(0)
         self.n += len(x)
 
 
