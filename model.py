@@ -428,8 +428,9 @@ def generate(
     checkpoint's vocabulary) are never sampled. A row depends on its own prompt and on its own row of uniforms, drawn
     from `seed`: not on the rows beside it, nor on how many are decoded at once, `rollout_batch` (None: all). A prompt
     is prefilled once for all its rows among those. embeddings, (its tokens, D) for each prompt, stand in for those of
-    its tokens; memory has a row for each prompt (see `Transformer.hidden`). Nothing is compiled; on a GPU a step is one CUDA graph, and room for
-    max_new_tokens is taken at the start. Raises ValueError for an empty prompt or one that leaves no room.
+    its tokens; memory has a row for each prompt (see `Transformer.hidden`). Nothing is compiled; on a GPU a step is one
+    CUDA graph, and room for max_new_tokens is taken at the start. Raises ValueError for an empty prompt or one that
+    leaves no room.
     """
     longest = max(map(len, prompts))
     if min(map(len, prompts)) == 0:
@@ -451,8 +452,9 @@ def generate(
     size = rollout_batch or rows
     # inference_mode takes 0.9 of the time of no_grad; but what FSDP gathers in it is closed to training.
     with torch.no_grad() if hasattr(model, "unshard") else torch.inference_mode():
-        parts = [_decode(model, starts[i : i + size], uniforms[i : i + size], eos, draw, owners and owners[i : i + size],
-                         embeddings, memory) for i in range(0, rows, size)]  # fmt: skip
+        spans = [slice(i, i + size) for i in range(0, rows, size)]
+        parts = [_decode(model, starts[span], uniforms[span], eos, draw, owners and owners[span], embeddings, memory)
+                 for span in spans]  # fmt: skip
     tokens, logps = (torch.cat(part) for part in zip(*parts, strict=True))
 
     is_end = torch.isin(tokens, eos.cpu())

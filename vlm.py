@@ -1,7 +1,7 @@
 """A vision-language model: an image encoder, a connector, and a language model that answers questions about pictures.
 
     f = encoder(image)                      (P, D_v), a vision transformer: a vector for each patch (2010.11929)
-    mlp              x = W2 gelu(W1 f)      stands in for the P tokens of `<image>` (LLaVA, arXiv 2304.08485, 2310.03744)
+    mlp              x = W2 gelu(W1 f)      stands in for P tokens of `<image>` (LLaVA, arXiv 2304.08485, 2310.03744)
     query            x = what k learned queries attend to in f: k tokens, however large P is (BLIP-2, 2301.12597)
     cross-attention  h + tanh(g) attend(h, f) before every block, g = 0 at first (Flamingo, 2204.14198)
 
@@ -83,9 +83,9 @@ def clip_loss(images: Tensor, texts: Tensor, log_scale: Tensor, bias: Tensor, sa
 
 
 def siglip_loss(images: Tensor, texts: Tensor, log_scale: Tensor, bias: Tensor, same: Tensor) -> Tensor:
-    """(B,): sum over captions of -log sigmoid(+-(exp(log_scale) * image . text + bias)), + if it is its own (2303.15343).
+    """(B,): sum over captions of -log sigmoid(+-(exp(log_scale) * image . text + bias)), + if it is its own.
 
-    Arguments as in clip_loss. Each pair is judged alone: no softmax over the batch.
+    (SigLIP, 2303.15343.) Arguments as in clip_loss. Each pair is judged alone: no softmax over the batch.
     """
     logits = log_scale.exp() * images @ texts.T + bias
     own = torch.eye(len(same), dtype=torch.bool, device=same.device)
@@ -102,7 +102,7 @@ MOST_SCALE = math.log(100.0)  # of CLIP: a larger one makes the training unstead
 
 
 class Attend(nn.Module):
-    """What x (B, T, D), normed, attends to in context (B, M, C), or in itself: (B, T, D). mask (B, T, M): True is seen."""
+    """What x (B, T, D), normed, attends to in context (B, M, C), or in itself. mask (B, T, M): True is seen."""
 
     def __init__(self, width: int, heads: int, context_width: int | None = None):
         super().__init__()
@@ -147,7 +147,7 @@ class Vision:
 
 
 def positions_2d(grid: int, width: int) -> Tensor:
-    """(grid * grid, width): sines and cosines of the row in the first half, of the column in the second (2205.01580)."""
+    """(grid * grid, width): sines and cosines of the row, then of the column (2205.01580)."""
     frequencies = 1 / 100 ** (torch.arange(width // 4) / (width // 4))
     angles = torch.arange(grid)[:, None] * frequencies  # (grid, width / 4)
     line = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, width / 2)
@@ -177,6 +177,20 @@ class Encoder(nn.Module):
             x = x + attend(x)
             x = x + mlp(x)
         return self.norm(x)
+
+
+class Pool(nn.Module):
+    """One vector of a picture, for `contrast`: what a learned query attends to (the head of SigLIP, 2303.15343)."""
+
+    def __init__(self, c: Vision):
+        super().__init__()
+        self.query, self.attend = nn.Parameter(torch.randn(1, c.width)), Attend(c.width, c.heads)
+        self.mlp = MLP(c.width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(N, P, D_v) -> (N, D_v)"""
+        x = self.attend(self.query.expand(len(features), -1, -1), features)
+        return (x + self.mlp(x))[:, 0]
 
 
 class MLPConnector(nn.Module):
@@ -234,7 +248,7 @@ class CrossAttentionConnector(nn.Module):
 
 
 class Sight(NamedTuple):
-    """The pictures of each row, for cross-attention: model.Memory. Token t of row b sees the first reach[b, t] features."""
+    """The pictures of each row, for cross-attention (model.Memory): token t sees the first reach[t] features."""
 
     connector: CrossAttentionConnector
     features: Tensor  # (B, M, D_v)
@@ -264,6 +278,7 @@ class VLM(nn.Module):
         self.c, self.image_id, self.model = c, image_id, model
         self.encoder, self.connector = Encoder(c), CONNECTORS[c.connector](c, model)
         self.text = Transformer(Config.from_depth(c.text_depth, model.config.vocab_size, c.text_length))
+        self.pool = Pool(c)
         self.of_image, self.of_text = nn.Linear(c.width, c.joint), nn.Linear(self.text.config.width, c.joint)
         _, scale, bias = CONTRASTS[c.contrast]
         self.log_scale, self.bias = nn.Parameter(torch.tensor(scale)), nn.Parameter(torch.tensor(bias))
@@ -276,7 +291,7 @@ class VLM(nn.Module):
     @property
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """{what a stage may train: its parameters}"""
-        towers = (self.encoder, self.text, self.of_image, self.of_text)
+        towers = (self.encoder, self.pool, self.text, self.of_image, self.of_text)
         contrast = [p for part in towers for p in part.parameters()] + [self.log_scale, self.bias]
         return {"towers": contrast, "connector": [*self.connector.parameters()], "model": [*self.model.parameters()]}
 
@@ -286,7 +301,7 @@ class VLM(nn.Module):
 
     def pair(self, batch: "Batch") -> Tensor:
         """(B, 2, d): pictures and captions, each of length 1; a batch's rows have one picture each."""
-        image = self.of_image(self.encoder(batch.pixels).mean(1))
+        image = self.of_image(self.pool(self.encoder(batch.pixels)))
         hidden = self.text.hidden(batch.captions)  # causal: the last token has seen the whole caption
         text = self.of_text(hidden[torch.arange(len(hidden), device=hidden.device), batch.caption_lengths - 1])
         return F.normalize(torch.stack([image, text], dim=1).float(), dim=-1)
@@ -295,7 +310,7 @@ class VLM(nn.Module):
         """`embeddings` or `memory` for `Transformer.hidden`; ValueError unless there is a place for each picture."""
         slots = batch.input_ids == self.image_id
         if int(slots.sum()) != len(batch.pixels) * self.connector.slots:
-            raise ValueError(f"{int(slots.sum())} slots for {len(batch.pixels)} pictures of {self.connector.slots} each")
+            raise ValueError(f"{int(slots.sum())} slots, {len(batch.pixels)} pictures of {self.connector.slots} each")
         if not len(batch.pixels):
             return {}
         features = self.encoder(batch.pixels)
@@ -333,28 +348,28 @@ def learning(vlm: VLM, names: Sequence[str]) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-def contrast_backward(vlm: VLM, batches: list["Batch"], n_rows: list[int], same: Tensor, loop: Loop
-                      ) -> tuple[Tensor, Tensor]:  # fmt: skip
+def contrast_backward(vlm: VLM, batches: list["Batch"], same: Tensor, loop: Loop) -> tuple[Tensor, Tensor]:
     """Gradient of the contrast over all rows of the step, on all ranks; returns the mean loss and the top-1 rate.
 
     The whole batch is needed for the loss of each row. GradCache (2101.06983): embed all of it without a graph, take
-    the gradient with respect to these embeddings, then embed part by part again and go back from there. same (B, B).
+    the gradient with respect to these embeddings, then embed part by part again and go back from there. same (B, B):
+    see clip_loss; the j-th row of rank r is row j * ranks + r of it.
     """
     alone = len(batches) == 1  # then its graph is kept, and nothing is computed twice
     with torch.set_grad_enabled(alone), loop.autocast():
-        parts = [vlm.pair(batch)[:n] for batch, n in zip(batches, n_rows, strict=True)]
-    mine = torch.cat([part.detach() for part in parts])
+        parts = [vlm.pair(batch) for batch in batches]
+    mine = torch.cat([part.detach() for part in parts] or [torch.zeros(0, 2, vlm.c.joint, device=loop.device)])
     places = torch.arange(len(mine), device=mine.device) * loop.world_size + loop.rank
     whole = loop.sum_over_ranks(mine.new_zeros(len(same), *mine.shape[1:]).index_copy(0, places, mine))
     whole.requires_grad_()
     losses = CONTRASTS[vlm.c.contrast][0](*whole.unbind(1), vlm.log_scale, vlm.bias, same)
     loss = losses.mean()
     (loss / loop.world_size).backward()  # of the scale and the bias each rank has a part
-    gradients = (whole.grad * loop.world_size)[places].split(n_rows)
-    for batch, n, part, gradient in zip(batches, n_rows, parts, gradients, strict=True):
+    gradients = (whole.grad * loop.world_size)[places].split([len(part) for part in parts])
+    for batch, part, gradient in zip(batches, parts, gradients, strict=True):
         if not alone:
             with loop.autocast():
-                part = vlm.pair(batch)[:n]
+                part = vlm.pair(batch)
         part.backward(gradient)
     return loss.detach(), top1(whole.detach(), same)
 
@@ -405,7 +420,7 @@ class Batch(NamedTuple):
 
 
 def collate(rows: Sequence[Row], side: int, device: torch.device, multiple_of: int = 1) -> Batch:
-    """Rows padded on the right; no row: one of padding, without a picture, and with a blank one where captions are."""
+    """Rows padded on the right; no row: one of padding, without a picture."""
     length = max((len(row.input_ids) for row in rows), default=1)
     length = math.ceil(length / multiple_of) * multiple_of
     input_ids, completion_mask = torch.zeros(2, max(1, len(rows)), length, dtype=torch.long)
@@ -533,24 +548,23 @@ def world_exam(seed: str) -> dict[str, list]:
 
 
 def file_data(vlm: VLM, tokenizer: Tokenizer, args: Namespace, loop: Loop) -> Data:
-    """Rows {"messages", "images"} of --data; paths of images are relative to the folder of their file."""
-    if args.data and not args.eval_data:
-        (rows,), held_out = formats.split([args.data], None, partial(file_rows, args), loop.say)
-    else:
-        rows, held_out = file_rows(args, args.data), file_rows(args, args.eval_data)
+    """Rows {"messages", "images"} of the JSONL files of --data, or rows of text alone, and the held-out ones."""
+    read = partial(file_rows, mapping=formats.parse_map(args.map))
+    parts, held_out = formats.split(args.data.split(","), args.eval_data, read, loop.say)
 
-    def encoded(rows: list[dict], path: str, what: str) -> list[Row]:
+    def encoded(rows: list[dict], what: str) -> list[Row]:
         made = []
         for i, row in enumerate(tqdm(rows, "encoding", unit="row", disable=None, leave=False), start=1):
-            shown = [resized(Path(path).parent / name, vlm.c.side) for name in row["images"]]
+            shown = [resized(Path(path), vlm.c.side) for path in row.get("images", ())]
+            messages = formats.to_messages(row)
             try:
-                made.append(encode(row["messages"], shown, tokenizer, vlm.connector.slots, args.chat_format,
-                                   caption=row["messages"][-1]["content"]))  # fmt: skip
+                made.append(encode(messages, shown, tokenizer, vlm.connector.slots, args.chat_format,
+                                   caption=messages[-1]["content"]))  # fmt: skip
             except UserError as error:
-                raise UserError(f"{path}, {what[:-1]} {i}: {error}") from None
+                raise UserError(f"{what[:-1]} {i}: {error}") from None
         return fitting(made, what, vlm, args, loop)
 
-    train, test = encoded(rows, args.data, "rows"), encoded(held_out, args.eval_data or args.data, "held-out rows")
+    train, test = encoded(sum(parts, []), "rows"), encoded(held_out, "held-out rows")
     if not train or not test:
         raise UserError(f"no row is left to train on or to measure: --max-length is {args.max_length}")
     described = [row._replace(caption=row.caption[: vlm.c.text_length]) for row in train if len(row.pictures) == 1]
@@ -559,8 +573,11 @@ def file_data(vlm: VLM, tokenizer: Tokenizer, args: Namespace, loop: Loop) -> Da
     return Data(described, train, [], {"rows": test})
 
 
-def file_rows(args: Namespace, path: str) -> list[dict]:
-    return formats.read_jsonl(path, "images", mapping=formats.parse_map(args.map))
+def file_rows(path: str, mapping: dict[str, str]) -> list[dict]:
+    """Rows of a JSONL file; the paths of its images are relative to its folder."""
+    rows = formats.read_jsonl(path, ("images", "chat", "completion"), mapping=mapping)
+    return [row | {"images": [str(Path(path).parent / name) for name in row["images"]]} if "images" in row else row
+            for row in rows]  # fmt: skip
 
 
 def resized(path: Path, side: int) -> np.ndarray:
@@ -656,7 +673,7 @@ def scored(vlm: VLM, pairs: Sequence[tuple[Row, Row]], args: Namespace, loop: Lo
     """(len(pairs), 2): log pi of the chosen and of the rejected answer; no pair: one row of padding, for its graph."""
     batch = collate([row for pair in pairs for row in pair], vlm.c.side, loop.device, 64 if loop.compiled else 1)
     with loop.autocast():
-        return answer_logps(vlm, batch)[: 2 * len(pairs)].view(-1, 2)
+        return answer_logps(vlm, batch)[: 2 * len(pairs)].view(len(pairs), 2)
 
 
 # The measurement
@@ -869,7 +886,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                      "to choose settings on (default: %(default)s)")  # fmt: skip
     cli.add_argument("--seeds", type=COUNT, default=1, help="runs of each connector in --connector all")
     args = cli.parse_args(argv)
-    fill(args, rates_of(DEFAULTS, None), args.model is not None and vision_of(args.model) is None)
+    fill(args, DEFAULTS, args.model is not None)
     for is_wrong, text in (
         (args.image and len(args.image) < 2, "--image: expected one picture or more, and then the question"),
         (args.image and not args.model, "--image needs --model, a folder that vlm.py made"),
@@ -896,8 +913,7 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
             raise UserError(f"--{name} {value}: {args.model} was made with {own}")
         setattr(args, name, value or own)
     args.stages = args.stages or (["instruct"] if sees else [s for s in STAGES if s != "prefer" or not args.data])
-    column = args.model is not None and not sees
-    args.lr = args.lr or rates_of({"lr": STAGES["instruct"].lr}, args.adapter)["lr"][column]
+    args.lr = args.lr or rates_of({"lr": STAGES["instruct"].lr}, args.adapter)["lr"][args.model is not None]
     if args.steps is None and args.data is None:
         args.steps = sum(STAGES[name].steps for name in args.stages)
     return args
@@ -976,7 +992,7 @@ def main(args: argparse.Namespace) -> dict:
             with torch.no_grad():
                 ref_logps = torch.cat([scored(vlm, some, args, loop) for some in groups])
         rows = {"contrast": data.described, "align": data.described, "instruct": data.asked, "prefer": found}[name]
-        indices = list(loop.micro_batches(len(rows), step - first))
+        indices = list(loop.micro_batches(len(rows), step - first)) if rows else []  # no pairs: nothing was invented
         metrics, n_tokens, loss_sum = {}, 0, 0.0
         with learning(vlm, STAGES[name].trains):
             if name == "prefer":
@@ -984,7 +1000,7 @@ def main(args: argparse.Namespace) -> dict:
                 sums = torch.zeros(3, device=loop.device)
                 for some in indices:
                     logps = scored(vlm, [pairs[i] for i in some], args, loop)
-                    s = Scored(logps, ref_logps[some].to(logps), torch.ones_like(logps), torch.ones_like(logps))
+                    s = Scored(logps, ref_logps[some].to(logps), None, None)  # of whose parts dpo takes two
                     losses = dpo(s, beta=args.beta, label_smoothing=0.0)
                     (losses.sum() / args.batch_size).backward()
                     margins = args.beta * margin(log_ratio(s)).detach()
@@ -998,7 +1014,8 @@ def main(args: argparse.Namespace) -> dict:
                 if name == "contrast":
                     said = [rows[i].caption for i in loop.batch_indices(len(rows), step - first)]
                     same = torch.tensor([[a == b for b in said] for a in said], device=loop.device)
-                    loss, metrics["top-1"] = contrast_backward(vlm, batches, [*map(len, indices)], same, loop)
+                    batches = [batch for batch, some in zip(batches, indices, strict=True) if some]
+                    loss, metrics["top-1"] = contrast_backward(vlm, batches, same, loop)
                 else:
                     for batch in batches:
                         with loop.autocast():

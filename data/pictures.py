@@ -1,4 +1,4 @@
-"""Pictures made by code, what can be asked about them, and readers of small image files: numpy and the standard library.
+"""Pictures made by code, what can be asked about them, and readers of image files: numpy and the standard library.
 
 A picture shows things on a grey, uneven, noisy background: coloured shapes, small or large, or a digit. Words, colours
 and shapes are those of data/world.py. Four of the 24 pairs of colour and shape, UNSEEN, are in no picture that is
@@ -223,7 +223,7 @@ YS, XS = np.mgrid[:SIDE, :SIDE] + 0.5
 
 
 def distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
-    """About how many pixels each of (x, y), seen from the centre, lies outside a shape of radius r; negative: inside."""
+    """About how many pixels (x, y), from the centre, lies outside a shape of radius r; negative: inside."""
     if shape == "circle":
         return np.hypot(x, y) - r
     if shape == "square":
