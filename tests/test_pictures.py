@@ -150,6 +150,19 @@ def test_a_thing_has_its_colour_where_it_is():
         assert e.picture.dtype == np.uint8 and e.picture.shape == (SIDE, SIDE, 3)
 
 
+def test_colours_are_what_they_are_called():
+    hues = {c: np.array(rgb) > 127 for c, rgb in pictures.RGB.items()}
+    wanted = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0), "black": (0, 0, 0),
+              "white": (1, 1, 1)}  # fmt: skip
+    assert {c: tuple(map(int, bits)) for c, bits in hues.items()} == wanted
+
+
+def test_what_is_asked_about_is_not_always_named_first():
+    colours = [e for e in TRAIN if e.kind == "colour"]
+    first = sum(e.things[0].shape == e.turns[0][0].rstrip("?").split()[-1] for e in colours)
+    assert 0.25 * len(colours) < first < 0.75 * len(colours)
+
+
 def inside(shape: str, x: float, y: float, r: float) -> bool:
     """By the corners, with no distances."""
     if shape == "circle":

@@ -327,7 +327,7 @@ def test_slots_and_pictures_must_agree(net):
 
 
 def test_what_the_assistant_says_is_trained_on_and_no_slot(net):
-    """V1, V7: the words and the ending token of each answer; a question rendered alone is the beginning of the whole."""
+    """V1, V7: the words and the ending token of each answer; a question alone is the beginning of the whole."""
     turns = [("What colour is the square?", "red"), ("And the star?", "It is blue.")]
     r = row(net, turns, 0, 1)
     spoken = [i for i, m in zip(r.input_ids, r.completion_mask, strict=True) if m]
@@ -448,7 +448,7 @@ def test_cross_attention_changes_nothing_at_first():
 
 
 def test_cross_attention_by_hand():
-    """h + tanh(a) attend(h, pictures so far), then h + tanh(b) MLP(h), before each block; two pictures, at each token."""
+    """h + tanh(a) attend(h, pictures so far), then h + tanh(b) MLP(h), before each block; of two pictures."""
     net = small("cross-attention", torch.float64)
     with torch.no_grad():
         net.connector.gates.copy_(torch.tensor([[0.3, -0.5], [0.9, 0.2]]))
@@ -531,6 +531,18 @@ def test_log_probs_while_sampling_are_those_of_training(net):
         assert found.logps[n].sum().item() == pytest.approx(logp.item(), abs=1e-3)
 
 
+def test_rollouts_in_parts_keep_their_pictures(net):
+    """generate's rollout_batch: the same samples, however many rows are decoded at once."""
+    rows, found = prompts_of(net), []
+    for size in (None, 5, 2):
+        seen = net.look(collate(rows, 48, CPU))
+        if "embeddings" in seen:
+            seen["embeddings"] = [x[: len(r.input_ids)] for x, r in zip(seen["embeddings"], rows, strict=True)]
+        found.append(generate(net.model, [r.input_ids for r in rows], max_new_tokens=5, eos_ids=[1], samples=2, seed=2,
+                              rollout_batch=size, **seen).completions)  # fmt: skip
+    assert found[0] == found[1] == found[2] and found[0][4] != found[0][6]
+
+
 def test_replies_of_a_batch_are_those_of_single_rows(net, tmp_path, monkeypatch):
     no_ends(monkeypatch)
     rows, loop = prompts_of(net), a_loop(tmp_path)
@@ -548,7 +560,7 @@ def test_replies_of_a_batch_are_those_of_single_rows(net, tmp_path, monkeypatch)
 
 
 def test_only_what_a_stage_names_learns(net):
-    every = {name: p for name, p in net.named_parameters()}
+    every = dict(net.named_parameters())
     parts = {name: {id(p) for p in some} for name, some in net.parts.items()}
     assert set().union(*parts.values()) == {id(p) for p in every.values()}
     assert sum(map(len, parts.values())) == len(every)
@@ -579,8 +591,8 @@ def start(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def small_world(monkeypatch):
     """A small encoder, and exams of a few rows."""
-    monkeypatch.setattr(vlm_module, "Vision", lambda *a, **k: Vision(*a, **{**vars(SMALL), **k}) if not a else Vision(
-        *a, **{name: value for name, value in vars(SMALL).items() if name not in ("connector", "contrast", "stem")}, **k))
+    sizes = {name: value for name, value in vars(SMALL).items() if name not in ("connector", "contrast", "stem")}
+    monkeypatch.setattr(vlm_module, "Vision", lambda *a, **k: Vision(*a, **(sizes if a else {}) | k))
     few = {kind: pictures.exam(kind, repeats=1)[:3] for kind in pictures.KINDS}
     few["existence"] = pictures.exam("existence", repeats=1)[:4]
     scenes = [pictures.example("exam", i) for i in range(5)]
@@ -607,6 +619,18 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return found | read_safetensors(out / "checkpoint" / "vision.safetensors")
 
 
+def watched(monkeypatch) -> list[VLM]:
+    """The models that runs make from here on."""
+    nets, made = [], vlm_module.load_vlm
+
+    def load(*arguments):
+        nets.append((found := made(*arguments))[0])
+        return found
+
+    monkeypatch.setattr(vlm_module, "load_vlm", load)
+    return nets
+
+
 def always_invents(monkeypatch) -> None:
     """What a random model says names nothing: half of all samples are taken to name what is not there."""
     monkeypatch.setattr(pictures, "invented", lambda text, things: [("red", "star")] * (len(text.encode()) % 2))
@@ -616,22 +640,19 @@ def test_a_run_of_all_stages(start, tmp_path, monkeypatch, capsys):
     """Each in its turn, of its own share; what it does not name is not changed by a byte, what it names is."""
     always_invents(monkeypatch)
     monkeypatch.setattr(vlm_module, "STAGES", {name: s._replace(steps=2) for name, s in STAGES.items()})
-    kept = []
-    whole = Loop.log
-    steps = {}
+    whole, steps, nets = Loop.log, {}, watched(monkeypatch)
 
     def log(self, step, **metrics):
         steps[step] = {name: p.detach().clone() for name, p in nets[0].named_parameters()}
         whole(self, step, **metrics)
 
-    nets, made = [], vlm_module.load_vlm
-    monkeypatch.setattr(vlm_module, "load_vlm", lambda *a: (nets.append(found[0]), found)[1] if (found := made(*a)) else 0)
     monkeypatch.setattr(Loop, "log", log)
     result = run(start, tmp_path)
     lines = logged(tmp_path)
-    assert [line["stage"] for line in lines] == [1, 1, 2, 2, 3, 3, 4, 4] and not kept
+    assert [line["stage"] for line in lines] == [1, 1, 2, 2, 3, 3, 4, 4]
     net = nets[0]
-    groups = {name: [n for n, p in net.named_parameters() if any(p is q for q in some)] for name, some in net.parts.items()}
+    parts = {name: {id(p) for p in some} for name, some in net.parts.items()}
+    groups = {name: [n for n, p in net.named_parameters() if id(p) in ids] for name, ids in parts.items()}
     for step in range(2, 9):
         trained = [*STAGES.values()][(step - 1) // 2].trains
         for part, names in groups.items():
@@ -641,7 +662,7 @@ def test_a_run_of_all_stages(start, tmp_path, monkeypatch, capsys):
     assert lines[6]["loss"] == pytest.approx(math.log(2), abs=1e-5) and lines[6]["margin"] == pytest.approx(0, abs=1e-5)
     assert lines[7]["margin"] > 0, "the chosen answer gains"
     assert {"top-1"} <= lines[0].keys() and "top-1" not in lines[3]
-    for line, peak in zip(lines, [1e-3] * 2 + [2e-3] * 2 + [1e-3] * 2 + [1e-4] * 2, strict=True):
+    for line in lines:
         peak = {1: 5e-4, 2: 1e-3, 3: 1e-3, 4: 1e-3 * 5e-7 / 2e-5}[line["stage"]]
         assert line["lr"] == pytest.approx(peak), "warm-up 1, then linear: both steps of a stage are at its peak"
     assert result["metric"] == "exact match" and result["variant"] == "mlp" and result["n"] == 22
@@ -666,7 +687,8 @@ def test_splitting_a_batch_changes_nothing(start, tmp_path, monkeypatch, flags):
     found = []
     for size in (4, 3, 1):
         run(start, tmp_path / str(size), *flags, "--micro-batch-size", size)
-        found.append((logged(tmp_path / str(size)), read_safetensors(tmp_path / f"{size}/checkpoint/vision.safetensors")))
+        tensors = read_safetensors(tmp_path / str(size) / "checkpoint" / "vision.safetensors")
+        found.append((logged(tmp_path / str(size)), tensors))
     for lines, tensors in found[1:]:
         for a, b in zip(found[0][0], lines, strict=True):
             for metric in a.keys() - {"seconds", "tokens_per_second", "accuracy"}:
@@ -731,7 +753,8 @@ def test_a_step_is_a_plain_one(start, tmp_path):
     rows = vlm_module.world_data(net, tokenizer, args).asked
     assert any(not r.pictures for r in rows) and any(r.pictures for r in rows)
     named = {n: p for n, p in net.named_parameters() if n.startswith(("model.", "connector."))}
-    groups = [{"params": [p for p in named.values() if (p.ndim >= 2) == d], "weight_decay": 0.3 * d} for d in (True, False)]
+    groups = [{"params": [p for p in named.values() if (p.ndim >= 2) == decays], "weight_decay": 0.3 * decays}
+              for decays in (True, False)]  # fmt: skip
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
     for step, line in enumerate(logged(tmp_path), start=1):
         some = [rows[i] for i in loop.batch_indices(len(rows), step)]
@@ -792,11 +815,33 @@ def test_hallucinations_are_counted_by_hand(start, tmp_path, monkeypatch):
     e = pictures.Example(picture(0), things, [("Is there a red star?", "yes")], "existence")
     no = e._replace(turns=[("Is there a blue star?", "no")])
     said = {1.0: ["a red star", "a red circle", ""], 0.0: ["a red star", "a red star and a blue star", "red star"]}
-    monkeypatch.setattr(vlm_module, "replies", lambda *a, temperature, **k: [[tiny().encode(t)] for t in said[temperature]])
-    monkeypatch.setattr(vlm_module, "answers", lambda v, t, asked, *a: ["yes" if "blue" in q else "no" for q, _ in asked])
+    replies = {temperature: [[tiny().encode(text)] for text in texts] for temperature, texts in said.items()}
+    monkeypatch.setattr(vlm_module, "replies", lambda *a, temperature, **k: replies[temperature])
+    monkeypatch.setattr(vlm_module, "answers", lambda v, t, q, *a: ["no" if "red" in x else "yes" for x, _ in q])
     found = vlm_module.hallucinations(net, tiny(), {"scenes": [e] * 3, "kinds": [e, no, no]}, loop.args, loop)
     assert found == {"hallucination": [0, 1, 0], "left out": [0, 1, 1], "hallucination, greedy": [0, 1, 0],
                      "left out, greedy": [0, 0, 0], "yes to what is absent": [1, 1]}  # fmt: skip
+
+
+def test_a_description_invents_or_not(start, tmp_path, monkeypatch):
+    """CHAIR_s: a share of descriptions, however much each invents."""
+    net = load_vlm(start, CPU, vlm_module.Vision("mlp", "clip", "conv"))[0]
+    e = pictures.Example(picture(0), [pictures.Thing("red", "star", "small", 9, 9, 4)], [("", "")], "")
+    said = [[tiny().encode("a red circle and a blue star and a black circle")]]
+    monkeypatch.setattr(vlm_module, "replies", lambda *a, **k: said)
+    monkeypatch.setattr(vlm_module, "answers", lambda *a: [])
+    loop = a_loop(tmp_path)
+    found = vlm_module.hallucinations(net, tiny(), {"scenes": [e], "kinds": []}, loop.args, loop)
+    assert found["hallucination"] == found["hallucination, greedy"] == [1.0]
+
+
+def test_the_best_constant_is_the_best(start, tmp_path, monkeypatch):
+    net = load_vlm(start, CPU, vlm_module.Vision("mlp", "clip", "conv"))[0]
+    rows = pictures.exam("colour", repeats=1)  # of black ones there are most
+    monkeypatch.setattr(vlm_module, "answers", lambda v, t, asked, *a: ["red"] * len(asked))
+    loop = a_loop(tmp_path)
+    (line,) = vlm_module.without_looking(net, tiny(), {"kinds": rows}, {"colour": [1.0]}, loop.args, loop)
+    assert line["best constant"]["mean"] == 4 / 20 and line["blank picture"]["mean"] == 3 / 20
 
 
 @pytest.mark.parametrize("looks", [True, False])
@@ -846,9 +891,8 @@ def test_a_checkpoint_is_itself_when_it_is_loaded(start, tmp_path, monkeypatch):
     """With an adapter too, whose base stays where it is; transformers' folder beside vision.safetensors."""
     for flags in ((), ("--adapter", "lora:rank=2")):
         out = tmp_path / str(len(flags))
-        nets, made = [], vlm_module.load_vlm
-        with monkeypatch.context() as m:
-            m.setattr(vlm_module, "load_vlm", lambda *a, made=made, nets=nets: (nets.append(f[0]), f)[1] if (f := made(*a)) else 0)
+        with monkeypatch.context() as patch:
+            nets = watched(patch)
             run(start, out, "--stages", "align", "instruct", *flags)
         net = load_vlm(out, CPU)[0]
         rows = three_rows(net)
@@ -912,7 +956,7 @@ def chats(n: int) -> list[dict]:
 
 
 def test_rows_of_files(start, tmp_path, monkeypatch):
-    """Pictures beside the JSONL, several in a conversation, text of another file; the loss on held-out rows, by hand."""
+    """Pictures beside the JSONL, several in a conversation, text of another file; the held-out loss, by hand."""
     file = jsonl(tmp_path, chats(40))
     text = [{"prompt": f"Say {i}.", "completion": str(i)} for i in range(40)]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps(r) + "\n" for r in text))
@@ -980,19 +1024,16 @@ def test_flags_that_do_not_go_together_are_refused(flags, words):
 
 def test_default_plan_and_rates():
     args = get_args([])
-    assert planned(args, 0) == {name: s.steps for name, s in STAGES.items()} and args.steps == sum(
-        s.steps for s in STAGES.values()
-    )
+    whole = sum(s.steps for s in STAGES.values())
+    assert planned(args, 0) == {name: s.steps for name, s in STAGES.items()} and args.steps == whole
     for total in (1, 7, 100):
         args.steps = total
         plan = planned(args, 0)
-        assert sum(plan.values()) == total and all(
-            abs(n - total * STAGES[name].steps / sum(s.steps for s in STAGES.values())) < 1.01 for name, n in plan.items()
-        )
-    args = get_args(["--lr", "2e-3"])
-    assert [rate(name, args) for name in STAGES] == pytest.approx(
-        [STAGES["contrast"].lr[0], STAGES["align"].lr[0], 2e-3, STAGES["prefer"].lr[0] * 2e-3 / STAGES["instruct"].lr[0]]
-    )
+        assert sum(plan.values()) == total
+        assert all(abs(n - total * STAGES[name].steps / whole) < 1.01 for name, n in plan.items())
+    args, tiny_rates = get_args(["--lr", "2e-3"]), {name: s.lr[0] for name, s in STAGES.items()}
+    wanted = tiny_rates | {"instruct": 2e-3, "prefer": tiny_rates["prefer"] * 2e-3 / tiny_rates["instruct"]}
+    assert {name: rate(name, args) for name in STAGES} == pytest.approx(wanted)
     with_lora = get_args(["--adapter", "lora"])
     assert with_lora.lr == 2 * STAGES["instruct"].lr[0]
 
@@ -1011,8 +1052,8 @@ def test_broken_folders_are_refused(start, tmp_path):
 
 
 def test_a_table_of_the_connectors(start, tmp_path, capsys):
-    main(get_args(["--connector", "all", "--model", str(start), "--out", str(tmp_path), *map(str, SHORT), "--steps", "3",
-                   "--stages", "contrast", "align", "instruct"]))  # fmt: skip
+    flags = map(str, (*SHORT, "--steps", 3, "--stages", "contrast", "align", "instruct"))
+    main(get_args(["--connector", "all", "--model", str(start), "--out", str(tmp_path), *flags]))
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
     assert [r["connector"] for r in rows] == ["SFT", *CONNECTORS]
 
