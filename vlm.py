@@ -92,11 +92,11 @@ def siglip_loss(images: Tensor, texts: Tensor, log_scale: Tensor, bias: Tensor, 
     return -(F.logsigmoid(torch.where(own, logits, -logits)) * (own | ~same)).sum(1)
 
 
-CONTRASTS = {  # name: (loss, log_scale and bias at first)
-    "clip": (clip_loss, math.log(1 / 0.07), 0.0),
-    "siglip": (siglip_loss, math.log(10.0), -10.0),
+CONTRASTS = {  # name: (loss, scale and bias at first)
+    "clip": (clip_loss, 1 / 0.07, 0.0),
+    "siglip": (siglip_loss, 10.0, -10.0),
 }
-MOST_SCALE = math.log(100.0)  # of CLIP: a larger one makes the training unsteady
+MOST_SCALE = 100.0  # of CLIP: a larger one makes the training unsteady
 
 # The network
 
@@ -107,7 +107,8 @@ class Attend(nn.Module):
     def __init__(self, width: int, heads: int, context_width: int | None = None):
         super().__init__()
         self.heads, self.norm = heads, nn.LayerNorm(width)
-        self.q, self.kv = nn.Linear(width, width), nn.Linear(context_width or width, 2 * width)
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(context_width or width, 2 * width, bias=False)  # one of the keys would change nothing
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -163,16 +164,20 @@ class Encoder(nn.Module):
         if c.stem == "patch":
             self.stem = nn.Conv2d(3, c.width, c.patch, stride=c.patch)
         else:  # 8 = 2 * 2 * 2
-            widths = (3, c.width // 4, c.width // 2, c.width)
+            widths = (3, c.width // 3, 2 * c.width // 3, c.width)
             layers = [nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths, widths[1:], strict=False)]
+            for layer in layers:  # torch's own start would let a picture fade to a tenth on its way
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
             self.stem = nn.Sequential(layers[0], nn.GELU(), layers[1], nn.GELU(), layers[2])
+        self.norm_patches = nn.LayerNorm(c.width)  # as loud as their positions
         self.blocks = nn.ModuleList(nn.ModuleList([Attend(c.width, c.heads), MLP(c.width)]) for _ in range(c.depth))
         self.norm = nn.LayerNorm(c.width)
         self.register_buffer("positions", positions_2d(c.side // c.patch, c.width), persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         x = self.stem(2 * pixels - 1).flatten(2).transpose(1, 2)  # (N, P, D): row by row
-        x = x + self.positions
+        x = self.norm_patches(x) + self.positions
         for attend, mlp in self.blocks:
             x = x + attend(x)
             x = x + mlp(x)
@@ -255,7 +260,8 @@ class Sight(NamedTuple):
     reach: Tensor  # (B, T)
 
     def __call__(self, i: int, x: Tensor) -> Tensor:
-        reach = self.reach if self.reach.shape[1] == x.shape[1] else self.reach[:, -1:]  # said after the prompt: all
+        T = x.shape[1]
+        reach = self.reach[:, :T] if T > 1 else self.reach[:, -1:]  # one token comes after the prompt, and sees all
         places = torch.arange(self.features.shape[1], device=x.device)
         seen = places < reach[..., None].clamp(min=1)  # (B, T, M): one, lest nothing be divided by nothing
         (attend, mlp), (a, b) = self.connector.blocks[i], self.connector.gates[i].tanh()
@@ -281,7 +287,7 @@ class VLM(nn.Module):
         self.pool = Pool(c)
         self.of_image, self.of_text = nn.Linear(c.width, c.joint), nn.Linear(self.text.config.width, c.joint)
         _, scale, bias = CONTRASTS[c.contrast]
-        self.log_scale, self.bias = nn.Parameter(torch.tensor(scale)), nn.Parameter(torch.tensor(bias))
+        self.log_scale, self.bias = nn.Parameter(torch.tensor(math.log(scale))), nn.Parameter(torch.tensor(bias))
         self.to(model.embed.weight.device)
 
     @property
@@ -420,12 +426,12 @@ class Batch(NamedTuple):
 
 
 def collate(rows: Sequence[Row], side: int, device: torch.device, multiple_of: int = 1) -> Batch:
-    """Rows padded on the right; no row: one of padding, without a picture."""
-    length = max((len(row.input_ids) for row in rows), default=1)
+    """Rows padded on the right to the longest; what has no caption has one of length 1."""
+    length = max(len(row.input_ids) for row in rows)
     length = math.ceil(length / multiple_of) * multiple_of
-    input_ids, completion_mask = torch.zeros(2, max(1, len(rows)), length, dtype=torch.long)
-    widest = max((len(row.caption) for row in rows), default=0) or 1
-    captions, lengths = torch.zeros(max(1, len(rows)), widest, dtype=torch.long), torch.ones(max(1, len(rows))).long()
+    input_ids, completion_mask = torch.zeros(2, len(rows), length, dtype=torch.long)
+    captions = torch.zeros(len(rows), max(1, *(len(row.caption) for row in rows)), dtype=torch.long)
+    lengths = torch.ones(len(rows), dtype=torch.long)
     for b, row in enumerate(rows):
         input_ids[b, : len(row.input_ids)] = torch.tensor(row.input_ids)
         completion_mask[b, : len(row.input_ids)] = torch.tensor(row.completion_mask)
@@ -670,10 +676,10 @@ def pairs_of(found: list[list], vlm: VLM, tokenizer: Tokenizer, scenes: Sequence
 
 
 def scored(vlm: VLM, pairs: Sequence[tuple[Row, Row]], args: Namespace, loop: Loop) -> Tensor:
-    """(len(pairs), 2): log pi of the chosen and of the rejected answer; no pair: one row of padding, for its graph."""
+    """(len(pairs), 2): log pi of the chosen and of the rejected answer."""
     batch = collate([row for pair in pairs for row in pair], vlm.c.side, loop.device, 64 if loop.compiled else 1)
     with loop.autocast():
-        return answer_logps(vlm, batch)[: 2 * len(pairs)].view(len(pairs), 2)
+        return answer_logps(vlm, batch).view(len(pairs), 2)
 
 
 # The measurement
@@ -779,7 +785,7 @@ def conclude(vlm: VLM, tokenizer: Tokenizer, test: dict[str, list], before: dict
         names = ("best constant", "blank picture", "another picture")
         total = sum(row["n"]["mean"] for row in table)
         baselines = {name: sum(row[name]["mean"] * row["n"]["mean"] for row in table) / total for name in names}
-        some = [e for kind in pictures.KINDS for e in [e for e in test["kinds"] if e.kind == kind][5::97][:4]]
+        some = [e for i, e in enumerate(test["kinds"]) if i % max(1, len(test["kinds"]) // 30) == 0]
         said = answers(vlm, tokenizer, [(e.turns[0][0], e.picture) for e in some], args, loop)
         if loop.main:
             (loop.out / "samples.svg").write_text(sheet(some, said), encoding="utf-8")
@@ -940,7 +946,7 @@ def planned(args: argparse.Namespace, n_rows: int) -> dict[str, int]:
 
 def see(args: argparse.Namespace) -> str:
     """--image: what the model of --model says to the pictures and the question."""
-    loop = Loop(args, "vlm")
+    loop = Loop(Namespace(**vars(args) | {"model": None}), "vlm")  # which writes nothing: --out may be --model
     vlm, tokenizer = load_vlm(args.model, loop.device)
     *files, question = args.image
     shown = [resized(Path(file), vlm.c.side) for file in files]
@@ -955,7 +961,8 @@ def main(args: argparse.Namespace) -> dict:
     if args.image:
         return see(args)
     if args.connector == "all":
-        return compare(main, resolved, args, CONNECTORS, Path(args.out or ROOT / "out" / "vlm"), COLUMNS,
+        columns = tuple(name for name in COLUMNS if name != "hallucination" or "prefer" in (args.stages or STAGES))
+        return compare(main, resolved, args, CONNECTORS, Path(args.out or ROOT / "out" / "vlm"), columns,
                        tuple(CONNECTORS), flag="connector")  # fmt: skip
 
     # 4. Setup
@@ -988,12 +995,14 @@ def main(args: argparse.Namespace) -> dict:
             before |= hallucinations(vlm, tokenizer, data.test, args, loop)
             found = sampled_pairs(vlm, tokenizer, data.scenes, args, loop)
             pairs = pairs_of(found, vlm, tokenizer, data.scenes, args)
-            groups = [pairs[i : i + args.micro_batch_size] for i in range(0, len(pairs), args.micro_batch_size)]
             with torch.no_grad():
-                ref_logps = torch.cat([scored(vlm, some, args, loop) for some in groups])
+                starts = range(0, len(pairs), args.micro_batch_size)
+                parts = [scored(vlm, pairs[i : i + args.micro_batch_size], args, loop) for i in starts]
+                ref_logps = torch.cat(parts) if parts else ref_logps
         rows = {"contrast": data.described, "align": data.described, "instruct": data.asked, "prefer": found}[name]
-        indices = list(loop.micro_batches(len(rows), step - first)) if rows else []  # no pairs: nothing was invented
-        metrics, n_tokens, loss_sum = {}, 0, 0.0
+        indices = loop.micro_batches(len(rows), step - first) if rows else []  # of a model that invents nothing: none
+        indices = [some for some in indices if some]  # replicas need not run an empty one
+        metrics, n_tokens, loss_sum = {}, 0, torch.zeros((), device=loop.device)
         with learning(vlm, STAGES[name].trains):
             if name == "prefer":
                 pairs = pairs or pairs_of(found, vlm, tokenizer, data.scenes, args)
@@ -1014,7 +1023,6 @@ def main(args: argparse.Namespace) -> dict:
                 if name == "contrast":
                     said = [rows[i].caption for i in loop.batch_indices(len(rows), step - first)]
                     same = torch.tensor([[a == b for b in said] for a in said], device=loop.device)
-                    batches = [batch for batch, some in zip(batches, indices, strict=True) if some]
                     loss, metrics["top-1"] = contrast_backward(vlm, batches, same, loop)
                 else:
                     for batch in batches:
@@ -1028,7 +1036,7 @@ def main(args: argparse.Namespace) -> dict:
             optimizer.step()
             optimizer.zero_grad()
         with torch.no_grad():
-            vlm.log_scale.clamp_(max=MOST_SCALE)
+            vlm.log_scale.clamp_(max=math.log(MOST_SCALE))
         number = [*STAGES].index(name) + 1
         loop.log(step, loss=loss, stage=number, grad_norm=grad_norm, lr=lr, tokens=n_tokens, **metrics)
         if args.eval_every and loop.due("eval", step) and step < len(stages):

@@ -1,7 +1,7 @@
 """Pictures made by code, what can be asked about them, and readers of image files: numpy and the standard library.
 
 A picture shows things on a grey, uneven, noisy background: coloured shapes, small or large, or a digit. Words, colours
-and shapes are those of data/world.py. Four of the 24 pairs of colour and shape, UNSEEN, are in no picture that is
+and shapes are those of data/world.py. Three of the 24 pairs of colour and shape, UNSEEN, are in no picture that is
 trained on. A question gives nothing away: in `exam`, each answer to the same question is right equally often, so that
 whoever does not look at the picture is right as often as the best constant answer, and no more.
 
@@ -40,7 +40,7 @@ from data.world import COLOURS, NUMBERS, SHAPES, SIZES
 SIDE = 48  # pixels
 KINDS = ("colour", "shape", "size", "count", "existence", "position", "digit")
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # y grows downwards
-UNSEEN = (("red", "star"), ("green", "square"), ("blue", "triangle"), ("yellow", "star"))  # a circle never, nor black
+UNSEEN = (("red", "star"), ("green", "square"), ("blue", "triangle"))  # never a circle, nor a black or a white thing
 SEEN = [(colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in UNSEEN]
 DESCRIBE = "Describe the picture."
 
@@ -96,8 +96,8 @@ def draw_scene(rng, kind: str, cell: tuple[str, str], answer: str) -> list[Thing
             if kind == "count":  # six large ones find no place; and those that are counted are alike
                 size = things[0].size if 0 < i <= NUMBERS.index(answer) else rng.choice(SIZES) if i == 0 else "small"
                 size = "small" if len(cells) > 3 else size
-            radius = rng.uniform(3.8, 4.6) if size == "small" else rng.uniform(6.8, 7.8)
-            radius = max(radius, 5.5) if shape.isdigit() else radius
+            radius = rng.uniform(4.4, 5.2) if size == "small" else rng.uniform(7.4, 8.4)
+            radius = max(radius, 6.5) if shape.isdigit() else radius
             for _ in range(30):
                 x, y = (rng.uniform(radius + 1, SIDE - radius - 1) for _ in "xy")
                 if all(math.hypot(x - t.x, y - t.y) > radius + t.radius + 1.5 for t in things):
@@ -125,7 +125,7 @@ def describe(things: Sequence[Thing]) -> str:
     """
     counts = Counter((t.size, t.colour, t.shape) for t in things)
     nouns = [
-        f"{colour} digit {shape}" if shape.isdigit() else world.noun(n, colour, shape, size)
+        f"one {colour} digit {shape}" if shape.isdigit() else world.noun(n, colour, shape, size)
         for (size, colour, shape), n in counts.items()
     ]
     if len(things) == 2 and len(counts) == 2 and (where := relation(*things)):

@@ -52,7 +52,7 @@ def test_what_is_asked_is_true(rows):
 
 def test_training_asks_every_kind_and_gives_every_answer():
     asked = Counter(question.split(" ")[0] + question.split(" ")[1] for e in TRAIN for question, _ in e.turns)
-    assert min(asked.values()) > 60 and len(asked) == len(KINDS)
+    assert min(asked.values()) >= 60 and len(asked) == len(KINDS)
     assert Counter(e.kind for e in TRAIN) == dict.fromkeys(KINDS, 60)
     said = {answer for e in TRAIN for _, answer in e.turns}
     assert said >= {*COLOURS, *SHAPES, *NUMBERS, "small", "large", "yes", "no", *"0123456789"}
@@ -69,7 +69,7 @@ def test_a_question_of_the_exam_gives_nothing_away(kind):
     assert len(EXAM[kind]) >= 500
     counts = {count for counter in answers.values() for count in counter.values()}
     assert len(counts) == 1, "each question with each of its answers"
-    wanted = {"colour": {5, 6, 4}, "shape": {3, 4}, "size": {2}, "count": {4}, "existence": {2}, "position": {12},
+    wanted = {"colour": {5, 6}, "shape": {3, 4}, "size": {2}, "count": {4}, "existence": {2}, "position": {12},
               "digit": {10}}[kind]  # fmt: skip
     assert {len(counter) for counter in answers.values()} <= wanted
     best_blind = sum(max(counter.values()) for counter in answers.values())
@@ -103,7 +103,7 @@ def test_unseen_compositions_are_in_no_training_picture():
         asked = [e for e in rows if {(t.colour, t.shape) for t in e.things} & set(UNSEEN)]
         assert len(asked) == sum(e.turns[0][1] != "no" for e in rows) > 0
         assert all({(t.colour, t.shape) for t in e.things} - set(UNSEEN) or kind == "count" for e in asked)
-    assert len(UNSEEN) == 4 and {s for _, s in UNSEEN} < {*SHAPES} and {c for c, _ in UNSEEN} < {*COLOURS}
+    assert len(UNSEEN) == 3 and {s for _, s in UNSEEN} < {*SHAPES} and {c for c, _ in UNSEEN} < {*COLOURS}
     assert not {f"Is there a {c} {s}?" for c, s in UNSEEN} & {q for e in TRAIN for q, _ in e.turns}
 
 
@@ -137,7 +137,7 @@ def test_things_lie_apart_and_within():
         for i, a in enumerate(e.things):
             assert a.radius <= min(a.x, a.y, SIDE - a.x, SIDE - a.y)
             assert all(math.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius + 1 for b in e.things[:i])
-            assert a.shape.isdigit() or (a.radius < 5) == (a.size == "small")
+            assert a.shape.isdigit() or (a.radius < 6) == (a.size == "small")
 
 
 def test_a_thing_has_its_colour_where_it_is():

@@ -31,6 +31,7 @@ RANKS = "test_two_ranks_equal_one"
 RESUME = "test_resuming_is_exact"
 PLAIN = "test_a_step_is_a_plain_one"
 PREFER = "test_pairs_for_dpo"
+BY_HAND_DPO = "test_two_steps_of_prefer_by_hand"
 INVENTS = "test_hallucinations_are_counted_by_hand"
 BLIND = "test_who_does_not_look_is_right_no_more_often_than_a_constant"
 RETRIEVAL = "test_retrieval_is_among_captions_that_differ"
@@ -95,8 +96,8 @@ IN_VLM = [
         BY_HAND,
     ),
     ("SigLIP: the mean over captions", "* (own | ~same)).sum(1)", "* (own | ~same)).mean(1)", BY_HAND),
-    ("SigLIP begins in the middle", "math.log(10.0), -10.0", "math.log(10.0), 0.0", KNOWN),
-    ("CLIP begins at a temperature of 1", "math.log(1 / 0.07), 0.0", "0.0, 0.0", KNOWN),
+    ("SigLIP begins in the middle", "siglip_loss, 10.0, -10.0", "siglip_loss, 10.0, 0.0", KNOWN),
+    ("CLIP begins at a temperature of 1", "clip_loss, 1 / 0.07, 0.0", "clip_loss, 1.0, 0.0", KNOWN),
     (
         "not of length 1",
         "return F.normalize(torch.stack([image, text], dim=1).float(), dim=-1)",
@@ -175,7 +176,12 @@ IN_VLM = [
         "1 / 100 ** (0 * torch.arange(width // 4))",
         POSITIONS,
     ),
-    ("no positions", "        x = x + self.positions\n", "", "test_positions_are_added"),
+    (
+        "no positions",
+        "        x = self.norm_patches(x) + self.positions\n",
+        "        x = self.norm_patches(x)\n",
+        "test_positions_are_added",
+    ),
     (
         "patches column by column",
         "self.stem(2 * pixels - 1).flatten(2)",
@@ -271,8 +277,8 @@ IN_VLM = [
     ("Flamingo: one feature too many", "seen = places < reach", "seen = places <= reach", FLAMINGO),
     (
         "Flamingo: while decoding, only the first picture's reach",
-        "self.reach[:, -1:]  # said",
-        "self.reach[:, :1]  # said",
+        "self.reach[:, -1:]  # one",
+        "self.reach[:, :1]  # one",
         f"{CACHED}[cross-attention]",
     ),
     (
@@ -365,9 +371,9 @@ IN_VLM = [
     ),
     (
         "V6: padding is trained on",
-        "input_ids, completion_mask = torch.zeros(2, max(1, len(rows)), length, dtype=torch.long)\n    widest",
-        "input_ids, completion_mask = torch.zeros(2, max(1, len(rows)), length, dtype=torch.long)\n"
-        "    completion_mask += 1\n    widest",
+        "input_ids, completion_mask = torch.zeros(2, len(rows), length, dtype=torch.long)\n    captions",
+        "input_ids, completion_mask = torch.zeros(2, len(rows), length, dtype=torch.long)\n"
+        "    completion_mask += 1\n    captions",
         PADDING,
     ),
     (
@@ -466,15 +472,15 @@ IN_VLM = [
         "DPO: chosen and rejected exchanged",
         "s = Scored(logps, ref_logps[some].to(logps), None, None)",
         "s = Scored(logps.flip(1), ref_logps[some].flip(1).to(logps), None, None)",
-        STAGES,
+        BY_HAND_DPO,
     ),
     (
         "DPO: no reference",
         "s = Scored(logps, ref_logps[some].to(logps), None, None)",
         "s = Scored(logps, 0 * logps.detach(), None, None)",
-        STAGES,
+        BY_HAND_DPO,
     ),
-    ("DPO: the reference of other rows", "ref_logps[some].to(logps)", "ref_logps[: len(some)].to(logps)", STAGES),
+    ("DPO: the reference of other rows", "ref_logps[some].to(logps)", "ref_logps[: len(some)].to(logps)", BY_HAND_DPO),
     (
         "DPO: the first description that is true",
         "best, worst = min(range(4), key=worse.__getitem__)",
