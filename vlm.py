@@ -1,7 +1,7 @@
 """A vision-language model: an image encoder, a connector, and a language model that answers questions about pictures.
 
     f = encoder(image)                      (P, D_v), a vision transformer: a vector for each patch (2010.11929)
-    mlp              x = W2 gelu(W1 f)      stands in for P tokens of `<image>` (LLaVA, arXiv 2304.08485, 2310.03744)
+    mlp              x = W2 gelu(W1 f)      of 2 x 2 patches each, in the place of `<image>` (LLaVA, arXiv 2304.08485)
     query            x = what k learned queries attend to in f: k tokens, however large P is (BLIP-2, 2301.12597)
     cross-attention  h + tanh(g) attend(h, f) before every block, g = 0 at first (Flamingo, 2204.14198)
 
@@ -141,7 +141,8 @@ class Vision:
     width: int = 96
     depth: int = 3
     heads: int = 3
-    queries: int = 16
+    merge: int = 2  # of mlp: patches a token is wide and high
+    queries: int = 9
     joint: int = 64  # dimensions in which pictures and captions are compared
     text_depth: int = 2
     text_length: int = 128  # tokens of a caption at most
@@ -199,18 +200,24 @@ class Pool(nn.Module):
 
 
 class MLPConnector(nn.Module):
-    """LLaVA-1.5: two layers, for each patch by itself; at first of the size of the language model's embeddings."""
+    """LLaVA-1.5: two layers; as in InternVL (2312.14238) one token is made of merge x merge patches beside each other.
+
+    At first the tokens are of the size of the language model's embeddings.
+    """
 
     def __init__(self, c: Vision, model: Transformer):
         super().__init__()
         D = model.config.width
-        self.slots = (c.side // c.patch) ** 2
-        self.up, self.down = nn.Linear(c.width, D), nn.Linear(D, D)
+        self.grid, self.merge = c.side // c.patch, c.merge
+        self.slots = (self.grid // c.merge) ** 2
+        self.up, self.down = nn.Linear(c.merge**2 * c.width, D), nn.Linear(D, D)
         nn.init.normal_(self.down.weight, std=2 * model.embed.weight.float().std().item() / math.sqrt(D))
 
     def forward(self, features: Tensor) -> Tensor:
         """(N, P, D_v) -> (N, slots, D)"""
-        return self.down(F.gelu(self.up(features)))
+        n = self.grid // self.merge
+        x = features.unflatten(1, (n, self.merge, n, self.merge)).transpose(2, 3)  # (N, n, n, merge, merge, D_v)
+        return self.down(F.gelu(self.up(x.flatten(3).flatten(1, 2))))
 
 
 class QueryConnector(nn.Module):
@@ -297,9 +304,9 @@ class VLM(nn.Module):
     @property
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """{what a stage may train: its parameters}"""
-        towers = (self.encoder, self.pool, self.text, self.of_image, self.of_text)
-        contrast = [p for part in towers for p in part.parameters()] + [self.log_scale, self.bias]
-        return {"towers": contrast, "connector": [*self.connector.parameters()], "model": [*self.model.parameters()]}
+        contrast = [p for part in (self.pool, self.text, self.of_image, self.of_text) for p in part.parameters()]
+        found = {name: [*getattr(self, name).parameters()] for name in ("encoder", "connector", "model")}
+        return found | {"contrast": [*contrast, self.log_scale, self.bias]}
 
     def vision(self) -> dict[str, Tensor]:
         """All parameters but those of the language model."""
@@ -393,7 +400,7 @@ class Stage(NamedTuple):
 
 
 STAGES = {
-    "contrast": Stage(400, (1e-3, 5e-4), ("towers",)),
+    "contrast": Stage(400, (1e-3, 5e-4), ("encoder", "contrast")),
     "align": Stage(60, (2e-3, 1e-3), ("connector",)),
     "instruct": Stage(500, (1e-3, 2e-5), ("connector", "model")),
     "prefer": Stage(40, (1e-4, 5e-7), ("connector", "model")),
@@ -527,7 +534,7 @@ def world_data(vlm: VLM, tokenizer: Tokenizer, args: Namespace) -> Data:
     """Generated pictures, with text-only conversations among those of `asked`, and what `evaluate` measures."""
     plan = planned(args, 0)
     n = min(args.pictures, max(1, args.steps) * args.batch_size)
-    made = [pictures.example(args.seed, i) for i in tqdm(range(n), "drawing", disable=None, leave=False)]
+    made = [pictures.example(args.seed, i, turns=2) for i in tqdm(range(n), "drawing", disable=None, leave=False)]
 
     def row(turns: Sequence[tuple[str, str]], e: pictures.Example, caption: str = "") -> Row:
         slots = vlm.connector.slots
@@ -535,7 +542,7 @@ def world_data(vlm: VLM, tokenizer: Tokenizer, args: Namespace) -> Data:
 
     captions = [pictures.describe(e.things) for e in made]
     described = [row([(pictures.DESCRIBE, said)], e, said) for e, said in zip(made, captions, strict=True)]
-    asked = [described[i] if i % 5 == 4 else row(e.turns, e) for i, e in enumerate(made)]
+    asked = [described[i] if i % 3 == 2 else row(e.turns, e) for i, e in enumerate(made)]
     texts = world.sft_rows(round(n * args.replay / (1 - args.replay)), 10**6 + args.seed)
     asked += [Row(*chat.render(text["messages"], tokenizer, chat_format=args.chat_format)) for text in texts]
     scenes = [pictures.example(f"prefer {args.seed}", i) for i in range(plan.get("prefer", 0) * args.batch_size)]
@@ -872,7 +879,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                "--eval-data", "--seed", "--device", "--dtype", "--compile", "--parallel", "--log-every", "--eval-every",
                "--save-every", "--resume", "--adapter"),
         defaults=dict.fromkeys((*DEFAULTS, "lr", "steps"))
-        | {"epochs": 1.0, "schedule": "cosine", "weight_decay": 0.01, "grad_clip": 1.0, "max_new_tokens": 64},
+        | {"epochs": 1.0, "schedule": "linear", "weight_decay": 0.01, "grad_clip": 1.0, "max_new_tokens": 64},
     )
     cli.add_argument("--image", nargs="+", metavar="FILE", help="answer: pictures, and the question after them")
     cli.add_argument("--connector", choices=(*CONNECTORS, "all"), help="or a table of all (default: mlp)")
@@ -881,7 +888,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--stages", nargs="+", choices=tuple(STAGES), help="of training, in this order (default: all of "
                      "them; with --data no prefer, and where --model sees already, instruct alone)")  # fmt: skip
     cli.add_argument("--pictures", type=COUNT, default=10_000, help="generated to train on (default: %(default)s)")
-    cli.add_argument("--replay", type=REAL, default=0.3, metavar="SHARE", help="of conversations without pictures "
+    cli.add_argument("--replay", type=REAL, default=0.4, metavar="SHARE", help="of conversations without pictures "
                      "among the generated rows of instruct (default: %(default)s)")  # fmt: skip
     cli.add_argument("--beta", type=REAL, default=0.1, help="of the loss of prefer (default: %(default)s)")
     cli.add_argument("--map", nargs="+", default=[], metavar="THEIRS=OURS", help="rename fields of the JSONL files")

@@ -268,14 +268,16 @@ def test_attention_by_hand():
 @pytest.mark.parametrize("connector", ["mlp", "query"])
 def test_tokens_of_a_picture(connector):
     net = small(connector)
-    assert net.connector.slots == {"mlp": 36, "query": 3}[connector]
+    assert net.connector.slots == {"mlp": 9, "query": 3}[connector]
     features = torch.randn(2, 36, 16)
     tokens = net.connector(features)
     assert tokens.shape == (2, net.connector.slots, 64)
     torch.testing.assert_close(net.connector(features[1:])[0], tokens[1], atol=1e-5, rtol=1e-4)
-    moved = net.connector(features.index_fill(1, torch.tensor([7]), 0.0)) - tokens
-    seen = (moved.abs().amax((0, 2)) > 1e-6).tolist()
-    assert seen == ([i == 7 for i in range(36)] if connector == "mlp" else [True] * 3)
+    for patch in range(36):  # in row patch // 6 and column patch % 6
+        moved = net.connector(features.index_fill(1, torch.tensor([patch]), 0.0)) - tokens
+        seen = (moved.abs().amax((0, 2)) > 1e-6).tolist()
+        token = patch // 6 // 2 * 3 + patch % 6 // 2
+        assert seen == ([i == token for i in range(9)] if connector == "mlp" else [True] * 3)
 
 
 def test_new_tokens_are_of_the_size_of_words():
@@ -566,7 +568,7 @@ def test_only_what_a_stage_names_learns(net):
                 assert p.requires_grad == any(id(p) in parts[name] for name in stage.trains)
         assert all(p.requires_grad for p in every.values())
     assert [stage.trains for stage in STAGES.values()] == [
-        ("towers",), ("connector",), ("connector", "model"), ("connector", "model")]  # fmt: skip
+        ("encoder", "contrast"), ("connector",), ("connector", "model"), ("connector", "model")]  # fmt: skip
     frozen = next(iter(net.model.parameters())).requires_grad_(False)
     with learning(net, ("model",)):
         assert not frozen.requires_grad, "what an adapter froze stays frozen"
@@ -1032,10 +1034,15 @@ def test_bad_rows_are_refused(start, tmp_path):
 
 
 def test_long_rows_are_dropped_or_cut(start, tmp_path, capsys):
-    file = jsonl(tmp_path, chats(6))
-    for what, words in (("drop", "3 rows too long: drop"), ("cut", "3 rows too long: cut")):
-        run(start, tmp_path / what, "--data", file, "--max-length", 80, "--too-long", what, "--steps", 2)
-        assert words in capsys.readouterr().err
+    rows = chats(6)
+    file, net = jsonl(tmp_path, rows), VLM(language_model(1), IMAGE, SMALL)
+    lengths = [len(encode(r["messages"], [picture(0)] * len(r["images"]), tiny(), 9, None).input_ids) for r in rows]
+    assert net.connector.slots == 9 and len(set(lengths)) > 2
+    most = sorted(lengths)[2]
+    n = sum(length > most for length in lengths)
+    for what in ("drop", "cut"):
+        run(start, tmp_path / what, "--data", file, "--max-length", most, "--too-long", what, "--steps", 2)
+        assert f"{n} rows too long: {what}" in capsys.readouterr().err
     with pytest.raises(UserError, match="the model reads at most 256 tokens"):
         run(start, tmp_path / "out", "--max-length", 300)
 

@@ -442,7 +442,7 @@ IN_VLM = [
     (
         "V10: the towers go on learning",
         "with learning(vlm, STAGES[name].trains):",
-        'with learning(vlm, ("towers", *STAGES[name].trains)):',
+        'with learning(vlm, ("encoder", *STAGES[name].trains)):',
         STAGES,
     ),
     ("no gradient is forgotten", "            optimizer.zero_grad()\n        with", "        with", PLAIN),
