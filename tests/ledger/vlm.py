@@ -299,6 +299,18 @@ IN_VLM = [
         "padded.flatten(0, 1)[:N] = features",
         f"{PADDING}[cross-attention]",
     ),
+    (
+        "Flamingo: a shorter part of a rollout is taken for one token",
+        "reach = self.reach[:, :T] if T > 1 else",
+        "reach = self.reach if T == self.reach.shape[1] else",
+        "test_rollouts_in_parts_keep_their_pictures",
+    ),
+    (
+        "a token is made of patches in a row",
+        "(n, self.merge, n, self.merge)).transpose(2, 3)",
+        "(n, self.merge, n, self.merge)).transpose(1, 1)",
+        "test_tokens_of_a_picture",
+    ),
     # slots
     (
         "V4: pictures and slots need not agree",
