@@ -96,8 +96,8 @@ def draw_scene(rng, kind: str, cell: tuple[str, str], answer: str) -> list[Thing
             if kind == "count":  # six large ones find no place; and those that are counted are alike
                 size = things[0].size if 0 < i <= NUMBERS.index(answer) else rng.choice(SIZES) if i == 0 else "small"
                 size = "small" if len(cells) > 3 else size
-            radius = rng.uniform(4.4, 5.2) if size == "small" else rng.uniform(7.4, 8.4)
-            radius = max(radius, 6.5) if shape.isdigit() else radius
+            radius = rng.uniform(5.0, 5.8) if size == "small" else rng.uniform(8.2, 9.2)
+            radius = max(radius, 7.0) if shape.isdigit() else radius
             for _ in range(30):
                 x, y = (rng.uniform(radius + 1, SIDE - radius - 1) for _ in "xy")
                 if all(math.hypot(x - t.x, y - t.y) > radius + t.radius + 1.5 for t in things):

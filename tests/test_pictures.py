@@ -137,7 +137,7 @@ def test_things_lie_apart_and_within():
         for i, a in enumerate(e.things):
             assert a.radius <= min(a.x, a.y, SIDE - a.x, SIDE - a.y)
             assert all(math.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius + 1 for b in e.things[:i])
-            assert a.shape.isdigit() or (a.radius < 6) == (a.size == "small")
+            assert a.shape.isdigit() or (a.radius < 7) == (a.size == "small")
 
 
 def test_a_thing_has_its_colour_where_it_is():
