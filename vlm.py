@@ -400,10 +400,10 @@ class Stage(NamedTuple):
 
 
 STAGES = {
-    "contrast": Stage(400, (1e-3, 5e-4), ("encoder", "contrast")),
-    "align": Stage(60, (2e-3, 1e-3), ("connector",)),
-    "instruct": Stage(500, (1e-3, 2e-5), ("connector", "model")),
-    "prefer": Stage(40, (1e-4, 5e-7), ("connector", "model")),
+    "contrast": Stage(700, (1e-3, 5e-4), ("encoder", "contrast")),
+    "align": Stage(50, (2e-3, 1e-3), ("connector",)),
+    "instruct": Stage(900, (7e-4, 2e-5), ("connector", "model")),
+    "prefer": Stage(40, (2e-4, 5e-7), ("connector", "model")),
 }
 
 # 2. Data
@@ -534,15 +534,15 @@ def world_data(vlm: VLM, tokenizer: Tokenizer, args: Namespace) -> Data:
     """Generated pictures, with text-only conversations among those of `asked`, and what `evaluate` measures."""
     plan = planned(args, 0)
     n = min(args.pictures, max(1, args.steps) * args.batch_size)
-    made = [pictures.example(args.seed, i, turns=2) for i in tqdm(range(n), "drawing", disable=None, leave=False)]
+    made = [pictures.example(args.seed, i) for i in tqdm(range(n), "drawing", disable=None, leave=False)]
 
-    def row(turns: Sequence[tuple[str, str]], e: pictures.Example, caption: str = "") -> Row:
-        slots = vlm.connector.slots
-        return encode(conversation(turns), [e.picture], tokenizer, slots, args.chat_format, caption=caption)
+    def row(question: str, answer: str, e: pictures.Example, caption: str = "") -> Row:
+        messages, slots = conversation([(question, answer)]), vlm.connector.slots
+        return encode(messages, [e.picture], tokenizer, slots, args.chat_format, caption=caption)
 
     captions = [pictures.describe(e.things) for e in made]
-    described = [row([(pictures.DESCRIBE, said)], e, said) for e, said in zip(made, captions, strict=True)]
-    asked = [described[i] if i % 3 == 2 else row(e.turns, e) for i, e in enumerate(made)]
+    described = [row(pictures.DESCRIBE, said, e, said) for e, said in zip(made, captions, strict=True)]
+    asked = [described[i] if i % 4 == 3 else row(e.question, e.answer, e) for i, e in enumerate(made)]
     texts = world.sft_rows(round(n * args.replay / (1 - args.replay)), 10**6 + args.seed)
     asked += [Row(*chat.render(text["messages"], tokenizer, chat_format=args.chat_format)) for text in texts]
     scenes = [pictures.example(f"prefer {args.seed}", i) for i in range(plan.get("prefer", 0) * args.batch_size)]
@@ -630,7 +630,7 @@ def answers(vlm: VLM, tokenizer: Tokenizer, asked: Sequence[tuple[str, np.ndarra
 
 
 def exact(said: Sequence[str], rows: Sequence[pictures.Example]) -> list[float]:
-    return [float(text == row.turns[0][1]) for text, row in zip(said, rows, strict=True)]
+    return [float(text == row.answer) for text, row in zip(said, rows, strict=True)]
 
 
 def describing(vlm: VLM, tokenizer: Tokenizer, scenes: Sequence[pictures.Example], args: Namespace) -> list[Row]:
@@ -648,8 +648,8 @@ def hallucinations(vlm: VLM, tokenizer: Tokenizer, test: dict[str, list], args: 
                  for (ids,), e in zip(said, test["scenes"], strict=True)]  # fmt: skip
         found[name] = [float(len(pictures.invented(text, things)) > 0) for text, things in pairs]
         found["left out" + name.removeprefix("hallucination")] = [float(pictures.missing(*pair) > 0) for pair in pairs]
-    absent = [e for e in test["kinds"] if e.kind == "existence" and e.turns[0][1] == "no"]
-    said = answers(vlm, tokenizer, [(e.turns[0][0], e.picture) for e in absent], args, loop)
+    absent = [e for e in test["kinds"] if e.kind == "existence" and e.answer == "no"]
+    said = answers(vlm, tokenizer, [(e.question, e.picture) for e in absent], args, loop)
     found["yes to what is absent"] = [float(text == "yes") for text in said]
     return found
 
@@ -708,11 +708,11 @@ def evaluate(vlm: VLM, tokenizer: Tokenizer, test: dict[str, list], args: Namesp
         found["loss"] = [x / mean_count for x in sums]
     if "kinds" in test:
         rows = test["kinds"]
-        right = exact(answers(vlm, tokenizer, [(e.turns[0][0], e.picture) for e in rows], args, loop), rows)
+        right = exact(answers(vlm, tokenizer, [(e.question, e.picture) for e in rows], args, loop), rows)
         found["exact match"] = right
         for e, r in zip(rows, right, strict=True):
             found.setdefault(e.kind, []).append(r)
-        asked = [(e.turns[0][0], e.picture) for e in test["unseen"]]
+        asked = [(e.question, e.picture) for e in test["unseen"]]
         found["unseen compositions"] = exact(answers(vlm, tokenizer, asked, args, loop), test["unseen"])
         found["retrieval top-1"] = retrieval(vlm, tokenizer, test["scenes"], loop)
         said = replies(vlm, tokenizer, text_prompts(test, tokenizer, args), args, loop)
@@ -749,9 +749,9 @@ def without_looking(vlm: VLM, tokenizer: Tokenizer, test: dict[str, list], after
     table = []
     for kind in dict.fromkeys(e.kind for e in test["kinds"]):
         rows = [e for e in test["kinds"] if e.kind == kind]
-        asked = [e.turns[0][0] for e in rows]
+        asked = [e.question for e in rows]
         found = {"exact match": after[kind]}
-        constant, _ = Counter(e.turns[0][1] for e in rows).most_common(1)[0]
+        constant, _ = Counter(e.answer for e in rows).most_common(1)[0]
         found["best constant"] = exact([constant] * len(rows), rows)
         unique = list(dict.fromkeys(asked))
         said = answers(vlm, tokenizer, [(question, pictures.BLANK) for question in unique], args, loop)
@@ -770,7 +770,7 @@ def sheet(rows: Sequence[pictures.Example], said: Sequence[str]) -> str:
     parts = []
     for i, (e, text) in enumerate(zip(rows, said, strict=True)):
         x, y = i % columns * cell + 8, i // columns * (cell + 34) + 8
-        question, truth = e.turns[0]
+        question, truth = e.question, e.answer
         packed = base64.b64encode(pictures.png(e.picture)).decode()
         parts.append(f'<image x="{x}" y="{y}" width="120" height="120" href="data:image/png;base64,{packed}"/>')
         kind = "right" if text == truth else "wrong"
@@ -793,7 +793,7 @@ def conclude(vlm: VLM, tokenizer: Tokenizer, test: dict[str, list], before: dict
         total = sum(row["n"]["mean"] for row in table)
         baselines = {name: sum(row[name]["mean"] * row["n"]["mean"] for row in table) / total for name in names}
         some = [e for i, e in enumerate(test["kinds"]) if i % max(1, len(test["kinds"]) // 30) == 0]
-        said = answers(vlm, tokenizer, [(e.turns[0][0], e.picture) for e in some], args, loop)
+        said = answers(vlm, tokenizer, [(e.question, e.picture) for e in some], args, loop)
         if loop.main:
             (loop.out / "samples.svg").write_text(sheet(some, said), encoding="utf-8")
             (loop.out / "kinds.json").write_text(json.dumps({"rows": table}, indent=1) + "\n")

@@ -1,21 +1,21 @@
 """Pictures made by code, what can be asked about them, and readers of image files: numpy and the standard library.
 
-A picture shows things on a grey, uneven, noisy background: coloured shapes, small or large, or a digit. Words, colours
-and shapes are those of data/world.py. Three of the 24 pairs of colour and shape, UNSEEN, are in no picture that is
-trained on. A question gives nothing away: in `exam`, each answer to the same question is right equally often, so that
-whoever does not look at the picture is right as often as the best constant answer, and no more.
+A picture shows one thing, or up to four alike, on a grey, uneven, noisy background: a coloured shape, small or large,
+or a digit. Words, colours and shapes are those of data/world.py. Three of the 24 pairs of colour and shape, UNSEEN, are
+in no picture that is trained on. A question gives nothing away: in `exam`, each answer to the same question is right
+equally often, so that whoever does not look at the picture is right as often as the best constant answer, no more.
 
-    kind        question                          answer                answers to one question
-    colour      What colour is the square?        red                   5 or 6
-    shape       What shape is red?                square                3 or 4
-    size        What size is the square?          small                 2
-    count       How many red squares are there?   two                   4
-    existence   Is there a red square?            no                    2
-    position    Where is the square?              left of the circle    12
-    digit       Which digit is there?             7                     10
+    kind        question                          answer    answers to one question
+    colour      What colour is the square?        red       5 or 6
+    shape       What shape is red?                square    3 or 4
+    size        What size is the square?          small     2
+    count       How many red squares are there?   two       4
+    existence   Is there a red square?            no        2
+    position    Where is the square?              left      4: left, right, top or bottom
+    digit       Which digit is there?             7         10
 
-Half of the "no"s of `existence` are asked where something else is red and another thing is a square (the adversarial
-setting of POPE, arXiv 2305.10355), half where there is neither.
+Half of the "no"s of `existence` are asked of a picture of something else that is red, or of another square (the
+adversarial setting of POPE, arXiv 2305.10355), half of one of neither.
 
     python -m data.pictures OUT.png      a sheet of pictures
 """
@@ -26,7 +26,6 @@ import re
 import struct
 import sys
 import zlib
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -39,7 +38,7 @@ from data.world import COLOURS, NUMBERS, SHAPES, SIZES
 
 SIDE = 48  # pixels
 KINDS = ("colour", "shape", "size", "count", "existence", "position", "digit")
-RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # y grows downwards
+PLACES = ("left", "right", "top", "bottom")  # of the picture
 UNSEEN = (("red", "star"), ("green", "square"), ("blue", "triangle"))  # never a circle, nor a black or a white thing
 SEEN = [(colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in UNSEEN]
 DESCRIBE = "Describe the picture."
@@ -57,45 +56,25 @@ class Thing(NamedTuple):
     radius: float
 
 
-def of_another(rng, cells: Sequence[tuple[str, str]]) -> tuple[str, str]:
-    """A pair of SEEN with neither a colour nor a shape of `cells`."""
-    colours, shapes = zip(*cells, strict=True)
-    return rng.choice([cell for cell in SEEN if cell[0] not in colours and cell[1] not in shapes])
-
-
 def cells_for(rng, kind: str, cell: tuple[str, str], answer: str) -> list[tuple[str, str]]:
-    """The (colour, shape) of the things in a picture of which `kind`, asked about `cell`, has this answer."""
+    """The (colour, shape) of each thing in a picture of which `kind`, asked about `cell`, has this answer."""
     colour, shape = cell
     if kind == "digit":
-        return [(colour, answer), of_another(rng, [cell])]
-    if kind == "position":
-        other = answer.rsplit(" ", 1)[1]
-        return [cell, rng.choice([x for x in SEEN if x[1] == other and x[0] != colour])]
+        return [(colour, answer)]
     if kind == "count":
-        near = [x for x in SEEN if (x[0] == colour) != (x[1] == shape)]  # as red as it, or a square as it is
-        return [cell] * (1 + NUMBERS.index(answer)) + [rng.choice(near) for _ in range(rng.randint(0, 2))]
-    cells = [cell]
+        return [cell] * (1 + NUMBERS.index(answer))
     if kind == "existence" and answer == "no":
-        if rng.random() < 0.5:
-            as_red = rng.choice([x for x in SEEN if x[0] == colour and x[1] != shape])
-            cells = [as_red, rng.choice([x for x in SEEN if x[1] == shape and x[0] not in (colour, as_red[0])])]
-        else:
-            cells = [of_another(rng, [cell])]
-            cells.append(of_another(rng, [cell, *cells]))
-        return cells
-    return [cell, of_another(rng, cells)]
+        near = rng.random() < 0.5  # as red, or a square as well; or neither
+        return [rng.choice([x for x in SEEN if x != cell and near == (x[0] == colour or x[1] == shape)])]
+    return [cell]
 
 
 def draw_scene(rng, kind: str, cell: tuple[str, str], answer: str) -> list[Thing]:
-    """Things that do not touch, the one that is asked about first; none fits neither `kind` nor `answer`."""
+    """Things of one size that do not touch, of which `kind`, asked about `cell`, has this answer."""
     cells = cells_for(rng, kind, cell, answer)
     while True:
-        things: list[Thing] = []
-        for i, (colour, shape) in enumerate(cells):
-            size = answer if kind == "size" and i == 0 else rng.choice(SIZES)
-            if kind == "count":  # six large ones find no place; and those that are counted are alike
-                size = things[0].size if 0 < i <= NUMBERS.index(answer) else rng.choice(SIZES) if i == 0 else "small"
-                size = "small" if len(cells) > 3 else size
+        size, things = answer if kind == "size" else rng.choice(SIZES), []
+        for colour, shape in cells:
             radius = rng.uniform(5.0, 5.8) if size == "small" else rng.uniform(8.2, 9.2)
             radius = max(radius, 7.0) if shape.isdigit() else radius
             for _ in range(30):
@@ -103,35 +82,30 @@ def draw_scene(rng, kind: str, cell: tuple[str, str], answer: str) -> list[Thing
                 if all(math.hypot(x - t.x, y - t.y) > radius + t.radius + 1.5 for t in things):
                     things.append(Thing(colour, shape, size, x, y, radius))
                     break
-        if len(things) == len(cells) and (kind != "position" or relation(*things) == answer.rsplit(" the ", 1)[0]):
+        if len(things) == len(cells) and (kind != "position" or place(things[0]) == answer):
             return things
 
 
-def relation(a: Thing, b: Thing) -> str:
-    """Where a is, seen from b: "left of", ...; "" where it is as much to one side as to another."""
-    dx, dy = a.x - b.x, a.y - b.y
-    if min(abs(dx), abs(dy)) > 0.6 * max(abs(dx), abs(dy)):
+def place(t: Thing) -> str:
+    """Where t is: left, right, top or bottom; "" where it is as much one as another, or in the middle."""
+    dx, dy = t.x - SIDE / 2, t.y - SIDE / 2
+    if max(abs(dx), abs(dy)) < 6 or min(abs(dx), abs(dy)) > 0.6 * max(abs(dx), abs(dy)):
         return ""
-    step = (int(math.copysign(1, dx)), 0) if abs(dx) > abs(dy) else (0, int(math.copysign(1, dy)))
-    return next(name for name, direction in RELATIONS.items() if direction == step)
+    return PLACES[(dx > 0) if abs(dx) > abs(dy) else 2 + (dy > 0)]  # y grows downwards
 
 
 def describe(things: Sequence[Thing]) -> str:
-    """All that can be told of `things`: "One small red circle is left of one large blue square."
+    """All that can be told of `things`, which are alike.
 
-    >>> a, b = Thing("red", "circle", "small", 10, 10, 4), Thing("blue", "square", "large", 30, 11, 7)
-    >>> describe([a, b]), describe([a, a])
-    ('One small red circle is left of one large blue square.', 'There are two small red circles.')
+    >>> a = Thing("red", "circle", "small", 10, 22, 5)
+    >>> describe([a]), describe([a, a]), describe([a._replace(shape="7", x=24)])
+    ('One small red circle, left.', 'Two small red circles.', 'One red digit 7.')
     """
-    counts = Counter((t.size, t.colour, t.shape) for t in things)
-    nouns = [
-        f"one {colour} digit {shape}" if shape.isdigit() else world.noun(n, colour, shape, size)
-        for (size, colour, shape), n in counts.items()
-    ]
-    if len(things) == 2 and len(counts) == 2 and (where := relation(*things)):
-        return f"{nouns[0].capitalize()} is {where} {nouns[1]}."
-    listed = " and ".join(filter(None, [", ".join(nouns[:-1]), nouns[-1]]))
-    return f"There {'are' if next(iter(counts.values())) > 1 else 'is'} {listed}."
+    t = things[0]
+    noun = world.noun(len(things), t.colour, t.shape, t.size)
+    noun = f"one {t.colour} digit {t.shape}" if t.shape.isdigit() else noun
+    where = place(t) if len(things) == 1 else ""
+    return f"{noun.capitalize()}{', ' * (where != '')}{where}."
 
 
 NAMED = re.compile(rf"\b({'|'.join(COLOURS)}) (?:digit ([0-9])\b|({'|'.join(SHAPES)})s?\b)")
@@ -140,7 +114,7 @@ NAMED = re.compile(rf"\b({'|'.join(COLOURS)}) (?:digit ([0-9])\b|({'|'.join(SHAP
 def named(text: str) -> list[tuple[str, str]]:
     """The (colour, shape) of every thing that `text` names.
 
-    >>> named("There are two small red circles and black digit 7.")
+    >>> named("Two small red circles and one black digit 7.")
     [('red', 'circle'), ('black', '7')]
     """
     return [(colour, digit or shape) for colour, digit, shape in NAMED.findall(text)]
@@ -157,7 +131,7 @@ def missing(text: str, things: Sequence[Thing]) -> int:
     return len({(t.colour, t.shape) for t in things} - set(named(text)))
 
 
-def ask(rng, kind: str, cell: tuple[str, str]) -> str:
+def ask(kind: str, cell: tuple[str, str]) -> str:
     colour, shape = cell
     return {
         "colour": f"What colour is the {shape}?", "shape": f"What shape is {colour}?",
@@ -171,44 +145,8 @@ def answers_of(kind: str, cell: tuple[str, str], cells: Sequence[tuple[str, str]
     """The answers that `kind`, asked about `cell`, may have; those that name it (colour, shape, digit) are its own."""
     if kind in ("colour", "shape"):
         return [cell[kind == "shape"]]
-    if kind == "position":
-        others = [shape for shape in SHAPES if shape != cell[1]]
-        return [f"{where} the {other}" for where in RELATIONS for other in others]
-    return {"size": SIZES, "count": NUMBERS, "existence": ["yes", "no"], "digit": list("0123456789")}[kind]
-
-
-def all_questions(rng, things: Sequence[Thing], kinds: Sequence[str]) -> list[tuple[str, str]]:
-    """(question, answer) for each of `kinds` of which there is one, asked about any of `things`."""
-    found = []
-    colours, shapes = Counter(t.colour for t in things), Counter(t.shape for t in things)
-    cells = Counter((t.colour, t.shape) for t in things)
-    plain = [t for t in things if not t.shape.isdigit()]
-    for kind in kinds:
-        only = [t for t in plain if (colours[t.colour] if kind == "shape" else shapes[t.shape]) == 1]
-        t = rng.choice(only or plain)
-        answer = None
-        if kind in ("colour", "shape", "size") and only:
-            answer = getattr(t, kind)
-        elif kind == "count":
-            t = rng.choice(plain)
-            answer = NUMBERS[cells[t.colour, t.shape] - 1]
-        elif kind == "existence":
-            if rng.random() < 0.5:
-                t, answer = rng.choice(plain), "yes"
-            else:
-                absent = [cell for cell in SEEN if cell not in cells]
-                near = [cell for cell in absent if cell[0] in colours and cell[1] in shapes]
-                cell = rng.choice(near if near and rng.random() < 0.5 else absent)
-                found.append((ask(rng, kind, cell), "no"))
-        elif kind == "position" and len(things) == 2 and len(plain) == 2 and len(shapes) == 2:
-            other = things[t is things[0]]
-            if where := relation(t, other):
-                answer = f"{where} the {other.shape}"
-        elif kind == "digit" and len(plain) < len(things):
-            answer = next(t.shape for t in things if t.shape.isdigit())
-        if answer:
-            found.append((ask(rng, kind, (t.colour, t.shape)), answer))
-    return found
+    digits = list("0123456789")
+    return {"position": PLACES, "size": SIZES, "count": NUMBERS, "existence": ["yes", "no"], "digit": digits}[kind]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -272,23 +210,21 @@ BLANK = np.full((SIDE, SIDE, 3), 128, dtype=np.uint8)
 class Example(NamedTuple):
     picture: np.ndarray  # (H, W, 3) uint8
     things: list[Thing]
-    turns: list[tuple[str, str]]  # (question, answer)
+    question: str
+    answer: str
     kind: str
 
 
-def example(seed: int, i: int, turns: int = 3) -> Example:
-    """Picture i of the training split of `seed`, and questions of up to `turns` kinds about it, the first its own."""
+def example(seed: object, i: int) -> Example:
+    """Picture i of the training split of `seed` and a question about it; each seventh is of the same kind."""
     rng = world.rng_for("pictures", seed, i)
-    kind = KINDS[i % len(KINDS)]
-    cell = rng.choice(SEEN)
-    things = draw_scene(rng, kind, cell, answer := rng.choice(answers_of(kind, cell)))
-    others = rng.sample([x for x in KINDS if x != kind], len(KINDS) - 1)
-    asked = [(ask(rng, kind, cell), answer), *all_questions(rng, things, others)][:turns]
-    rng.shuffle(things)  # what is asked about is not always named first
-    return Example(draw(things, rng.getrandbits(32)), things, asked, kind)
+    kind, cell = KINDS[i % len(KINDS)], rng.choice(SEEN)
+    answer = rng.choice(answers_of(kind, cell))
+    things = draw_scene(rng, kind, cell, answer)
+    return Example(draw(things, rng.getrandbits(32)), things, ask(kind, cell), answer, kind)
 
 
-REPEATS = {"colour": 30, "shape": 36, "size": 64, "count": 8, "existence": 14, "position": 12, "digit": 50}
+REPEATS = {"colour": 30, "shape": 36, "size": 64, "count": 8, "existence": 14, "position": 32, "digit": 50}
 
 
 def exam(kind: str, seed: object = "test", cells: Sequence[tuple[str, str]] = SEEN, repeats: int = 0) -> list[Example]:
@@ -298,11 +234,11 @@ def exam(kind: str, seed: object = "test", cells: Sequence[tuple[str, str]] = SE
     """
     asked: dict[str, list[tuple[tuple[str, str], str]]] = {}
     if kind == "digit":
-        asked = {ask(None, kind, ("", "")): [(None, answer) for answer in answers_of(kind, ("", ""))]}
+        asked = {ask(kind, ("", "")): [(None, answer) for answer in answers_of(kind, ("", ""))]}
     else:
         by_shape = kind in ("size", "position")  # whose question names no colour
         for cell in [(None, shape) for shape in dict.fromkeys(shape for _, shape in cells)] if by_shape else cells:
-            asked.setdefault(ask(None, kind, cell), []).extend((cell, answer) for answer in answers_of(kind, cell))
+            asked.setdefault(ask(kind, cell), []).extend((cell, answer) for answer in answers_of(kind, cell))
     found = []
     for question, cases in asked.items():
         for n in range(repeats or REPEATS[kind]):
@@ -311,8 +247,7 @@ def exam(kind: str, seed: object = "test", cells: Sequence[tuple[str, str]] = SE
                 if cell is None or cell[0] is None:
                     cell = rng.choice([x for x in cells if cell is None or x[1] == cell[1]])
                 things = draw_scene(rng, kind, cell, answer)
-                rng.shuffle(things)
-                found.append(Example(draw(things, rng.getrandbits(32)), things, [(question, answer)], kind))
+                found.append(Example(draw(things, rng.getrandbits(32)), things, question, answer, kind))
     return found
 
 
@@ -324,10 +259,10 @@ def exchanged(rows: Sequence[Example]) -> list[np.ndarray]:
     """
     groups: dict[str, list[Example]] = {}
     for row in rows:
-        groups.setdefault(row.turns[0][0], []).append(row)
+        groups.setdefault(row.question, []).append(row)
     found = []
     for group in groups.values():
-        K = len({row.turns[0][1] for row in group})
+        K = len({row.answer for row in group})
         R = len(group) // K
         found += [group[(n + 1) % R * K + (a + n) % K].picture for n in range(R) for a in range(K)]
     return found
@@ -506,7 +441,7 @@ def main() -> None:
     Path(sys.argv[1]).write_bytes(png(sheet.repeat(2, 0).repeat(2, 1)))
     for i in range(14):
         made = example(0, i)
-        print(describe(made.things), *(f"{question} {answer}." for question, answer in made.turns))
+        print(describe(made.things), made.question, made.answer)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 
 from data import pictures, world
 from data.formats import UserError
-from data.pictures import KINDS, RELATIONS, SEEN, SHAPES, SIDE, UNSEEN, Thing, draw, exam, example, read_image, resized
+from data.pictures import KINDS, PLACES, SEEN, SHAPES, SIDE, UNSEEN, Thing, draw, exam, example, read_image, resized
 from data.world import COLOURS, NUMBERS
 
 TRAIN = [example(0, i) for i in range(420)]
@@ -35,28 +35,25 @@ def truth(question: str, things: list[Thing]) -> str:
     elif question.startswith("Which digit"):
         found = [t.shape for t in things if t.shape.isdigit()]
     else:
-        (a,), (b,) = [t for t in things if t.shape == words[-1]], [t for t in things if t.shape != words[-1]]
-        dx, dy = a.x - b.x, a.y - b.y
-        where = max((-dx, "left of"), (dx, "right of"), (-dy, "above"), (dy, "below"))[1]
-        assert min(abs(dx), abs(dy)) < 0.7 * max(abs(dx), abs(dy)), "not clearly so"
-        found = [f"{where} the {b.shape}"]
+        (t,) = things
+        dx, dy = t.x - 24, t.y - 24
+        assert min(abs(dx), abs(dy)) < 0.7 * max(abs(dx), abs(dy)) and max(abs(dx), abs(dy)) > 5, "not clearly so"
+        found = [max((-dx, "left"), (dx, "right"), (-dy, "top"), (dy, "bottom"))[1]] * (t.shape == words[-1])
     return found[0] if len(found) == 1 else ""
 
 
 @pytest.mark.parametrize("rows", [TRAIN, [e for rows in EXAM.values() for e in rows]], ids=["train", "exam"])
 def test_what_is_asked_is_true(rows):
     for e in rows:
-        for question, answer in e.turns:
-            assert truth(question, e.things) == answer, (question, e.things)
+        assert truth(e.question, e.things) == e.answer, (e.question, e.things)
+        assert len({(t.colour, t.shape, t.size) for t in e.things}) == 1 and (len(e.things) == 1 or e.kind == "count")
 
 
 def test_training_asks_every_kind_and_gives_every_answer():
-    asked = Counter(question.split(" ")[0] + question.split(" ")[1] for e in TRAIN for question, _ in e.turns)
-    assert min(asked.values()) >= 60 and len(asked) == len(KINDS)
     assert Counter(e.kind for e in TRAIN) == dict.fromkeys(KINDS, 60)
-    said = {answer for e in TRAIN for _, answer in e.turns}
-    assert said >= {*COLOURS, *SHAPES, *NUMBERS, "small", "large", "yes", "no", *"0123456789"}
-    assert max(len(e.turns) for e in TRAIN) == 3
+    assert len({e.question.split(" ")[0] + e.question.split(" ")[1] for e in TRAIN}) == len(KINDS)
+    said = {e.answer for e in TRAIN}
+    assert said == {*COLOURS, *SHAPES, *NUMBERS, *PLACES, "small", "large", "yes", "no", *"0123456789"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -64,12 +61,11 @@ def test_a_question_of_the_exam_gives_nothing_away(kind):
     """Every answer that occurs is right equally often, for each question by itself; 500 rows and more."""
     answers = defaultdict(Counter)
     for e in EXAM[kind]:
-        ((question, answer),) = e.turns
-        answers[question][answer] += 1
+        answers[e.question][e.answer] += 1
     assert len(EXAM[kind]) >= 500
     counts = {count for counter in answers.values() for count in counter.values()}
     assert len(counts) == 1, "each question with each of its answers"
-    wanted = {"colour": {5, 6}, "shape": {3, 4}, "size": {2}, "count": {4}, "existence": {2}, "position": {12},
+    wanted = {"colour": {5, 6}, "shape": {3, 4}, "size": {2}, "count": {4}, "existence": {2}, "position": {4},
               "digit": {10}}[kind]  # fmt: skip
     assert {len(counter) for counter in answers.values()} <= wanted
     best_blind = sum(max(counter.values()) for counter in answers.values())
@@ -86,13 +82,15 @@ def test_the_picture_of_another_row_says_nothing(kind):
     assert len({id(e) for e in others}) == len(rows) and all(a is not b for a, b in zip(rows, others, strict=True))
     met = defaultdict(Counter)
     for row, other in zip(rows, others, strict=True):
-        assert row.turns[0][0] == other.turns[0][0]
-        met[row.turns[0]][other.turns[0][1]] += 1
+        assert row.question == other.question
+        met[row.question, row.answer][other.answer] += 1
     for counter in met.values():
         assert len(set(counter.values())) == 1
-    agree = sum(row.turns == other.turns for row, other in zip(rows, others, strict=True))
-    questions = {row.turns[0][0]: {r.turns[0][1] for r in rows if r.turns[0][0] == row.turns[0][0]} for row in rows}
-    assert agree == pytest.approx(sum(1 / len(questions[row.turns[0][0]]) for row in rows))
+    agree = sum(row.answer == other.answer for row, other in zip(rows, others, strict=True))
+    answers = defaultdict(set)
+    for row in rows:
+        answers[row.question].add(row.answer)
+    assert agree == pytest.approx(sum(1 / len(answers[row.question]) for row in rows))
 
 
 def test_unseen_compositions_are_in_no_training_picture():
@@ -100,11 +98,10 @@ def test_unseen_compositions_are_in_no_training_picture():
     assert not cells & set(UNSEEN) and cells >= set(SEEN)
     for kind in ("colour", "shape", "count", "existence"):
         rows = exam(kind, cells=UNSEEN, repeats=2)
-        asked = [e for e in rows if {(t.colour, t.shape) for t in e.things} & set(UNSEEN)]
-        assert len(asked) == sum(e.turns[0][1] != "no" for e in rows) > 0
-        assert all({(t.colour, t.shape) for t in e.things} - set(UNSEEN) or kind == "count" for e in asked)
+        shown = [e for e in rows if {(t.colour, t.shape) for t in e.things} <= set(UNSEEN)]
+        assert len(shown) == sum(e.answer != "no" for e in rows) > 0
     assert len(UNSEEN) == 3 and {s for _, s in UNSEEN} < {*SHAPES} and {c for c, _ in UNSEEN} < {*COLOURS}
-    assert not {f"Is there a {c} {s}?" for c, s in UNSEEN} & {q for e in TRAIN for q, _ in e.turns}
+    assert not {f"Is there a {c} {s}?" for c, s in UNSEEN} & {e.question for e in TRAIN}
 
 
 def things_of(i: int) -> list[Thing]:
@@ -116,11 +113,12 @@ def things_of(i: int) -> list[Thing]:
 def test_no_is_asked_near_and_far():
     near = Counter()
     for e in EXAM["existence"]:
-        question, answer = e.turns[0]
-        *_, colour, shape = question.rstrip("?").split()
-        if answer == "no":
-            near[any(t.colour == colour for t in e.things), any(t.shape == shape for t in e.things)] += 1
-    assert near.keys() == {(True, True), (False, False)} and min(near.values()) > 0.35 * sum(near.values())
+        *_, colour, shape = e.question.rstrip("?").split()
+        if e.answer == "no":
+            (t,) = e.things
+            near[t.colour == colour, t.shape == shape] += 1
+    assert near.keys() == {(True, False), (False, True), (False, False)}
+    assert 0.35 < near[False, False] / sum(near.values()) < 0.65 and min(near.values()) > 10
 
 
 def test_exams_and_training_share_no_picture():
@@ -137,6 +135,7 @@ def test_things_lie_apart_and_within():
         for i, a in enumerate(e.things):
             assert a.radius <= min(a.x, a.y, SIDE - a.x, SIDE - a.y)
             assert all(math.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius + 1 for b in e.things[:i])
+            assert a.radius == e.things[0].radius or len(e.things) > 1
             assert a.shape.isdigit() or (a.radius < 7) == (a.size == "small")
 
 
@@ -155,12 +154,6 @@ def test_colours_are_what_they_are_called():
     wanted = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0), "black": (0, 0, 0),
               "white": (1, 1, 1)}  # fmt: skip
     assert {c: tuple(map(int, bits)) for c, bits in hues.items()} == wanted
-
-
-def test_what_is_asked_about_is_not_always_named_first():
-    colours = [e for e in TRAIN if e.kind == "colour"]
-    first = sum(e.things[0].shape == e.turns[0][0].rstrip("?").split()[-1] for e in colours)
-    assert 0.25 * len(colours) < first < 0.75 * len(colours)
 
 
 def inside(shape: str, x: float, y: float, r: float) -> bool:
@@ -217,30 +210,22 @@ def test_edges_are_smooth_and_backgrounds_uneven():
     assert not np.array_equal(draw([t], 3), draw([t], 4)) and np.array_equal(draw([t], 3), draw([t], 3))
 
 
-def test_relations_by_hand():
+def test_places_by_hand():
     def at(x, y):
-        return Thing("red", "star", "small", x, y, 4)
+        return pictures.place(Thing("red", "star", "small", x, y, 5))
 
-    middle = at(20, 20)
-    assert [pictures.relation(at(*xy), middle) for xy in ((5, 22), (40, 15), (21, 4), (19, 40), (30, 31))] == [
-        "left of", "right of", "above", "below", ""]  # fmt: skip
-    assert [*RELATIONS] == [name for pair in world.PLACES for name in pair]
+    assert [at(8, 26), at(40, 20), at(25, 7), at(22, 41)] == [*PLACES]
+    assert [at(26, 26), at(20, 28), at(8, 9), at(36, 36)] == [""] * 4, "in the middle, or in a corner"
 
 
 def test_captions_tell_all_that_is_there():
     for e in TRAIN:
-        caption = pictures.describe(e.things)
-        counts = Counter((t.colour, t.shape) for t in e.things)
-        assert Counter(pictures.named(caption)).keys() == counts.keys()
+        caption, t, n = pictures.describe(e.things), e.things[0], len(e.things)
+        assert pictures.named(caption) == [(t.colour, t.shape)]
         assert pictures.invented(caption, e.things) == [] and pictures.missing(caption, e.things) == 0
-        for t in e.things:
-            n = sum((o.colour, o.shape, o.size) == (t.colour, t.shape, t.size) for o in e.things)
-            words = f"digit {t.shape}" if t.shape.isdigit() else world.noun(n, t.colour, t.shape, t.size)
-            assert words.lower() in caption.lower()
-    two = [Thing("red", "star", "small", 10, 10, 4), Thing("blue", "circle", "large", 30, 30, 7)]
-    assert pictures.describe(two) == "There is one small red star and one large blue circle."
-    three = [two[0], two[0], two[1]]
-    assert pictures.describe(three) == "There are two small red stars and one large blue circle."
+        words = f"One {t.colour} digit {t.shape}" if t.shape.isdigit() else world.noun(n, t.colour, t.shape, t.size)
+        where = pictures.place(t) if n == 1 else ""
+        assert caption.lower() == words.lower() + (f", {where}." if where else ".")
 
 
 def test_what_a_text_invents_and_leaves_out():

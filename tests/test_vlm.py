@@ -807,7 +807,7 @@ def test_pairs_for_dpo(start, tmp_path, monkeypatch):
     loop = a_loop(tmp_path)
     a = pictures.Thing("red", "star", "small", 10, 10, 4)
     b = pictures.Thing("blue", "circle", "small", 30, 30, 4)
-    scenes = [pictures.Example(picture(i), [a, b], [], "") for i in range(4)]
+    scenes = [pictures.Example(picture(i), [a, b], "", "", "") for i in range(4)]
     texts = [
         ["a red star", "a red star and a blue circle", "a red circle", "a red circle and a green star"],
         ["a red star"] * 4,
@@ -842,8 +842,8 @@ def test_hallucinations_are_counted_by_hand(start, tmp_path, monkeypatch):
     net = load_vlm(start, CPU, vlm_module.Vision("mlp", "clip", "conv"))[0]
     loop = a_loop(tmp_path)
     things = [pictures.Thing("red", "star", "small", 10, 10, 4)]
-    e = pictures.Example(picture(0), things, [("Is there a red star?", "yes")], "existence")
-    no = e._replace(turns=[("Is there a blue star?", "no")])
+    e = pictures.Example(picture(0), things, "Is there a red star?", "yes", "existence")
+    no = e._replace(question="Is there a blue star?", answer="no")
     said = {1.0: ["a red star", "a red circle", ""], 0.0: ["a red star", "a red star and a blue star", "red star"]}
     replies = {temperature: [[tiny().encode(text)] for text in texts] for temperature, texts in said.items()}
     monkeypatch.setattr(vlm_module, "replies", lambda *a, temperature, **k: replies[temperature])
@@ -856,7 +856,7 @@ def test_hallucinations_are_counted_by_hand(start, tmp_path, monkeypatch):
 def test_a_description_invents_or_not(start, tmp_path, monkeypatch):
     """CHAIR_s: a share of descriptions, however much each invents."""
     net = load_vlm(start, CPU, vlm_module.Vision("mlp", "clip", "conv"))[0]
-    e = pictures.Example(picture(0), [pictures.Thing("red", "star", "small", 9, 9, 4)], [("", "")], "")
+    e = pictures.Example(picture(0), [pictures.Thing("red", "star", "small", 9, 9, 4)], "", "", "")
     said = [[tiny().encode("a red circle and a blue star and a black circle")]]
     monkeypatch.setattr(vlm_module, "replies", lambda *a, **k: said)
     monkeypatch.setattr(vlm_module, "answers", lambda *a: [])
@@ -880,14 +880,14 @@ def test_who_does_not_look_is_right_no_more_often_than_a_constant(start, tmp_pat
     net = load_vlm(start, CPU, vlm_module.Vision("mlp", "clip", "conv"))[0]
     loop = a_loop(tmp_path)
     rows = pictures.exam("existence", repeats=2) + pictures.exam("count", repeats=4)
-    truth = {e.picture.tobytes(): e.turns[0][1] for e in rows}
+    truth = {e.picture.tobytes(): e.answer for e in rows}
 
     def answers(v, t, asked, *a):
         first = {"Is": "no", "How": "two"}
         return [truth.get(p.tobytes(), first[q.split()[0]]) if looks else first[q.split()[0]] for q, p in asked]
 
     monkeypatch.setattr(vlm_module, "answers", answers)
-    after = {kind: vlm_module.exact(answers(0, 0, [(e.turns[0][0], e.picture) for e in some]), some)
+    after = {kind: vlm_module.exact(answers(0, 0, [(e.question, e.picture) for e in some]), some)
              for kind in ("existence", "count") if (some := [e for e in rows if e.kind == kind])}  # fmt: skip
     table = vlm_module.without_looking(net, tiny(), {"kinds": rows}, after, loop.args, loop)
     for line, chance in zip(table, (0.5, 0.25), strict=True):
@@ -1098,7 +1098,7 @@ def test_a_table_of_the_connectors(start, tmp_path, monkeypatch):
 
 
 def test_the_sheet_escapes_what_is_said():
-    e = pictures.Example(picture(0), [], [("Is 1 < 2 & so?", "yes")], "existence")
+    e = pictures.Example(picture(0), [], "Is 1 < 2 & so?", "yes", "existence")
     svg = ElementTree.fromstring(vlm_module.sheet([e, e], ["yes", "<b>"]))
     said = [t.text for t in svg.findall("{*}text")]
     assert said == ["Is 1 < 2 & so?", "yes", "Is 1 < 2 & so?", "<b> (yes)"]

@@ -441,14 +441,14 @@ IN_VLM = [
     ),
     (
         "V10: the connector is not trained",
-        '"align": Stage(60, (2e-3, 1e-3), ("connector",))',
-        '"align": Stage(60, (2e-3, 1e-3), ())',
+        '"align": Stage(50, (2e-3, 1e-3), ("connector",))',
+        '"align": Stage(50, (2e-3, 1e-3), ())',
         LEARNS,
     ),
     (
         "V10: align trains the language model",
-        '"align": Stage(60, (2e-3, 1e-3), ("connector",))',
-        '"align": Stage(60, (2e-3, 1e-3), ("connector", "model"))',
+        '"align": Stage(50, (2e-3, 1e-3), ("connector",))',
+        '"align": Stage(50, (2e-3, 1e-3), ("connector", "model"))',
         LEARNS,
     ),
     (
@@ -587,7 +587,7 @@ IN_VLM = [
     (
         "V9: another picture is its own",
         "others = list(zip(asked, pictures.exchanged(rows), strict=True))",
-        "others = [(e.turns[0][0], e.picture) for e in rows]",
+        "others = [(e.question, e.picture) for e in rows]",
         f"{BLIND}[True]",
     ),
     (
@@ -611,8 +611,8 @@ IN_VLM = [
     ),
     (
         "yes to what is there",
-        'e.kind == "existence" and e.turns[0][1] == "no"]',
-        'e.kind == "existence" and e.turns[0][1] == "yes"]',
+        'e.kind == "existence" and e.answer == "no"]',
+        'e.kind == "existence" and e.answer == "yes"]',
         INVENTS,
     ),
     (
@@ -666,21 +666,17 @@ IN_VLM = [
 IN_PICTURES = [
     (
         "right is left",
-        '"left of": (-1, 0), "right of": (1, 0)',
-        '"left of": (1, 0), "right of": (-1, 0)',
-        ("test_relations_by_hand", "test_what_is_asked_is_true"),
+        'PLACES = ("left", "right", "top", "bottom")',
+        'PLACES = ("right", "left", "top", "bottom")',
+        ("test_places_by_hand", "test_what_is_asked_is_true"),
     ),
+    ("top is bottom", "2 + (dy > 0)]", "2 + (dy < 0)]", ("test_places_by_hand", "test_what_is_asked_is_true")),
+    ("corners are sides", "min(abs(dx), abs(dy)) > 0.6 * max(abs(dx), abs(dy)):", "False:", "test_places_by_hand"),
     (
-        "above is below",
-        '"above": (0, -1), "below": (0, 1)',
-        '"above": (0, 1), "below": (0, -1)',
-        ("test_relations_by_hand", "test_what_is_asked_is_true"),
-    ),
-    (
-        "relations that are not clear",
-        "if min(abs(dx), abs(dy)) > 0.6 * max(abs(dx), abs(dy)):",
-        "if False:",
-        "test_relations_by_hand",
+        "the middle is a side",
+        "if max(abs(dx), abs(dy)) < 6 or",
+        "if max(abs(dx), abs(dy)) < 0 or",
+        "test_places_by_hand",
     ),
     (
         "unseen pairs are seen",
@@ -694,18 +690,8 @@ IN_PICTURES = [
         "[cell] * max(1, NUMBERS.index(answer))",
         "test_what_is_asked_is_true",
     ),
-    (
-        "what is counted stands among others alike",
-        "if (x[0] == colour) != (x[1] == shape)]  # as",
-        "if x[0] == colour or x[1] == shape]  # as",
-        "test_what_is_asked_is_true",
-    ),
-    (
-        "no is far only",
-        "        if rng.random() < 0.5:\n            as_red",
-        "        if rng.random() < 0.0:\n            as_red",
-        "test_no_is_asked_near_and_far",
-    ),
+    ("no is far only", "near = rng.random() < 0.5", "near = rng.random() < 0.0", "test_no_is_asked_near_and_far"),
+    ("no is near only", "near = rng.random() < 0.5", "near = rng.random() < 1.1", "test_no_is_asked_near_and_far"),
     ("no is yes", 'if kind == "existence" and answer == "no":', "if False:", "test_what_is_asked_is_true"),
     (
         "things touch",
@@ -719,17 +705,12 @@ IN_PICTURES = [
         "rng.uniform(0, SIDE)",
         "test_things_lie_apart_and_within",
     ),
-    (
-        "the first size",
-        'size = answer if kind == "size" and i == 0',
-        'size = answer if kind == "size" and i == 1',
-        "test_what_is_asked_is_true",
-    ),
-    ("a caption leaves the last out", "nouns[-1]]))", '""]))', "test_captions_tell_all_that_is_there"),
+    ("any size", 'answer if kind == "size" else rng.choice(SIZES)', "rng.choice(SIZES)", "test_what_is_asked_is_true"),
+    ("a caption does not say where", '{where}."', '."', "test_captions_tell_all_that_is_there"),
     (
         "a caption counts one",
-        "world.noun(n, colour, shape, size)\n",
-        "world.noun(1, colour, shape, size)\n",
+        "world.noun(len(things), t.colour",
+        "world.noun(1, t.colour",
         "test_captions_tell_all_that_is_there",
     ),
     (
@@ -779,12 +760,6 @@ IN_PICTURES = [
         'world.rng_for("pictures", seed, i)',
         'world.rng_for("pictures", i)',
         "test_exams_and_training_share_no_picture",
-    ),
-    (
-        "the thing that is asked about comes first",
-        "    rng.shuffle(things)  # what is asked about is not always named first\n",
-        "",
-        "test_what_is_asked_about_is_not_always_named_first",
     ),
     (
         "colours: red is green",
