@@ -720,6 +720,10 @@ def examples(args: argparse.Namespace, tokenizer: Tokenizer, loop: Loop) -> tupl
         return rows, {"rows": test}
     chats = (exchange(args.task, (args.seed, i), "train") for i in range(args.steps * args.batch_size))
     questions = [exchange(args.task, ("test", i), "test") for i in range(400)] + world.sft_test(20)
+    if args.questions == "validation":
+        asked = {row["messages"][0]["content"] for row in questions}
+        others = [exchange(args.task, ("validation", i), "test") for i in range(400)] + world.sft_test(20, seed=1)
+        questions = [row for row in others if row["messages"][0]["content"] not in asked]
     return [chat.render(row["messages"], tokenizer) for row in chats], {"questions": questions}
 
 
@@ -741,10 +745,16 @@ DEFAULTS = {  # flag: (the tiny model), (a --model of your own)
     "warmup": (10, 10),
     "lr": (5e-4, 1e-5),  # of full fine-tuning: that of a method is as many times that as METHODS says
 }
+RATES = {  # what --tune tries, as multiples of the rate of DEFAULTS
+    "full": (0.1, 0.2, 0.3, 0.5, 1.0, 2.0),
+    "lora": (0.5, 1.0, 2.0, 4.0, 8.0),
+    "dora": (1.0, 2.0, 4.0),
+    "qlora": (1.0, 2.0, 4.0),
+}
 WORLD_STEPS = 300  # --steps where the rows are made as they are needed
-TABLE = ("full", "full:lr=0.3", "lora:rank=1", "lora:rank=4", "lora", "lora:lr=1.4", "lora:init=pissa",
-         "lora:lora_plus=8,lr=0.4", "dora", "qlora", "vera", "adapter", "parallel", "prompt", "p-tuning", "prefix",
-         "p-tuning-v2", "ia3", "bitfit", "fishmask", "mam")
+TABLE = ("full", "full:lr=0.3", "lora:rank=1", "lora:rank=4", "lora", "lora:init=pissa", "lora:lora_plus=8", "dora",
+         "qlora", "vera", "adapter", "parallel", "prompt", "p-tuning", "prefix", "p-tuning-v2", "ia3", "bitfit",
+         "fishmask", "mam")  # fmt: skip
 MAIN_METHODS = ("full", "lora", "dora", "qlora")  # which --method all runs with --seeds seeds
 COLUMNS = ("task", "old skills", "known task", "trainable %", "optimizer MB", "peak MB")
 
@@ -763,6 +773,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--method", default="lora", metavar="NAME", help="see below, or all: a table (default: lora)")
     cli.add_argument("--task", choices=TASKS, default="new", help="of the generated world: a new skill, or a "
                      "known one under a new name (default: %(default)s)")  # fmt: skip
+    cli.add_argument("--questions", choices=("test", "validation"), default="test", help="what is measured: the "
+                     "questions of the tables, or others, to choose settings on (default: %(default)s)")  # fmt: skip
+    cli.add_argument("--tune", nargs="*", choices=RATES, metavar="METHOD", help="a table of learning rates, on "
+                     "validation questions, of these methods (default: full, lora, dora, qlora)")  # fmt: skip
     cli.add_argument("--merge", action="store_true", help="write --model with --adapter merged into it, and end")
     cli.add_argument("--map", nargs="+", default=[], metavar="THEIRS=OURS", help="rename fields of the JSONL files")
     cli.add_argument("--chat-format", help="chatml, qwen2.5, qwen3 or llama3, where the checkpoint does not say")
@@ -773,15 +787,16 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = cli.parse_args(argv)
     if args.steps is None and args.data is None:
         args.steps = WORLD_STEPS
+    table = "--tune" if args.tune is not None else "--method all" if args.method == "all" else ""
     for is_wrong, text in (
-        (args.method == "all" and args.data, "--method all makes a table of the generated world: it takes no --data"),
-        (args.method == "all" and args.adapter, "--method all makes a table of all methods: it takes no --adapter"),
+        (table and args.data, f"{table} makes a table of the generated world: it takes no --data"),
+        (table and args.adapter, f"{table} makes a table of all methods: it takes no --adapter"),
         (args.merge and not (args.adapter and args.model), "--merge needs --model, the base, and --adapter"),
         (args.parallel == "fsdp", "--parallel fsdp: an adapter is too small to shard; choose replicas"),
     ):
         if is_wrong:
             raise UserError(text)
-    return args if args.method == "all" else resolved(args)
+    return args if table else resolved(args)
 
 
 def listed() -> str:
@@ -824,6 +839,18 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
+def tuned(rows: list[dict]) -> dict[str, float]:
+    """{method: the rate with the most right answers to the new task}, the least such rate, of the `rows` of --tune.
+
+    Old skills are not looked at: who tunes for a task does not know what will be asked afterwards.
+    """
+    found: dict[str, tuple[float, float]] = {}
+    for row in rows[1:]:  # the first is the model before
+        name, _, rate = row["method"].partition(":lr=")
+        found[name] = max(found.get(name, (-1.0, 0.0)), (row["task"]["mean"], -float(rate)))
+    return {name: -rate for name, (_, rate) in found.items()}
+
+
 def both_tasks(args: argparse.Namespace) -> None:
     """A row of the table: the run of `args`, and one of the same method on the task that the model knows.
 
@@ -854,6 +881,13 @@ def quiet(args: argparse.Namespace) -> None:
 def main(args: argparse.Namespace) -> dict:
     from sft import collate, sft_loss  # which imports this file
 
+    if args.tune is not None:
+        variants = [f"{name}:lr={times:g}" for name in args.tune or RATES for times in RATES[name]]
+        args = argparse.Namespace(**vars(args) | {"tune": None, "questions": "validation"})
+        table = compare(main, resolved, args, variants, Path(args.out or ROOT / "out" / "lora-tune"), COLUMNS[:2], (),
+                        flag="method")  # fmt: skip
+        print("\n".join(f"{name}:lr={times:g} answers most" for name, times in tuned(table["rows"]).items()))
+        return table
     if args.method == "all":
         return compare(both_tasks, resolved, args, TABLE, Path(args.out or ROOT / "out" / "lora"), COLUMNS,
                        MAIN_METHODS, flag="method")  # fmt: skip

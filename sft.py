@@ -13,8 +13,8 @@ on being read during SFT (--replay), or what was not asked about is soon forgott
 Small options, each from its paper: noise on embeddings (NEFTune, 2310.05914), rows chosen by instruction-following
 difficulty (2308.12032), the model's own right answers (`--data rollouts`: rejection-sampling fine-tuning, 2308.01825),
 its own questions (`--data self-instruct`, 2212.10560), updates inside the backward pass (LOMO, 2306.09782), recomputed
-activations (1604.06174). Domain adaptation (2004.10964) is `--stage base --model DIR --data DOMAIN.jsonl`. Not here:
-LoRA (lora.py), distillation (distill.py).
+activations (1604.06174). The tiny model learns in fewer steps with Muon (2502.16982). Domain adaptation (2004.10964) is
+`--stage base --model DIR --data DOMAIN.jsonl`. Not here: LoRA (lora.py), distillation (distill.py).
 
     python sft.py                                                                   the tiny model, from nothing
     python sft.py --model DIR --data FILE.jsonl --map question=prompt answer=completion   a real model, real rows
@@ -102,6 +102,64 @@ class Lomo:
         return {"state": {}, "param_groups": []}
 
     def load_state_dict(self, state: dict) -> None: ...
+
+
+def orthogonalized(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Each (R, C) with its singular values brought near 1 (0.7 to 1.2): U V' of U S V', nearly.
+
+    Five steps of x <- (a + b x x' + c (x x')^2) x (Newton-Schulz). A step needs no more of x than its Gram matrix x x',
+    so that all the steps are taken on that, for all matrices of one short side at once, and x is touched twice.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    wide = [m if m.shape[0] <= m.shape[1] else m.mT for m in matrices]
+    wide = [m / m.norm().clamp(min=1e-7) for m in wide]
+    found: list[Tensor] = [*wide]
+    for side in {len(m) for m in wide}:
+        some = [i for i, m in enumerate(wide) if len(m) == side]
+        gram = torch.stack([wide[i] @ wide[i].mT for i in some])
+        eye = torch.eye(side, device=gram.device)
+        factor = eye.expand_as(gram)
+        for _ in range(5):
+            polynomial = torch.baddbmm(a * eye + b * gram, gram, gram, alpha=c)
+            factor, gram = polynomial @ factor, polynomial @ gram @ polynomial
+        for i, f in zip(some, factor, strict=True):
+            found[i] = f @ wide[i]
+    return [x if m.shape[0] <= m.shape[1] else x.mT for x, m in zip(found, matrices, strict=True)]
+
+
+class Muon(torch.optim.AdamW):
+    """Muon (Jordan et al. 2024; the scale of 2502.16982, eq. 4) on the matrices of the blocks, AdamW on all else.
+
+    buffer <- 0.95 buffer + 0.05 gradient; W <- W - lr (0.2 sqrt(max(R, C)) orthogonalized(next buffer) + decay W):
+    every direction of a matrix learns at the same speed, and the entries move as far as they would with AdamW. New
+    weights learn in about two thirds of the steps. Projections that our model keeps in one matrix are treated as one.
+    """
+
+    MOMENTUM = 0.95
+
+    def __init__(self, model: Transformer, lr: float, weight_decay: float):
+        groups, split = adamw(model, lr, weight_decay).param_groups, []
+        matrices = {p for p in model.blocks.parameters() if p.ndim == 2}
+        for group in groups:
+            for orthogonal in (True, False):
+                some = [p for p in group["params"] if (p in matrices) == orthogonal]
+                split += [group | {"params": some, "orthogonal": orthogonal}] if some else []
+        super().__init__(split, fused=True)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in (group for group in self.param_groups if group["orthogonal"]):
+            learning = [p for p in group["params"] if p.grad is not None]
+            for p in learning:
+                if p not in self.state:
+                    self.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p)}
+                self.state[p]["exp_avg"].lerp_(p.grad, 1 - self.MOMENTUM)
+            ahead = [p.grad.lerp(self.state[p]["exp_avg"], self.MOMENTUM) for p in learning]  # Nesterov
+            for p, update in zip(learning, orthogonalized(ahead), strict=True):
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(update, alpha=group["lr"] * 0.2 * max(p.shape) ** 0.5)
+                p.grad = None  # which AdamW then leaves alone
+        super().step()
 
 
 # 2. Data
@@ -455,10 +513,12 @@ DEFAULTS = {  # flag: (a new model, --stage base), (SFT of the tiny model), (a -
     "batch_size": (8, 16, 16),
     "micro_batch_size": (8, 16, 4),
     "max_length": (128, 160, 1024),
-    "lr": (1.5e-3, 1e-3, 1e-5),
+    "optimizer": ("muon", "muon", "adamw"),
+    "lr": (3e-3, 2e-3, 1e-5),
     "warmup": (50, 20, 10),
 }
-WORLD_STEPS = {"base": 4100, "sft": 420}  # --steps where the rows are made as they are needed
+ADAMW_LR = (1.5e-3, 1e-3, 1e-5)  # --lr where --optimizer is not muon
+WORLD_STEPS = {"base": 2400, "sft": 300}  # --steps where the rows are made as they are needed
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -483,7 +543,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--too-long", choices=("refuse", "drop", "cut", "split"),
                         help="rows of more than --max-length tokens (default: split in --stage base, else refuse)")
     cli.add_argument("--checkpoint-activations", action="store_true", help="recompute blocks in backward: less memory")
-    cli.add_argument("--optimizer", choices=("adamw", "lomo"), default="adamw", help="lomo: SGD inside the backward")
+    cli.add_argument("--optimizer", choices=("adamw", "muon", "lomo"),
+                     help="lomo: SGD inside the backward (default: muon; adamw for a --model of your own, --adapter)")
     cli.add_argument("--neftune", type=REAL, default=0.0, metavar="ALPHA", help="noise on embeddings (5: paper)")
     cli.add_argument("--select", choices=("all", "ifd"), default="all", help="which rows of --data to train on")
     cli.add_argument("--select-share", type=REAL, default=0.5, metavar="SHARE", help="of the rows (with --select)")
@@ -492,7 +553,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                      help="JSONL of prompt, answer (rollouts) or of prompt (self-instruct; default: the world)")
     args = cli.parse_args(argv)
     fill(args, {"weight_decay": (0.1, 0.0)}, args.adapter is not None)  # which decays with a much higher rate
-    fill(args, rates_of(DEFAULTS, args.adapter), 2 if args.model else 0 if args.stage == "base" else 1)
+    column = 2 if args.model else 0 if args.stage == "base" else 1
+    fill(args, {"optimizer": ("adamw",) * 3 if args.adapter else DEFAULTS["optimizer"]}, column)
+    rates = DEFAULTS if args.optimizer == "muon" else DEFAULTS | {"lr": ADAMW_LR}
+    fill(args, rates_of(rates, args.adapter), column)
     if args.steps is None and args.data is None:
         args.steps = WORLD_STEPS[args.stage]
     args.too_long = args.too_long or ("split" if args.stage == "base" else "refuse")
@@ -510,8 +574,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                         "--batch-size, and --grad-clip 0")
     if args.neftune and args.parallel == "fsdp":
         raise UserError("--neftune reads the embeddings outside the model, which --parallel fsdp does not allow")
-    if args.adapter and (args.from_scratch or args.parallel == "fsdp" or args.optimizer == "lomo"):
-        raise UserError("--adapter trains a small part on a frozen model: no --from-scratch, --parallel fsdp or lomo")
+    if args.optimizer == "muon" and args.parallel == "fsdp":
+        raise UserError("--optimizer muon needs whole matrices, which --parallel fsdp does not keep: choose adamw")
+    if args.adapter and (args.from_scratch or args.parallel == "fsdp" or args.optimizer != "adamw"):
+        raise UserError("--adapter trains a small part on a frozen model: no --from-scratch, no fsdp, lomo or muon")
     if args.from_scratch and args.model:
         raise UserError("--from-scratch trains random weights and --model names others: choose one")
     if args.replay >= 1:
@@ -549,7 +615,10 @@ def main(args: argparse.Namespace) -> dict:
         raise UserError(f"no row is left to train on or to measure: --max-length is {args.max_length}")
     total = args.steps if args.steps is not None else math.ceil(args.epochs * len(groups) / args.batch_size)
     model = loop.shard(model)
-    optimizer = Lomo(model, args.lr) if args.optimizer == "lomo" else adamw(model, args.lr, args.weight_decay)
+    if args.optimizer == "lomo":
+        optimizer = Lomo(model, args.lr)
+    else:
+        optimizer = (Muon if args.optimizer == "muon" else adamw)(model, args.lr, args.weight_decay)
     loop.compile(model)
     extra = loop.restore(model, optimizer)
     loop.describe(model)

@@ -56,6 +56,23 @@ def variants_table(path: Path) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def rates_table(path: Path) -> str:
+    """The table.json of `lora.py --tune`, a line a method: rate, task / old skills, the best in bold."""
+    from lora import tuned
+
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    cells: dict[str, list[str]] = {}
+    best = tuned(rows)
+    for row in rows[1:]:
+        name, _, rate = row["method"].partition(":lr=")
+        cell = f"×{rate} {row['task']['mean']:.3f} / {row['old skills']['mean']:.3f}"
+        cells.setdefault(name, []).append(f"**{cell}**" if best[name] == float(rate) else cell)
+    width = max(map(len, cells.values()))
+    lines = [["method", "rate: task / old skills", *[""] * (width - 1)], ["---"] * (1 + width)]
+    lines += [[name, *some, *[""] * (width - len(some))] for name, some in cells.items()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def bench_table(folder: Path = ROOT / "results" / "bench") -> str:
     """What bench.py left in results/bench/AREA.json, errors left out, as a Markdown table."""
     lines = [["bench.py", "what", "ours", "peer", "unit", "ratio"], ["---"] * 6]
@@ -85,4 +102,6 @@ if __name__ == "__main__":
     filled = fill(readme.read_text(encoding="utf-8"), table(results()))
     for name in TABLES:
         filled = fill(filled, variants_table(ROOT / "results" / "tables" / f"{name}.json"), *marks(name))
+    rates = rates_table(ROOT / "results" / "tables" / "lora-tune.json")
+    filled = fill(filled, rates, "<!-- lora rates -->", "<!-- /lora rates -->")
     readme.write_text(fill(filled, bench_table(), BENCH_START, BENCH_END), encoding="utf-8")

@@ -7,6 +7,7 @@ import re
 import shutil
 import statistics
 from argparse import Namespace
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -684,6 +685,27 @@ def test_the_new_task_is_to_sort_the_other_way():
     assert len({str(row.input_ids) for row in other} & {str(row.input_ids) for row in rows}) < 5
 
 
+def test_settings_are_chosen_on_other_questions():
+    """Of the same kinds and as many, but none that the tables are made of and none that is trained on."""
+    of = {which: lora.examples(lora.get_args(["--steps", "30", "--questions", which]), tiny(), None)
+          for which in ("test", "validation")}  # fmt: skip
+    assert of["test"][0] == of["validation"][0]  # the same rows are trained on
+    parts = {which: Counter(row["part"] for row in test["questions"]) for which, (_, test) in of.items()}
+    asked = {which: {row["messages"][0]["content"] for row in test["questions"]} for which, (_, test) in of.items()}
+    assert not asked["test"] & asked["validation"]
+    trained = "\n".join(tiny().decode(row.input_ids) for row in of["test"][0])
+    assert not any(question in trained for question in asked["validation"])
+    assert parts["validation"]["task"] > 390 and set(parts["validation"]) == set(parts["test"])
+    assert lora.get_args([]).questions == "test"
+
+
+def test_the_best_rate_is_the_least_with_the_most_right_answers():
+    rows = [("SFT", 1.0, 1.0), ("lora:lr=0.5", 0.8, 0.9), ("lora:lr=1", 0.9, 0.1), ("lora:lr=2", 0.9, 0.5),
+            ("full:lr=0.2", 0.7, 0.1), ("full:lr=0.1", 0.7, 0.0), ("full:lr=60", 0.6, 1.0)]  # fmt: skip
+    rows = [{"method": name, "task": {"mean": x}, "old skills": {"mean": y}} for name, x, y in rows]
+    assert lora.tuned(rows) == {"lora": 1.0, "full": 0.1}
+
+
 def test_what_is_measured(monkeypatch):
     found = {"exact match": [1.0, 0.0], "task": [1.0], "sort": [0.0]}
     monkeypatch.setattr(sft, "evaluate", lambda *_: found)
@@ -1117,6 +1139,36 @@ def test_a_table_of_all_methods(tmp_path, monkeypatch, capsys):
         whole(lora.get_args(["--method", "all", "--out", str(tmp_path / "fails")]))
 
 
+def test_a_table_of_rates(tmp_path, monkeypatch, capsys):
+    """A run for each rate of each method, on validation questions, and the best rates in the end."""
+    runs = []
+
+    def main(args: Namespace) -> None:
+        runs.append(args)
+        args.out.mkdir(parents=True)
+        (args.out / "result.json").write_text(json.dumps(result_of(args, "new") | {"after": -args.lr}))
+
+    whole = lora.main
+    monkeypatch.setattr(lora, "main", main)
+    whole(lora.get_args(["--tune", "lora", "full", "--out", str(tmp_path)]))
+    wanted = [(name, rate) for name in ("lora", "full") for rate in lora.RATES[name]]
+    assert [one.method for one in runs] == [f"{name}:lr={rate:g}" for name, rate in wanted]
+    assert [one.lr for one in runs] == pytest.approx([5e-4 * rate for _, rate in wanted])
+    assert all(one.questions == "validation" and one.tune is None for one in runs)
+    least = [f"{name}:lr={min(lora.RATES[name]):g} answers most" for name in ("lora", "full")]
+    assert capsys.readouterr().out.splitlines()[-2:] == least
+    whole(lora.get_args(["--tune", "--out", str(tmp_path / "all")]))
+    assert {one.method.partition(":")[0] for one in runs} == set(lora.RATES)
+
+
+def test_rates_are_those_that_were_tuned():
+    rows = json.loads((lora.ROOT / "results" / "tables" / "lora-tune.json").read_text())["rows"]
+    best = lora.tuned(rows)
+    assert {name: METHODS[name][1]["lr"] for name in lora.RATES} == best
+    tried = {row["method"] for row in rows[1:]}
+    assert tried == {f"{name}:lr={rate:g}" for name, rates in lora.RATES.items() for rate in rates}
+
+
 # Flags
 
 
@@ -1128,7 +1180,7 @@ def test_default_rates_are_those_of_full_fine_tuning_times_the_methods(checkpoin
         assert lora.get_args(["--method", method]).lr == pytest.approx(5e-4 * hyper["lr"])
         assert lora.get_args(["--method", method, *model]).lr == pytest.approx(1e-5 * hyper["lr"])
         assert lora.get_args(["--method", method, "--lr", "0.3"]).lr == 0.3
-    given = {("--method", "lora:lr=7"): 7, ("--adapter", "dora:lr=3"): 3, ("--adapter", "prompt"): 100,
+    given = {("--method", "lora:lr=7"): 7, ("--adapter", "dora:lr=3"): 3, ("--adapter", "prompt:lr=100"): 100,
              ("--adapter", folder): METHODS["vera"][1]["lr"]}  # fmt: skip
     for flags, times in given.items():
         assert lora.get_args([*flags]).lr == pytest.approx(5e-4 * times)
@@ -1150,6 +1202,8 @@ def test_default_rates_are_those_of_full_fine_tuning_times_the_methods(checkpoin
     (("--merge", "--adapter", "x"), "--merge needs"),
     (("--method", "all", "--data", "x.jsonl"), "--method all makes a table of the generated world"),
     (("--method", "all", "--adapter", "lora"), "--method all makes a table of all methods"),
+    (("--tune", "--data", "x.jsonl"), "--tune makes a table of the generated world"),
+    (("--tune", "lora", "--adapter", "lora"), "--tune makes a table of all methods"),
     (("--parallel", "fsdp"), "--parallel fsdp"), (("--method", "laura"), "adapter laura"),
     (("--method", "laura", "--lr", 1), "adapter laura"), (("--adapter", "no/folder"), "expected the folder"),
     (("--method", "lora:rank=0", "--lr", 1), "at least 1"),

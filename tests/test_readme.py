@@ -19,6 +19,7 @@ from tests.readme import (
     between,
     fill,
     marks,
+    rates_table,
     results,
     table,
     variants_table,
@@ -63,6 +64,26 @@ def test_tables_of_variants_are_the_generated_ones(name):
     start, end = between(text, *marks(name))
     path = ROOT / "results" / "tables" / f"{name}.json"
     assert text[start:end].strip() == variants_table(path), "run: python -m tests.readme"
+
+
+def test_table_of_rates_is_the_generated_one():
+    text = readme()
+    start, end = between(text, "<!-- lora rates -->", "<!-- /lora rates -->")
+    assert text[start:end].strip() == rates_table(ROOT / "results" / "tables" / "lora-tune.json")
+
+
+def test_rates_stand_in_a_line_a_method(tmp_path):
+    """
+    | method | rate: task / old skills |  |
+    | --- | --- | --- |
+    | full | ×0.1 0.500 / 0.900 | **×1 0.750 / 0.250** |
+    | lora | **×2 0.250 / 0.125** |  |
+    """
+    rows = [("SFT", 0.0, 0.9), ("full:lr=0.1", 0.5, 0.9), ("full:lr=1", 0.75, 0.25), ("lora:lr=2", 0.25, 0.125)]
+    rows = [{"method": name, "task": {"mean": x}, "old skills": {"mean": y}} for name, x, y in rows]
+    (tmp_path / "rates.json").write_text(json.dumps({"rows": rows}))
+    wanted = [line.strip() for line in test_rates_stand_in_a_line_a_method.__doc__.strip().splitlines()]
+    assert rates_table(tmp_path / "rates.json").splitlines() == wanted
 
 
 def test_variants_have_means_and_spreads(tmp_path):

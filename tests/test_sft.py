@@ -32,7 +32,22 @@ from data.formats import UserError
 from data.tokenizer import tiny
 from loop import Loop, learning_rate
 from model import Block, Config, Transformer, load, save, token_logps
-from sft import Batch, Lomo, collate, document, fit, get_args, ifd, main, neftune, pack, rouge_l, sft_loss
+from sft import (
+    Batch,
+    Lomo,
+    Muon,
+    collate,
+    document,
+    fit,
+    get_args,
+    ifd,
+    main,
+    neftune,
+    orthogonalized,
+    pack,
+    rouge_l,
+    sft_loss,
+)
 from tests.test_loop import on_two_ranks
 
 CPU, ROOT = torch.device("cpu"), Path(__file__).resolve().parent.parent
@@ -113,6 +128,50 @@ def test_lomo_is_gradient_descent_that_keeps_no_gradient():
         assert all(p.grad is None for p in model.parameters())
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q)
+
+
+def newton_schulz(matrix: torch.Tensor) -> torch.Tensor:
+    """Five steps of the quintic polynomial on singular values, in float64."""
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    values = values / values.norm()
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    return left @ values.diag() @ right
+
+
+def test_orthogonalized_acts_on_singular_values_alone():
+    shapes = ((8, 24), 1), ((24, 8), 9), ((8, 8), 1), ((5, 7), 1e-3)
+    matrices = [torch.randn(shape) * scale for shape, scale in shapes]
+    for matrix, found in zip(matrices, orthogonalized(matrices), strict=True):
+        torch.testing.assert_close(found.double(), newton_schulz(matrix), atol=1e-4, rtol=0)
+    values = torch.linalg.svdvals(orthogonalized([torch.randn(16, 48)])[0])
+    assert 0.6 < values.min() < values.max() < 1.3
+    assert not orthogonalized([torch.zeros(3, 4)])[0].any()  # and not NaN
+
+
+def test_muon_is_momentum_orthogonalized_and_adamw_elsewhere():
+    model, twin = small(), small()
+    muon, plain = Muon(model, 0.1, 0.5), loop_module.adamw(twin, 0.1, 0.5)
+    matrices = {name: p.detach().clone() for name, p in model.named_parameters() if "blocks" in name and p.ndim == 2}
+    assert len(matrices) == 4 * model.config.depth
+    buffers = {name: torch.zeros_like(p) for name, p in matrices.items()}
+    for rate in (0.1, 0.03, 0.01):
+        muon.param_groups[0]["lr"] = rate
+        for optimizer in (muon, plain):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            p.grad = q.grad = torch.randn_like(p)
+        for (name, w), grad in zip(matrices.items(), [dict(model.named_parameters())[name].grad for name in matrices],
+                                   strict=True):  # fmt: skip
+            buffers[name] = 0.95 * buffers[name] + 0.05 * grad
+            update = newton_schulz(0.05 * grad + 0.95 * buffers[name]).float()
+            matrices[name] = w - rate * (0.2 * math.sqrt(max(w.shape)) * update + 0.5 * w)
+        muon.step()
+        plain.step()
+        others = dict(twin.named_parameters())
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p, matrices.get(name, others[name]), atol=1e-5, rtol=1e-4)
 
 
 def test_ifd_is_the_ratio_of_the_paper():
@@ -389,7 +448,7 @@ def test_splitting_a_batch_changes_nothing(checkpoint, unequal, tmp_path, flags)
     assert all(not torch.equal(start[name], whole[name]) for name in whole)
 
 
-@pytest.mark.parametrize("flags", [(), ("--optimizer", "lomo", "--grad-clip", 0, "--lr", 0.1)])
+@pytest.mark.parametrize("flags", [(), ("--optimizer", "muon"), ("--optimizer", "lomo", "--grad-clip", 0, "--lr", 0.1)])
 def test_a_run_is_a_plain_loop(checkpoint, unequal, tmp_path, monkeypatch, flags):
     """Schedule, loss, clipping, AdamW's decay or LOMO: as somebody would write it who has one row at a time."""
     clipped = []  # AdamW hardly feels the scale of its gradients: their norm is looked at
@@ -408,7 +467,9 @@ def test_a_run_is_a_plain_loop(checkpoint, unequal, tmp_path, monkeypatch, flags
     model, n_tokens = load(checkpoint)[0], sum(sum(row.completion_mask) for row in rows)
     matrices, others = ([p for p in model.parameters() if (p.ndim == 2) == is_matrix] for is_matrix in (True, False))
     groups = [{"params": matrices, "weight_decay": 1.0}, {"params": others, "weight_decay": 0.0}]
-    plain = torch.optim.AdamW(groups, betas=(0.9, 0.95)) if not flags else torch.optim.SGD(model.parameters())
+    clips = "lomo" not in flags  # which has let go of the gradients
+    plain = torch.optim.AdamW(groups, betas=(0.9, 0.95)) if clips else torch.optim.SGD(model.parameters())
+    plain = Muon(model, args.lr, 1.0) if "muon" in flags else plain
     for step, line in enumerate(logged(tmp_path / "out"), start=1):
         plain.zero_grad()
         total = 0.0
@@ -420,18 +481,19 @@ def test_a_run_is_a_plain_loop(checkpoint, unequal, tmp_path, monkeypatch, flags
             total += loss.item()
         rate = learning_rate(step, 5, args.lr, 2, "wsd")
         assert line["loss"] == pytest.approx(total, rel=1e-5) and line["lr"] == rate
-        if not flags:
+        if clips:
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
             assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4) and norm > 0.5
         for group in plain.param_groups:
             group["lr"] = rate
         plain.step()
     assert difference(weights(tmp_path / "out"), dict(model.named_parameters())) < 1e-4
-    assert clipped == pytest.approx([0.0 if flags else 0.5] * 5, rel=1e-4)  # LOMO has let go of them
+    assert clipped == pytest.approx([0.5 if clips else 0.0] * 5, rel=1e-4)
 
 
-def test_lomo_resumes(checkpoint, problems, tmp_path, monkeypatch):
-    flags = ("--optimizer", "lomo", "--grad-clip", 0, "--micro-batch-size", 4, "--steps", 4, "--save-every", 2)
+@pytest.mark.parametrize("optimizer", ["lomo", "muon"])
+def test_other_optimizers_resume(checkpoint, problems, tmp_path, monkeypatch, optimizer):
+    flags = ("--optimizer", optimizer, "--grad-clip", 0, "--micro-batch-size", 4, "--steps", 4, "--save-every", 2)
     run(checkpoint, problems, tmp_path / "whole", *flags)
     stop_after(2, monkeypatch)
     with pytest.raises(Stop):
@@ -1038,6 +1100,10 @@ def test_defaults_are_of_one_table():
         assert all(getattr(args, name) == values[i] for name, values in sft.DEFAULTS.items())
     assert (base.steps, tuned.steps, own.steps) == (sft.WORLD_STEPS["base"], sft.WORLD_STEPS["sft"], None)
     assert (base.too_long, tuned.too_long) == ("split", "refuse")
+    rates = [get_args([*flags, "--optimizer", "adamw"]).lr for flags in (["--stage", "base"], [], ["--model", "x"])]
+    assert tuple(rates) == sft.ADAMW_LR
+    adapted = get_args(["--adapter", "lora:lr=2"])
+    assert (adapted.optimizer, adapted.lr) == ("adamw", 2 * sft.ADAMW_LR[1])
     assert get_args(["--lr", "0.5"]).lr == 0.5
 
 
@@ -1050,6 +1116,8 @@ def test_rows_without_an_answer_left_are_refused(checkpoint, problems, tmp_path)
     (("--optimizer", "lomo", "--grad-clip", "1"), "--optimizer lomo"),
     (("--optimizer", "lomo", "--grad-clip", "0", "--batch-size", "8", "--micro-batch-size", "4"), "--optimizer lomo"),
     (("--neftune", "5", "--parallel", "fsdp"), "--neftune"),
+    (("--parallel", "fsdp"), "--optimizer muon"),
+    (("--adapter", "lora", "--optimizer", "muon"), "--adapter"),
     (("--select", "ifd"), "--select ifd"),
     (("--from-scratch", "--model", "DIR"), "--from-scratch"),
 ])  # fmt: skip

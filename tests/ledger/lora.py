@@ -23,6 +23,10 @@ RANKS = "test_two_ranks_equal_one"
 RESUME = "test_resuming_is_exact"
 MERGE = "test_merge_writes_a_plain_checkpoint"
 TABLE = "test_a_table_of_all_methods"
+TUNE = "test_a_table_of_rates"
+OTHERS = "test_settings_are_chosen_on_other_questions"
+BEST = "test_the_best_rate_is_the_least_with_the_most_right_answers"
+BESTS = "test_rates_are_those_that_were_tuned"
 RATES = "test_default_rates_are_those_of_full_fine_tuning_times_the_methods"
 FLAGS = "test_flags_that_do_not_go_together_are_refused"
 TASK = "test_the_new_task_is_to_sort_the_other_way"
@@ -700,7 +704,45 @@ IN_LORA = [
         '               (), flag="method")',
         TABLE,
     ),
-    ("a method is not in the table", '"qlora", "vera", "adapter"', '"qlora", "adapter"', TABLE),
+    (
+        "a method is not in the table",
+        '"vera", "adapter", "parallel", "prompt"',
+        '"adapter", "parallel", "prompt"',
+        TABLE,
+    ),
+    # the table of rates
+    ("rates: chosen on the questions of the table", '"tune": None, "questions": "validation"', '"tune": None', TUNE),
+    ("rates: validation questions are those of the test", '("validation", i), "test")', '("test", i), "test")', OTHERS),
+    ("rates: old skills of the test", "world.sft_test(20, seed=1)", "world.sft_test(20)", OTHERS),
+    (
+        "rates: questions of the test are not left out",
+        '["content"] not in asked]',
+        '["content"] not in ()]',
+        OTHERS,
+    ),
+    (
+        "rates: validation questions that are trained on",
+        '("validation", i), "test")',
+        '(args.seed, i), "train")',
+        OTHERS,
+    ),
+    ("rates: every run at the first", "for times in RATES[name]]", "for times in RATES[name][:1]]", TUNE),
+    ("rates: of all methods, always", "for name in args.tune or RATES", "for name in RATES", TUNE),
+    ("rates: the largest of equals", 'row["task"]["mean"], -float(rate)', 'row["task"]["mean"], float(rate)', BEST),
+    ("rates: by the old skills", '(row["task"]["mean"], -float', '(row["old skills"]["mean"], -float', BEST),
+    (
+        "rates: the worst",
+        "found[name] = max(found.get(name, (-1.0, 0.0))",
+        "found[name] = min(found.get(name, (2.0, 0.0))",
+        BEST,
+    ),
+    ("rates: the last", "found[name] = max(found.get(name, (-1.0, 0.0)), (", "found[name] = max((-1.0, 0.0), (", BEST),
+    (
+        "rates: a default that is not the best",
+        '"full": (put_all, {"lr": ',
+        '"full": (put_all, {"lr": 1',
+        BESTS,
+    ),
     # flags
     ("every method at the rate of full fine-tuning", "tuple(c.lr * lr for lr", "tuple(lr for lr", RATES),
     (
