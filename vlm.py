@@ -792,7 +792,7 @@ def conclude(vlm: VLM, tokenizer: Tokenizer, test: dict[str, list], before: dict
         names = ("best constant", "blank picture", "another picture")
         total = sum(row["n"]["mean"] for row in table)
         baselines = {name: sum(row[name]["mean"] * row["n"]["mean"] for row in table) / total for name in names}
-        some = [e for i, e in enumerate(test["kinds"]) if i % max(1, len(test["kinds"]) // 30) == 0]
+        some = [e for i, e in enumerate(test["kinds"]) if i % max(1, len(test["kinds"]) // 17) == 0]
         said = answers(vlm, tokenizer, [(e.question, e.picture) for e in some], args, loop)
         if loop.main:
             (loop.out / "samples.svg").write_text(sheet(some, said), encoding="utf-8")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- results -->", "<!-- /results -->"
-TABLES = ("dpo", "grpo", "lora", "vlm", "vlm-kinds")  # in results/tables, each between marks of its own
+TABLES = ("dpo", "grpo", "lora")  # of --loss or --method all, in results/tables, each between marks of its own
 BENCH_START, BENCH_END = "<!-- bench -->", "<!-- /bench -->"
 ORDER = ("sft", "reward", "dpo", "ppo", "grpo", "lora", "distill", "quantize", "prune", "reason", "merge", "edit",
          "rag", "vlm")  # fmt: skip
