@@ -393,17 +393,11 @@ def top1(pairs: Tensor, same: Tensor) -> Tensor:
     return same[torch.arange(len(same), device=same.device), nearest].float().mean()
 
 
-class Stage(NamedTuple):
-    steps: int  # of the default run; --steps is divided alike
-    lr: tuple[float, float]  # (the tiny model, a --model of your own); --lr is that of instruct, and scales the others
-    trains: tuple[str, ...]
-
-
-STAGES = {
-    "contrast": Stage(700, (1e-3, 5e-4), ("encoder", "contrast")),
-    "align": Stage(50, (2e-3, 1e-3), ("connector",)),
-    "instruct": Stage(900, (7e-4, 2e-5), ("connector", "model")),
-    "prefer": Stage(40, (2e-4, 5e-7), ("connector", "model")),
+STAGES = {  # steps of the default run; rate of (the tiny model, a --model of your own); what it trains
+    "contrast": {"steps": 700, "lr": (1e-3, 5e-4), "trains": ("encoder", "contrast")},
+    "align": {"steps": 50, "lr": (2e-3, 1e-3), "trains": ("connector",)},
+    "instruct": {"steps": 900, "lr": (7e-4, 2e-5), "trains": ("connector", "model")},
+    "prefer": {"steps": 40, "lr": (2e-4, 5e-7), "trains": ("connector", "model")},
 }
 
 # 2. Data
@@ -926,27 +920,27 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
             raise UserError(f"--{name} {value}: {args.model} was made with {own}")
         setattr(args, name, value or own)
     args.stages = args.stages or (["instruct"] if sees else [s for s in STAGES if s != "prefer" or not args.data])
-    args.lr = args.lr or rates_of({"lr": STAGES["instruct"].lr}, args.adapter)["lr"][args.model is not None]
+    args.lr = args.lr or rates_of({"lr": STAGES["instruct"]["lr"]}, args.adapter)["lr"][args.model is not None]
     if args.steps is None and args.data is None:
-        args.steps = sum(STAGES[name].steps for name in args.stages)
+        args.steps = sum(STAGES[name]["steps"] for name in args.stages)
     return args
 
 
 def rate(name: str, args: argparse.Namespace) -> float:
     """Peak learning rate of a stage: of those that train the language model in proportion to --lr."""
     column = args.model is not None
-    if "model" not in STAGES[name].trains:
-        return STAGES[name].lr[column]
-    return args.lr * STAGES[name].lr[column] / STAGES["instruct"].lr[column]
+    if "model" not in STAGES[name]["trains"]:
+        return STAGES[name]["lr"][column]
+    return args.lr * STAGES[name]["lr"][column] / STAGES["instruct"]["lr"][column]
 
 
 def planned(args: argparse.Namespace, n_rows: int) -> dict[str, int]:
     """{stage: its steps}: --steps divided as in STAGES, or --epochs over n_rows rows in each."""
     if args.steps is None:
         return dict.fromkeys(args.stages, math.ceil(args.epochs * n_rows / args.batch_size))
-    whole, done, plan = sum(STAGES[name].steps for name in args.stages), 0, {}
+    whole, done, plan = sum(STAGES[name]["steps"] for name in args.stages), 0, {}
     for name in args.stages:
-        done += STAGES[name].steps
+        done += STAGES[name]["steps"]
         plan[name] = round(done * args.steps / whole) - sum(plan.values())
     return plan
 
@@ -1010,7 +1004,7 @@ def main(args: argparse.Namespace) -> dict:
         indices = loop.micro_batches(len(rows), step - first) if rows else []  # of a model that invents nothing: none
         indices = [some for some in indices if some]  # replicas need not run an empty one
         metrics, n_tokens, loss_sum = {}, 0, torch.zeros((), device=loop.device)
-        with learning(vlm, STAGES[name].trains):
+        with learning(vlm, STAGES[name]["trains"]):
             if name == "prefer":
                 pairs = pairs or pairs_of(found, vlm, tokenizer, data.scenes, args)
                 sums = torch.zeros(3, device=loop.device)
