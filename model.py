@@ -29,7 +29,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -274,21 +274,23 @@ class Transformer(nn.Module):
         """Logits (B, T, V) that follow each of input_ids (B, T), or (B, T, labels) of a model with a scalar head."""
         return self.head(self.hidden(input_ids, documents=documents))
 
-    def hidden_before(self, input_ids: Tensor, *, documents: Tensor | None = None,
-                      embeddings: Tensor | None = None) -> Tensor:  # fmt: skip
+    def hidden_before(self, input_ids: Tensor, *, documents: Tensor | None = None, embeddings: Tensor | None = None,
+                      memory: "Memory | None" = None) -> Tensor:  # fmt: skip
         """(B, T, D): the state that predicts token t, which has seen the tokens before t; zeros at position 0.
 
         Where documents (B, T) are packed, the first position of each holds the state of another: mask it.
         """
-        return F.pad(self.hidden(input_ids, documents=documents, embeddings=embeddings), (0, 0, 1, -1))
+        hidden = self.hidden(input_ids, documents=documents, embeddings=embeddings, memory=memory)
+        return F.pad(hidden, (0, 0, 1, -1))
 
     def hidden(self, input_ids: Tensor, *, documents: Tensor | None = None, embeddings: Tensor | None = None,
-               cache: "KVCache | None" = None) -> Tensor:  # fmt: skip
+               memory: "Memory | None" = None, cache: "KVCache | None" = None) -> Tensor:  # fmt: skip
         """The state (B, T, D) after the final norm, which has seen the tokens up to and including t.
 
         input_ids (B, T). documents (B, T) of integers: a token sees earlier tokens of its own document only.
-        embeddings (B, T, D) stand in for the tokens' own. With a cache, the tokens follow those that it holds. A
-        learned prompt or prefix stands before the first token; no state of it is returned.
+        embeddings (B, T, D) stand in for the tokens' own. memory: x becomes memory(i, x) before block i; that of a
+        cache, if it has one. With a cache, the tokens follow those that it holds. A learned prompt or prefix stands
+        before the first token; no state of it is returned.
         """
         x = self.embed(input_ids) if embeddings is None else embeddings
         n_tokens = x.shape[1]
@@ -308,7 +310,9 @@ class Transformer(nn.Module):
             cos, sin = cos[positions], sin[positions]  # (B, T, d): rows may be of different lengths
         mask = kernels.document_mask(documents) if documents is not None else cache.mask(T) if cache else None
         prefix = self.prefix() if self.prefix is not None and cache is None else None
+        memory = cache.memory if cache else memory
         for i, block in enumerate(self.blocks):
+            x = x if memory is None else memory(i, x)
             past = cache.block(i) if cache else None if prefix is None else (*prefix[:, i].transpose(0, 1), None)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, mask, past, use_reentrant=False)
@@ -366,6 +370,14 @@ def frozen(model: Transformer) -> Transformer:
 # Generation
 
 
+class Memory(Protocol):
+    """What each row may look at between the blocks, beside its own tokens: images, in vlm.py."""
+
+    def __call__(self, i: int, x: Tensor) -> Tensor: ...  # x (B, T, D) before block i, with what is seen added
+
+    def select(self, rows: Tensor) -> "Memory": ...  # of these rows, in this order
+
+
 GROWTH = 64  # columns that a cache grows by
 ALIGNED = 16  # columns: a GPU's attention copies a mask whose rows begin between
 PATIENCE = {"cpu": 1, "cuda": 16}  # steps between looks at which rows ended: each makes the CPU wait for the GPU
@@ -388,6 +400,7 @@ class KVCache:
         self.bias = torch.zeros(rows, c.kv_heads, 1, capacity, dtype=dtype, device=device)  # of scores: -inf is hidden
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # tokens that each row holds
         self.column: int | Tensor = 0  # columns written; (1,) once pinned
+        self.memory: Memory | None = None
         if model.prefix is not None:
             prefix, n = model.prefix().to(dtype), model.virtual
             for i in range(c.depth):
@@ -447,6 +460,7 @@ class KVCache:
         """Keep these rows, in this order, each as often as it is named."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
         self.bias, self.lengths = self.bias[rows], self.lengths[rows]
+        self.memory = None if self.memory is None else self.memory.select(rows)
 
     def drop(self, ended: Tensor) -> Tensor:
         """Without the rows that `ended` (B,): the last ones move into their places, and no other is copied.
@@ -460,6 +474,7 @@ class KVCache:
             x[places] = x[kept[places]]
         self.keys, self.values = self.keys[:, :n], self.values[:, :n]
         self.bias, self.lengths = self.bias[:n], self.lengths[:n]
+        self.memory = None if self.memory is None else self.memory.select(kept)
         return kept
 
 
@@ -487,14 +502,18 @@ def generate(
     seed: int = 0,
     vocab_size: int | None = None,
     rollout_batch: int | None = None,
+    embeddings: Sequence[Tensor] | None = None,
+    memory: Memory | None = None,
 ) -> Generation:
     """Sample `samples` completions of each prompt, of at most max_new_tokens tokens, that end with one of eos_ids.
 
     temperature 0 takes the most probable token; top_k 0 and top_p 1 keep all. Ids from `vocab_size` on (padding of the
     checkpoint's vocabulary) are never sampled. A row depends on its own prompt and on its own row of uniforms, drawn
     from `seed`: not on the rows beside it, nor on how many are decoded at once, `rollout_batch` (None: all). A prompt
-    is prefilled once for all its rows among those. Nothing is compiled; on a GPU a step is one CUDA graph, and room for
-    max_new_tokens is taken at the start. Raises ValueError for an empty prompt or one that leaves no room.
+    is prefilled once for all its rows among those. embeddings, (its tokens, D) for each prompt, stand in for those of
+    its tokens; memory has a row for each prompt (see `Transformer.hidden`). Nothing is compiled; on a GPU a step is one
+    CUDA graph, and room for max_new_tokens is taken at the start. Raises ValueError for an empty prompt or one that
+    leaves no room.
     """
     longest = max(map(len, prompts))
     if min(map(len, prompts)) == 0:
@@ -504,6 +523,8 @@ def generate(
                          f"{model.config.max_length}")  # fmt: skip
     device, starts = model.embed.weight.device, [tuple(prompt) for prompt in prompts for _ in range(samples)]
     rows = len(starts)
+    # prompts of the same ids are one, unless they have more to them than their ids
+    owners = None if embeddings is None and memory is None else [r // samples for r in range(rows)]
     uniforms = torch.rand(rows, max_new_tokens, generator=torch.Generator().manual_seed(seed)).to(device)
     eos = torch.tensor(list(eos_ids), device=device, dtype=torch.long)
 
@@ -514,7 +535,9 @@ def generate(
     size = rollout_batch or rows
     # inference_mode takes 0.9 of the time of no_grad; but what FSDP gathers in it is closed to training.
     with torch.no_grad() if hasattr(model, "unshard") else torch.inference_mode():
-        parts = [_decode(model, starts[i : i + size], uniforms[i : i + size], eos, draw) for i in range(0, rows, size)]
+        spans = [slice(i, i + size) for i in range(0, rows, size)]
+        parts = [_decode(model, starts[span], uniforms[span], eos, draw, owners and owners[span], embeddings, memory)
+                 for span in spans]  # fmt: skip
     tokens, logps = (torch.cat(part) for part in zip(*parts, strict=True))
 
     is_end = torch.isin(tokens, eos.cpu())
@@ -534,29 +557,39 @@ def generate(
                       finished.to(device))  # fmt: skip
 
 
-def _decode(model: Transformer, prompts: list[tuple[int, ...]], uniforms: Tensor, eos: Tensor, draw: Callable
+def _decode(model: Transformer, prompts: list[tuple[int, ...]], uniforms: Tensor, eos: Tensor, draw: Callable,
+            owners: list[int] | None, embeddings: Sequence[Tensor] | None, memory: Memory | None
             ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """A token and its log-prob (rows, max_new_tokens) for each of `uniforms`; arbitrary after a row's ending token."""
+    """A token and its log-prob (rows, max_new_tokens) for each of `uniforms`; arbitrary after a row's ending token.
+
+    owners: where prompts are more than their ids, whose of the embeddings and of the memory's rows each has.
+    """
     device, (rows, max_new_tokens) = uniforms.device, uniforms.shape
     moves = hasattr(model, "unshard") or model.cache is not None  # what FSDP gathers, what is quantized in groups
     capture = None if moves else CAPTURE.get(device.type)
 
     # Prefill every distinct prompt once.
-    place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-    lengths = torch.tensor([len(prompt) for prompt in place])
+    keys = prompts if owners is None else list(zip(prompts, owners, strict=True))
+    place = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+    distinct = [prompt for prompt, _ in place] if owners else list(place)
+    lengths = torch.tensor([len(prompt) for prompt in distinct])
     longest = int(lengths.max())
-    ids = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in place])
+    ids = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in distinct])
     lengths = lengths.to(device)
     narrow = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if narrow else model.embed.weight.dtype
     capacity = longest + (max_new_tokens if capture else min(max_new_tokens, GROWTH))
     capacity += -(model.virtual + capacity) % ALIGNED if capture else 0
-    cache = (model.cache or KVCache)(model, len(place), capacity, dtype)
-    state = model.hidden(ids.to(device), cache=cache)[torch.arange(len(place), device=device), lengths - 1]
+    cache, more = (model.cache or KVCache)(model, len(place), capacity, dtype), {}
+    if embeddings is not None:
+        more["embeddings"] = nn.utils.rnn.pad_sequence([embeddings[i] for _, i in place], batch_first=True)
+    if memory is not None:
+        cache.memory = memory.select(torch.tensor([i for _, i in place], device=device))
+    state = model.hidden(ids.to(device), cache=cache, **more)[torch.arange(len(place), device=device), lengths - 1]
     cache.cut(lengths)
     begun = cache.column
     if len(place) < rows:
-        source = torch.tensor([place[prompt] for prompt in prompts], device=device)
+        source = torch.tensor([place[key] for key in keys], device=device)
         state = state[source]
         cache.select(source)
 
