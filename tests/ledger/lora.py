@@ -775,8 +775,8 @@ IN_LORA = [
         "(args.merge and not args.adapter,",
         FLAGS,
     ),
-    ("--method all with --data", '(args.method == "all" and args.data,', "(False,", FLAGS),
-    ("--method all with --adapter", '(args.method == "all" and args.adapter,', "(False,", FLAGS),
+    ("--method all with --data", "(table and args.data,", "(False,", FLAGS),
+    ("--method all with --adapter", "(table and args.adapter,", "(False,", FLAGS),
     ("--parallel fsdp", '(args.parallel == "fsdp",', "(False,", FLAGS),
 ]
 
@@ -917,7 +917,7 @@ ELSEWHERE = [
         "        pass\n",
         "test_sft_with_an_adapter",
     ),
-    ("sft.py", "the rate of full fine-tuning", "rates_of(DEFAULTS, args.adapter)", "DEFAULTS", RATES),
+    ("sft.py", "the rate of full fine-tuning", "rates_of(rates, args.adapter)", "rates", RATES),
     ("dpo.py", "the rate of full fine-tuning", "rates_of(defaults, args.adapter)", "defaults", RATES),
     (
         "dpo.py",

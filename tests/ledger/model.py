@@ -166,8 +166,8 @@ MUTANTS = [
         ),
         (
             "hidden_before forgets the embeddings",
-            "documents=documents, embeddings=embeddings),",
-            "documents=documents),",
+            "documents=documents, embeddings=embeddings, memory",
+            "documents=documents, memory",
             "test_embeddings_stand_in_for_those_of_the_tokens",
         ),
         (
@@ -291,12 +291,12 @@ MUTANTS = [
             SAID,
         ),
         ("angles are closed to autograd", "torch.inference_mode(False)", "torch.inference_mode()", SAID),
-        ("G4: the split draws anew", "uniforms[i : i + size], eos", "uniforms[:size], eos", SPLIT),
+        ("G4: the split draws anew", "uniforms[span], eos", "uniforms[: len(starts[span])], eos", SPLIT),
         ("all rows at once", "size = rollout_batch or rows", "size = rows", SPLIT),
         (
             "a prompt is prefilled for each of its rows",
-            "enumerate(dict.fromkeys(prompts))",
-            "enumerate(prompts)",
+            "enumerate(dict.fromkeys(keys))",
+            "enumerate(keys)",
             SPLIT,
         ),
         ("prompts that occur once are taken for all", "if len(place) < rows:", "if len(place) < rows // 2:", SPLIT),
@@ -317,7 +317,7 @@ MUTANTS = [
         ),
         (
             "prompts in the order of their first occurrence",
-            "[place[prompt] for prompt in prompts]",
+            "[place[key] for key in keys]",
             "[i * len(place) // rows for i in range(rows)]",
             "test_a_row_does_not_depend_on_the_rows_beside_it",
         ),

@@ -624,8 +624,8 @@ ELSEWHERE = [
     (
         "model.py",
         "generation knows no other cache",
-        "cache = (model.cache or KVCache)(model",
-        "cache = KVCache(model",
+        "cache, more = (model.cache or KVCache)(model",
+        "cache, more = KVCache(model",
         RAGGED,
     ),
     ("model.py", "many rows go where few should", "if x.numel() > kernels.FEW * x.shape[-1]:", "if False:", FEW),

@@ -1081,14 +1081,14 @@ MUTANTS = [
         ),
         (
             "a real model gets the learning rate of the tiny one",
-            'DEFAULTS, args.adapter), 2 if args.model else 0 if args.stage == "base" else 1)',
-            'DEFAULTS, args.adapter), 0 if args.stage == "base" else 1)',
+            'column = 2 if args.model else 0',
+            'column = 0',
             "test_defaults_are_of_one_table",
         ),
         (
             "the columns of the table change places",
-            '0 if args.stage == "base" else 1)',
-            '1 if args.stage == "base" else 0)',
+            '0 if args.stage == "base" else 1\n',
+            '1 if args.stage == "base" else 0\n',
             "test_defaults_are_of_one_table",
         ),
         (
