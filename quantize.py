@@ -742,6 +742,11 @@ def variant_of(args: argparse.Namespace) -> str:
     return ", ".join(filter(None, words))
 
 
+def stop_if_asked(loop: Loop, step: int) -> None:
+    if loop.signalled:
+        raise KeyboardInterrupt(f"interrupted after step {step}; half a model is not saved")
+
+
 def main(args: argparse.Namespace) -> dict:
     if args.method == "all":
         return compare(main, resolved, args, TABLE, Path(args.out or ROOT / "out" / "quantize"), COLUMNS, MAIN_METHODS,
@@ -788,6 +793,7 @@ def main(args: argparse.Namespace) -> dict:
             optimizer.step()
             optimizer.zero_grad()
             loop.log(step, loss=loss_sum, grad_norm=grad_norm, lr=lr, tokens=n_tokens)
+            stop_if_asked(loop, step)
         model.requires_grad_(False)
         for path in paths:
             put_quantized(model, path, model.get_submodule(path).exported, scheme)
@@ -802,6 +808,7 @@ def main(args: argparse.Namespace) -> dict:
 
             put_quantized(model, path, make, scheme)
             loop.log(step, error=relative_error(weight, model.get_submodule(path), inputs.gram))
+            stop_if_asked(loop, step)
     model.config = replace(model.config, quantization=scheme if quantized(model) else None)
     loop.save(len(paths), model=model, tokenizer=tokenizer)
 
