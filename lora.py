@@ -748,8 +748,6 @@ DEFAULTS = {  # flag: (the tiny model), (a --model of your own)
 RATES = {  # what --tune tries, as multiples of the rate of DEFAULTS
     "full": (0.1, 0.2, 0.3, 0.5, 1.0, 2.0),
     "lora": (0.5, 1.0, 2.0, 4.0, 8.0),
-    "dora": (1.0, 2.0, 4.0),
-    "qlora": (1.0, 2.0, 4.0),
 }
 WORLD_STEPS = 300  # --steps where the rows are made as they are needed
 TABLE = ("full", "full:lr=0.3", "lora:rank=1", "lora:rank=4", "lora", "lora:init=pissa", "lora:lora_plus=8", "dora",
@@ -776,7 +774,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--questions", choices=("test", "validation"), default="test", help="what is measured: the "
                      "questions of the tables, or others, to choose settings on (default: %(default)s)")  # fmt: skip
     cli.add_argument("--tune", nargs="*", choices=RATES, metavar="METHOD", help="a table of learning rates, on "
-                     "validation questions, of these methods (default: full, lora, dora, qlora)")  # fmt: skip
+                     "validation questions, of full or lora (default: of both; DoRA and QLoRA share LoRA's)")
     cli.add_argument("--merge", action="store_true", help="write --model with --adapter merged into it, and end")
     cli.add_argument("--map", nargs="+", default=[], metavar="THEIRS=OURS", help="rename fields of the JSONL files")
     cli.add_argument("--chat-format", help="chatml, qwen2.5, qwen3 or llama3, where the checkpoint does not say")
