@@ -11,7 +11,7 @@ ORDER = ("sft", "reward", "dpo", "ppo", "grpo", "lora", "distill", "quantize", "
          "rag", "vlm")  # fmt: skip
 FIELDS = ("script", "variant", "metric", "higher_is_better", "before", "after", "n", "ci95", "metrics", "baselines",
           "seconds", "tokens_per_second", "peak_memory_mb", "device", "seed", "command", "torch", "git")  # fmt: skip
-COLUMNS = ("script", "variant", "metric", "before", "after", "± 95%", "n", "baselines", "seconds", "command")
+COLUMNS = ("script", "variant", "metric", "before", "after", "± 95%", "n", "baselines", "seconds", "command", "commit")
 
 
 def results(folder: Path = ROOT / "results") -> list[dict]:
@@ -25,7 +25,7 @@ def table(rows: list[dict]) -> str:
 
     >>> row = dict.fromkeys(FIELDS) | {"script": "sft", "metric": "exact match", "before": 0, "after": 0.951, "n": 512}
     >>> print(table([row | {"baselines": {"a|b": 0.5}, "seconds": 61.2, "command": "python sft.py"}]).splitlines()[-1])
-    | sft |  | exact match | 0.000 | 0.951 |  | 512 | a\\|b 0.500 | 61 | `python sft.py` |
+    | sft |  | exact match | 0.000 | 0.951 |  | 512 | a\\|b 0.500 | 61 | `python sft.py` |  |
     """
     lines = [COLUMNS, ["---"] * len(COLUMNS)]
     for row in rows:
@@ -33,7 +33,7 @@ def table(rows: list[dict]) -> str:
         interval = "" if row["ci95"] is None else f"{row['ci95']:.3f}"
         lines.append([
             row["script"], row["variant"] or "", row["metric"], f"{row['before']:.3f}", f"{row['after']:.3f}", interval,
-            str(row["n"]), baselines, f"{row['seconds']:.0f}", f"`{row['command']}`",
+            str(row["n"]), baselines, f"{row['seconds']:.0f}", f"`{row['command']}`", (row["git"] or "")[:7],
         ])  # fmt: skip
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
