@@ -394,10 +394,10 @@ def top1(pairs: Tensor, same: Tensor) -> Tensor:
 
 
 STAGES = {  # steps of the default run; rate of (the tiny model, a --model of your own); what it trains
-    "contrast": {"steps": 700, "lr": (1e-3, 5e-4), "trains": ("encoder", "contrast")},
-    "align": {"steps": 50, "lr": (2e-3, 1e-3), "trains": ("connector",)},
-    "instruct": {"steps": 900, "lr": (7e-4, 2e-5), "trains": ("connector", "model")},
-    "prefer": {"steps": 40, "lr": (2e-4, 5e-7), "trains": ("connector", "model")},
+    "contrast": {"steps": 800, "lr": (1e-3, 5e-4), "trains": ("encoder", "contrast")},
+    "align": {"steps": 450, "lr": (2e-3, 1e-3), "trains": ("connector",)},
+    "instruct": {"steps": 800, "lr": (7e-4, 2e-5), "trains": ("connector", "model")},
+    "prefer": {"steps": 30, "lr": (1e-4, 5e-7), "trains": ("connector", "model")},
 }
 
 # 2. Data
@@ -652,7 +652,8 @@ def sampled_pairs(vlm: VLM, tokenizer: Tokenizer, scenes: Sequence[pictures.Exam
                   ) -> list[list]:  # fmt: skip
     """[place in `scenes`, ids of a description of what is there, ids of one that names what is not], of 4 samples each.
 
-    Among those that name nothing absent the one that names most is chosen; rejected is the one that invents most.
+    Chosen is one that names what is there and nothing else (to say nothing would invent nothing, too), rejected the one
+    that invents most.
     """
     prompts = describing(vlm, tokenizer, scenes, args)
     said, found = replies(vlm, tokenizer, prompts, args, loop, samples=4, temperature=1.0, seed=args.seed + 2), []
@@ -660,7 +661,7 @@ def sampled_pairs(vlm: VLM, tokenizer: Tokenizer, scenes: Sequence[pictures.Exam
         texts = [chat.completion_text(ids, tokenizer) for ids in some]
         worse = [(len(pictures.invented(text, e.things)), pictures.missing(text, e.things)) for text in texts]
         best, worst = min(range(4), key=worse.__getitem__), max(range(4), key=worse.__getitem__)
-        if worse[best][0] == 0 < worse[worst][0]:
+        if worse[best] == (0, 0) and worse[worst][0]:
             found.append([i, some[best], some[worst]])
     n = sum(len(pictures.invented(chat.completion_text(ids, tokenizer), e.things)) > 0
             for some, e in zip(said, scenes, strict=True) for ids in some)  # fmt: skip
@@ -889,8 +890,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--chat-format", help="chatml, qwen2.5, qwen3 or llama3, where the checkpoint does not say")
     cli.add_argument("--too-long", choices=("refuse", "drop", "cut"), default="refuse",
                      help="rows of more than --max-length tokens; cut: from the end, a picture only as a whole")
-    cli.add_argument("--exam", default="test", metavar="NAME", help="another name measures on other held-out pictures, "
-                     "to choose settings on (default: %(default)s)")  # fmt: skip
+    cli.add_argument("--exam", default="final", metavar="NAME", help="another name measures on others, to choose "
+                     "settings on (default: %(default)s)")  # fmt: skip
     cli.add_argument("--seeds", type=COUNT, default=1, help="runs of each connector in --connector all")
     args = cli.parse_args(argv)
     fill(args, DEFAULTS, args.model is not None)

@@ -802,17 +802,20 @@ def test_two_steps_of_prefer_by_hand(start, tmp_path, monkeypatch):
 
 
 def test_pairs_for_dpo(start, tmp_path, monkeypatch):
-    """Chosen: nothing absent, most of what is there; rejected: most that is absent; their log-probs by the start."""
+    """Chosen: all that is there and nothing else; rejected: most that is absent; their log-probs by the start."""
     net = load_vlm(start, CPU, vlm_module.Vision("mlp", "clip", "conv"))[0]
     loop = a_loop(tmp_path)
     a = pictures.Thing("red", "star", "small", 10, 10, 4)
     b = pictures.Thing("blue", "circle", "small", 30, 30, 4)
-    scenes = [pictures.Example(picture(i), [a, b], "", "", "") for i in range(4)]
+    scenes = [pictures.Example(picture(i), [a, b], "", "", "") for i in range(7)]
     texts = [
         ["a red star", "a red star and a blue circle", "a red circle", "a red circle and a green star"],
         ["a red star"] * 4,
         ["a green star"] * 4,
         ["a red star and a blue circle"] * 3 + ["a black star"],
+        ["a red star"] * 3 + ["a black star"],
+        ["a red star and a blue circle and a green star"] * 3 + ["a black star and a green star and a red circle"],
+        ["a red star and a blue circle"] * 3 + ["a red star"],
     ]
     ids = [[tiny().encode(text) + [tiny().eos_ids[0]] for text in some] for some in texts]
     monkeypatch.setattr(vlm_module, "replies", lambda *x, **y: ids)

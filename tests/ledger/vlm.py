@@ -507,14 +507,14 @@ IN_VLM = [
     ),
     (
         "DPO: the chosen one may invent",
-        "if worse[best][0] == 0 < worse[worst][0]:",
-        "if worse[best][0] < worse[worst][0] or worse[best][0]:",
+        "if worse[best] == (0, 0) and worse[worst][0]:",
+        "if worse[best][1] == 0 and worse[worst][0]:",
         PREFER,
     ),
     (
         "DPO: what is left out counts as invented",
-        "if worse[best][0] == 0 < worse[worst][0]:",
-        "if worse[best] < worse[worst]:",
+        "if worse[best] == (0, 0) and worse[worst][0]:",
+        "if worse[best] == (0, 0) < worse[worst]:",
         PREFER,
     ),
     (
