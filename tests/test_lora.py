@@ -1161,14 +1161,6 @@ def test_a_table_of_rates(tmp_path, monkeypatch, capsys):
     assert {one.method.partition(":")[0] for one in runs} == set(lora.RATES)
 
 
-def test_rates_are_those_that_were_tuned():
-    rows = json.loads((lora.ROOT / "results" / "tables" / "lora-tune.json").read_text())["rows"]
-    best = lora.tuned(rows)
-    assert {name: METHODS[name][1]["lr"] for name in lora.RATES} == best
-    tried = {row["method"] for row in rows[1:]}
-    assert tried == {f"{name}:lr={rate:g}" for name, rates in lora.RATES.items() for rate in rates}
-
-
 # Flags
 
 

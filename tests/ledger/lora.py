@@ -26,7 +26,6 @@ TABLE = "test_a_table_of_all_methods"
 TUNE = "test_a_table_of_rates"
 OTHERS = "test_settings_are_chosen_on_other_questions"
 BEST = "test_the_best_rate_is_the_least_with_the_most_right_answers"
-BESTS = "test_rates_are_those_that_were_tuned"
 RATES = "test_default_rates_are_those_of_full_fine_tuning_times_the_methods"
 FLAGS = "test_flags_that_do_not_go_together_are_refused"
 TASK = "test_the_new_task_is_to_sort_the_other_way"
@@ -737,12 +736,6 @@ IN_LORA = [
         BEST,
     ),
     ("rates: the last", "found[name] = max(found.get(name, (-1.0, 0.0)), (", "found[name] = max((-1.0, 0.0), (", BEST),
-    (
-        "rates: a default that is not the best",
-        '"full": (put_all, {"lr": ',
-        '"full": (put_all, {"lr": 1',
-        BESTS,
-    ),
     # flags
     ("every method at the rate of full fine-tuning", "tuple(c.lr * lr for lr", "tuple(lr for lr", RATES),
     (
