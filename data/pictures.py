@@ -38,7 +38,7 @@ from data.world import COLOURS, NUMBERS, SHAPES, SIZES
 
 SIDE = 48  # pixels
 KINDS = ("colour", "shape", "size", "count", "existence", "position", "digit")
-ASKED = ("colour", "shape", "existence", "count", "colour", "shape", "existence", "digit", "existence", "size", "position")
+ASKED = (*KINDS, "colour", "shape", "existence", "existence")  # in training: the hard ones more often
 PLACES = ("left", "right", "top", "bottom")  # of the picture
 UNSEEN = (("red", "star"), ("green", "square"), ("blue", "triangle"))  # never a circle, nor a black or a white thing
 SEEN = [(colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in UNSEEN]
