@@ -295,6 +295,8 @@ class VLM(nn.Module):
         self.of_image, self.of_text = nn.Linear(c.width, c.joint), nn.Linear(self.text.config.width, c.joint)
         _, scale, bias = CONTRASTS[c.contrast]
         self.log_scale, self.bias = nn.Parameter(torch.tensor(math.log(scale))), nn.Parameter(torch.tensor(bias))
+        for p in self.connector.parameters():
+            p.lr_times = 3.0  # it is new, and the language model is not
         self.to(model.embed.weight.device)
 
     @property
@@ -394,9 +396,9 @@ def top1(pairs: Tensor, same: Tensor) -> Tensor:
 
 
 STAGES = {  # steps of the default run; rate of (the tiny model, a --model of your own); what it trains
-    "contrast": {"steps": 800, "lr": (1e-3, 5e-4), "trains": ("encoder", "contrast")},
-    "align": {"steps": 450, "lr": (2e-3, 1e-3), "trains": ("connector",)},
-    "instruct": {"steps": 800, "lr": (7e-4, 2e-5), "trains": ("connector", "model")},
+    "contrast": {"steps": 600, "lr": (1e-3, 5e-4), "trains": ("encoder", "contrast")},
+    "align": {"steps": 60, "lr": (1e-3, 3e-4), "trains": ("connector",)},
+    "instruct": {"steps": 1300, "lr": (7e-4, 2e-5), "trains": ("connector", "model")},
     "prefer": {"steps": 30, "lr": (1e-4, 5e-7), "trains": ("connector", "model")},
 }
 
@@ -536,7 +538,7 @@ def world_data(vlm: VLM, tokenizer: Tokenizer, args: Namespace) -> Data:
 
     captions = [pictures.describe(e.things) for e in made]
     described = [row(pictures.DESCRIBE, said, e, said) for e, said in zip(made, captions, strict=True)]
-    asked = [described[i] if i % 4 == 3 else row(e.question, e.answer, e) for i, e in enumerate(made)]
+    asked = [described[i] if i % 2 else row(e.question, e.answer, e) for i, e in enumerate(made)]
     texts = world.sft_rows(round(n * args.replay / (1 - args.replay)), 10**6 + args.seed)
     asked += [Row(*chat.render(text["messages"], tokenizer, chat_format=args.chat_format)) for text in texts]
     scenes = [pictures.example(f"prefer {args.seed}", i) for i in range(plan.get("prefer", 0) * args.batch_size)]
@@ -882,8 +884,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--stem", choices=("conv", "patch"), help="what makes a vector of each patch (default: conv)")
     cli.add_argument("--stages", nargs="+", choices=tuple(STAGES), help="of training, in this order (default: all of "
                      "them; with --data no prefer, and where --model sees already, instruct alone)")  # fmt: skip
-    cli.add_argument("--pictures", type=COUNT, default=10_000, help="generated to train on (default: %(default)s)")
-    cli.add_argument("--replay", type=REAL, default=0.4, metavar="SHARE", help="of conversations without pictures "
+    cli.add_argument("--pictures", type=COUNT, default=12_000, help="generated to train on (default: %(default)s)")
+    cli.add_argument("--replay", type=REAL, default=0.35, metavar="SHARE", help="of conversations without pictures "
                      "among the generated rows of instruct (default: %(default)s)")  # fmt: skip
     cli.add_argument("--beta", type=REAL, default=0.1, help="of the loss of prefer (default: %(default)s)")
     cli.add_argument("--map", nargs="+", default=[], metavar="THEIRS=OURS", help="rename fields of the JSONL files")

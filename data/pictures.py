@@ -38,6 +38,7 @@ from data.world import COLOURS, NUMBERS, SHAPES, SIZES
 
 SIDE = 48  # pixels
 KINDS = ("colour", "shape", "size", "count", "existence", "position", "digit")
+ASKED = (*KINDS, "colour", "shape", "existence", "existence")  # in training: the hard ones more often
 PLACES = ("left", "right", "top", "bottom")  # of the picture
 UNSEEN = (("red", "star"), ("green", "square"), ("blue", "triangle"))  # never a circle, nor a black or a white thing
 SEEN = [(colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in UNSEEN]
@@ -216,9 +217,9 @@ class Example(NamedTuple):
 
 
 def example(seed: object, i: int) -> Example:
-    """Picture i of the training split of `seed` and a question about it; each seventh is of the same kind."""
+    """Picture i of the training split of `seed` and a question about it, of the kinds in turn, as often as in ASKED."""
     rng = world.rng_for("pictures", seed, i)
-    kind, cell = KINDS[i % len(KINDS)], rng.choice(SEEN)
+    kind, cell = ASKED[i % len(ASKED)], rng.choice(SEEN)
     answer = rng.choice(answers_of(kind, cell))
     things = draw_scene(rng, kind, cell, answer)
     return Example(draw(things, rng.getrandbits(32)), things, ask(kind, cell), answer, kind)

@@ -441,14 +441,14 @@ IN_VLM = [
     ),
     (
         "V10: the connector is not trained",
-        '"lr": (2e-3, 1e-3), "trains": ("connector",)',
-        '"lr": (2e-3, 1e-3), "trains": ()',
+        '"lr": (1e-3, 3e-4), "trains": ("connector",)',
+        '"lr": (1e-3, 3e-4), "trains": ()',
         LEARNS,
     ),
     (
         "V10: align trains the language model",
-        '"lr": (2e-3, 1e-3), "trains": ("connector",)',
-        '"lr": (2e-3, 1e-3), "trains": ("connector", "model")',
+        '"lr": (1e-3, 3e-4), "trains": ("connector",)',
+        '"lr": (1e-3, 3e-4), "trains": ("connector", "model")',
         LEARNS,
     ),
     (
@@ -458,6 +458,7 @@ IN_VLM = [
         STAGES,
     ),
     ("no gradient is forgotten", "            optimizer.zero_grad()\n        with", "        with", PLAIN),
+    ("the connector at the rate of the language model", "p.lr_times = 3.0  # it", "p.lr_times = 1.0  # it", PLAIN),
     ("no clipping", "grad_norm = clip(vlm, args.grad_clip)", "grad_norm = clip(vlm, 0.0)", PLAIN),
     (
         "mean over rows",
