@@ -761,6 +761,15 @@ def without_looking(vlm: VLM, tokenizer: Tokenizer, test: dict[str, list], after
     return table
 
 
+def printable(text: str) -> str:
+    """What may stand in XML, where control characters may not, however they are written.
+
+    >>> printable("1 < 2\\x00")
+    '1 &lt; 2\ufffd'
+    """
+    return html.escape("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
+
+
 def sheet(rows: Sequence[pictures.Example], said: Sequence[str]) -> str:
     """An SVG of pictures with question, answer and truth."""
     columns, cell, line = 6, 160, 18
@@ -772,7 +781,7 @@ def sheet(rows: Sequence[pictures.Example], said: Sequence[str]) -> str:
         parts.append(f'<image x="{x}" y="{y}" width="120" height="120" href="data:image/png;base64,{packed}"/>')
         kind = "right" if text == truth else "wrong"
         words = ((question, ""), (f"{text} ({truth})" if kind == "wrong" else text, kind))
-        parts += [f'<text x="{x}" y="{y + 120 + line * (n + 1)}" class="{c}">{html.escape(words)}</text>'
+        parts += [f'<text x="{x}" y="{y + 120 + line * (n + 1)}" class="{c}">{printable(words)}</text>'
                   for n, (words, c) in enumerate(words)]  # fmt: skip
     height = math.ceil(len(rows) / columns) * (cell + 34) + 8
     style = "text { font: 10px system-ui, sans-serif; fill: #555 } .right { fill: #2ca05a } .wrong { fill: #d64545 }"
