@@ -795,7 +795,6 @@ def sheet(rows: Sequence[pictures.Example], said: Sequence[str]) -> str:
         packed = base64.b64encode(pictures.png(e.picture)).decode()
         parts.append(f'<image x="{x}" y="{y}" width="120" height="120" href="data:image/png;base64,{packed}"/>')
         kind = "right" if text == truth else "wrong"
-        text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)  # XML knows no others
         words = ((question, ""), (f"{text} ({truth})" if kind == "wrong" else text, kind))
         parts += [f'<text x="{x}" y="{y + 120 + line * (n + 1)}" class="{c}">{printable(words)}</text>'
                   for n, (words, c) in enumerate(words)]  # fmt: skip
