@@ -816,6 +816,18 @@ def test_the_default_run_says_what_was_closed(folders, stages, tmp_path, capsys)
     )
 
 
+def test_the_gap_is_the_way_from_hard_labels_to_the_teacher():
+    shares = [distill.gap_closed(value, hard=0.6, teacher=0.4) for value in (0.7, 0.6, 0.55, 0.4, 0.3)]
+    assert shares == pytest.approx([-0.5, 0.0, 0.25, 1.0, 1.5])
+
+
+def test_gradients_are_clipped(folders, stages, tmp_path, monkeypatch):
+    norms, real = [], distill.clip
+    monkeypatch.setattr(distill, "clip", lambda model, norm: norms.append(norm) or real(model, norm))
+    train(tmp_path / "run", "--steps", 2, "--rows", 6, "--batch-size", 3, "--grad-clip", 0.25)
+    assert set(norms) == {0.25} and len(norms) >= 2
+
+
 def test_sequence_learns_from_texts_of_the_teacher(folders, stages, tmp_path, monkeypatch):
     seen = []
     real = distill.collate
