@@ -7,9 +7,8 @@
 
 The weights come in four stages, of which one command does all.
 
-    contrast   encoder and text tower: the caption of a picture is nearer to it than those of the others in the batch,
-               some of which differ in the shape alone (CLIP, 2103.00020; --contrast siglip: each pair by itself,
-               2303.15343)
+    contrast   encoder and text tower: the caption of a picture is nearer to it than those of the others in the batch
+               (CLIP, 2103.00020; --contrast siglip: each pair by itself, 2303.15343)
     align      the connector alone, on descriptions: loss = - sum_t mask[t] log pi(token t | image, tokens before t)
     instruct   the connector and the language model, on questions and answers, with conversations without pictures
                between them (--replay), or what the model could do before is forgotten
@@ -45,7 +44,6 @@ import contextlib
 import html
 import json
 import math
-import re
 import statistics
 from argparse import Namespace
 from collections import Counter
@@ -391,17 +389,6 @@ def contrast_backward(vlm: VLM, batches: list["Batch"], same: Tensor, loop: Loop
     return loss.detach(), top1(whole.detach(), same)
 
 
-def beside_each_other(n_rows: int, step: int, loop: Loop, size: int = 4) -> list[int]:
-    """The rows of a step of `contrast`, over all ranks: --batch-size of them, in blocks of `size` neighbours.
-
-    Neighbours say the same but for the shape: hard negatives (2210.01936). Among captions drawn at random hardly two
-    differ in the shape alone, and the encoder would not learn to see it.
-    """
-    B = loop.args.batch_size
-    blocks = loop.batch_indices(math.ceil(n_rows / size), step)
-    return [i for b in blocks for i in range(b * size, min(n_rows, (b + 1) * size))][:B]
-
-
 def top1(pairs: Tensor, same: Tensor) -> Tensor:
     """(): how often the nearest of B captions is a picture's own, or the same in words. pairs (B, 2, d)."""
     nearest = (pairs[:, 0] @ pairs[:, 1].T).argmax(1)
@@ -409,10 +396,10 @@ def top1(pairs: Tensor, same: Tensor) -> Tensor:
 
 
 STAGES = {  # steps of the default run; rate of (the tiny model, a --model of your own); what it trains
-    "contrast": {"steps": 750, "lr": (1e-3, 5e-4), "trains": ("encoder", "contrast")},
+    "contrast": {"steps": 600, "lr": (1e-3, 5e-4), "trains": ("encoder", "contrast")},
     "align": {"steps": 60, "lr": (1e-3, 3e-4), "trains": ("connector",)},
-    "instruct": {"steps": 1100, "lr": (7e-4, 2e-5), "trains": ("connector", "model")},
-    "prefer": {"steps": 40, "lr": (2e-4, 5e-7), "trains": ("connector", "model")},
+    "instruct": {"steps": 1300, "lr": (7e-4, 2e-5), "trains": ("connector", "model")},
+    "prefer": {"steps": 30, "lr": (1e-4, 5e-7), "trains": ("connector", "model")},
 }
 
 # 2. Data
@@ -555,9 +542,7 @@ def world_data(vlm: VLM, tokenizer: Tokenizer, args: Namespace) -> Data:
     texts = world.sft_rows(round(n * args.replay / (1 - args.replay)), 10**6 + args.seed)
     asked += [Row(*chat.render(text["messages"], tokenizer, chat_format=args.chat_format)) for text in texts]
     scenes = [pictures.example(f"prefer {args.seed}", i) for i in range(plan.get("prefer", 0) * args.batch_size)]
-    shapes = re.compile("|".join((*world.SHAPES, "[0-9]")))
-    order = sorted(range(n), key=lambda i: shapes.sub("", captions[i]))  # see beside_each_other
-    return Data([described[i] for i in order], asked, scenes, world_exam(args.exam))
+    return Data(described, asked, scenes, world_exam(args.exam))
 
 
 def world_exam(seed: str) -> dict[str, list]:
@@ -1029,10 +1014,6 @@ def main(args: argparse.Namespace) -> dict:
                 ref_logps = torch.cat(parts) if parts else ref_logps
         rows = {"contrast": data.described, "align": data.described, "instruct": data.asked, "prefer": found}[name]
         indices = loop.micro_batches(len(rows), step - first) if rows else []  # of a model that invents nothing: none
-        if name == "contrast":
-            whole = beside_each_other(len(rows), step - first, loop)
-            mine, size = whole[loop.rank :: loop.world_size], args.micro_batch_size
-            indices = (mine[i : i + size] for i in range(0, len(mine), size))
         indices = [some for some in indices if some]  # replicas need not run an empty one
         metrics, n_tokens, loss_sum = {}, 0, torch.zeros((), device=loop.device)
         with learning(vlm, STAGES[name]["trains"]):
@@ -1053,7 +1034,7 @@ def main(args: argparse.Namespace) -> dict:
                            for some in indices]  # fmt: skip
                 n_tokens = loop.sum_over_ranks(sum(int(batch.completion_mask.sum()) for batch in batches))
                 if name == "contrast":
-                    said = [rows[i].caption for i in whole]
+                    said = [rows[i].caption for i in loop.batch_indices(len(rows), step - first)]
                     same = torch.tensor([[a == b for b in said] for a in said], device=loop.device)
                     loss, metrics["top-1"] = contrast_backward(vlm, batches, same, loop)
                 else:

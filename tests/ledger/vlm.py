@@ -458,13 +458,6 @@ IN_VLM = [
         STAGES,
     ),
     ("no gradient is forgotten", "            optimizer.zero_grad()\n        with", "        with", PLAIN),
-    (
-        "no hard negatives",
-        'key=lambda i: shapes.sub("", captions[i]))',
-        "key=lambda i: i)",
-        "test_neighbours_share_a_batch",
-    ),
-    ("blocks of one", "(b + 1) * size))][:B]", "b * size + 1))][:B]", "test_neighbours_share_a_batch"),
     ("the connector at the rate of the language model", "p.lr_times = 3.0  # it", "p.lr_times = 1.0  # it", PLAIN),
     ("no clipping", "grad_norm = clip(vlm, args.grad_clip)", "grad_norm = clip(vlm, 0.0)", PLAIN),
     (
