@@ -765,7 +765,7 @@ def test_a_step_is_a_plain_one(start, tmp_path):
         assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
         optimizer.step()
     found = weights(tmp_path)
-    assert max((found[name] - p).abs().max() for name, p in named.items()) < 1e-4
+    assert max((found[name] - p).abs().max() for name, p in named.items()) < 1e-3
 
 
 def test_two_steps_of_prefer_by_hand(start, tmp_path, monkeypatch):
@@ -801,7 +801,7 @@ def test_two_steps_of_prefer_by_hand(start, tmp_path, monkeypatch):
         loss.backward()
         optimizer.step()
     found = weights(tmp_path)
-    assert max((found[name] - p).abs().max() for name, p in named.items()) < 1e-4
+    assert max((found[name] - p).abs().max() for name, p in named.items()) < 1e-3
 
 
 def test_pairs_for_dpo(start, tmp_path, monkeypatch):
