@@ -518,7 +518,7 @@ DEFAULTS = {  # flag: (a new model, --stage base), (SFT of the tiny model), (a -
     "warmup": (50, 20, 10),
 }
 ADAMW_LR = (1.5e-3, 1e-3, 1e-5)  # --lr where --optimizer is not muon
-WORLD_STEPS = {"base": 2400, "sft": 300}  # --steps where the rows are made as they are needed
+WORLD_STEPS = {"base": 2400, "sft": 240}  # --steps where the rows are made as they are needed
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
