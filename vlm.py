@@ -600,6 +600,9 @@ def replies(vlm: VLM, tokenizer: Tokenizer, prompts: Sequence[Row], args: Namesp
             temperature: float = 0.0, seed: int = 0, longest: int = 0) -> list[list[list[int]]]:  # fmt: skip
     """The ids of `samples` completions of each prompt, of at most `longest` (0: --max-new-tokens) tokens."""
     found: list[list[int]] = []
+    longest = longest or args.max_new_tokens
+    if prompts and (room := vlm.config.max_length - max(len(row.input_ids) for row in prompts)) < longest:
+        raise UserError(f"--max-new-tokens {longest}: the longest question, its pictures included, leaves room for {room}")
     for start in tqdm(range(0, len(prompts), 256), "answering", disable=None, leave=False):
         some = prompts[start : start + 256]
         batch = collate(some, vlm.c.side, loop.device)
@@ -608,7 +611,7 @@ def replies(vlm: VLM, tokenizer: Tokenizer, prompts: Sequence[Row], args: Namesp
             if "embeddings" in seen:
                 seen["embeddings"] = [x[: len(row.input_ids)] for x, row in zip(seen["embeddings"], some, strict=True)]
             found += generate(
-                vlm.model, [row.input_ids for row in some], max_new_tokens=longest or args.max_new_tokens,
+                vlm.model, [row.input_ids for row in some], max_new_tokens=longest,
                 eos_ids=tokenizer.eos_ids, samples=samples, temperature=temperature, seed=10**6 * seed + start,
                 vocab_size=tokenizer.vocab_size, **seen,
             ).completions  # fmt: skip
@@ -663,7 +666,8 @@ def sampled_pairs(vlm: VLM, tokenizer: Tokenizer, scenes: Sequence[pictures.Exam
         texts = [chat.completion_text(ids, tokenizer) for ids in some]
         worse = [(len(pictures.invented(text, e.things)), pictures.missing(text, e.things)) for text in texts]
         best, worst = min(range(4), key=worse.__getitem__), max(range(4), key=worse.__getitem__)
-        if worse[best] == (0, 0) and worse[worst][0]:
+        shows = vlm.image_id in (*some[best], *some[worst])  # a sampled `<image>` stands for no picture
+        if worse[best] == (0, 0) and worse[worst][0] and not shows:
             found.append([i, some[best], some[worst]])
     n = sum(len(pictures.invented(chat.completion_text(ids, tokenizer), e.things)) > 0
             for some, e in zip(said, scenes, strict=True) for ids in some)  # fmt: skip
@@ -699,8 +703,9 @@ def evaluate(vlm: VLM, tokenizer: Tokenizer, test: dict[str, list], args: Namesp
         sums = []
         for start in range(0, len(test["rows"]), args.micro_batch_size):
             some = test["rows"][start : start + args.micro_batch_size]
+            batch = collate(some, vlm.c.side, loop.device, 64 if loop.compiled else 1)
             with loop.autocast():
-                sums += (-answer_logps(vlm, collate(some, vlm.c.side, loop.device))).tolist()
+                sums += (-answer_logps(vlm, batch)).tolist()
         mean_count = statistics.fmean(sum(row.completion_mask) for row in test["rows"])
         found["loss"] = [x / mean_count for x in sums]
     if "kinds" in test:
@@ -913,6 +918,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         (args.replay >= 1, f"--replay {args.replay}: a share of the rows below 1 is expected, or no picture is left"),
         (args.beta == 0, "--beta: expected a number above 0"),
         (args.connector == "all" and args.data, "--connector all makes a table of the generated world: no --data"),
+        (args.connector == "all" and args.model and vision_of(args.model),
+         "--connector all makes each connector anew: --model has one already"),
         (args.data and args.stages and "prefer" in args.stages,
          "--stages prefer knows what is there in generated pictures only: no --data"),
         (args.stages and len({*args.stages}) < len(args.stages), "--stages: each at most once"),
@@ -932,7 +939,9 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
             raise UserError(f"--{name} {value}: {args.model} was made with {own}")
         setattr(args, name, value or own)
     args.stages = args.stages or (["instruct"] if sees else [s for s in STAGES if s != "prefer" or not args.data])
-    args.lr = args.lr or rates_of({"lr": STAGES["instruct"]["lr"]}, args.adapter)["lr"][args.model is not None]
+    if args.lr is None:
+        adapter = args.adapter or (trained(str(sees)) if sees else None)  # the one that --model left
+        args.lr = rates_of({"lr": STAGES["instruct"]["lr"]}, adapter and str(adapter))["lr"][args.model is not None]
     if args.steps is None and args.data is None:
         args.steps = sum(STAGES[name]["steps"] for name in args.stages)
     return args
@@ -1061,8 +1070,8 @@ def main(args: argparse.Namespace) -> dict:
             loop.save(step, model=vlm.model, optimizer=optimizer, tokenizer=tokenizer, extra=kept)
 
     # 6. Evaluate
-    if loop.main and loop.checkpoint.exists():
-        save_vision(vlm, loop.checkpoint, start)
+    if loop.main and loop.done:  # with --steps 0 what lies there is another run's
+        save_vision(vlm, loop.checkpoint, vlm.model.adapter.base if vlm.model.adapter else start)
     after = evaluate(vlm, tokenizer, data.test, args, loop)
     if "hallucination" in before:
         after |= hallucinations(vlm, tokenizer, data.test, args, loop)

@@ -47,6 +47,7 @@ from vlm import (
 )
 
 CPU = torch.device("cpu")
+WORLD_EXAM = vlm_module.world_exam  # which the runs below replace by a few rows
 IMAGE = tiny().special("<image>")
 SMALL = Vision(width=16, depth=1, heads=2, queries=3, joint=8, text_depth=1)
 
@@ -810,7 +811,7 @@ def test_pairs_for_dpo(start, tmp_path, monkeypatch):
     loop = a_loop(tmp_path)
     a = pictures.Thing("red", "star", "small", 10, 10, 4)
     b = pictures.Thing("blue", "circle", "small", 30, 30, 4)
-    scenes = [pictures.Example(picture(i), [a, b], "", "", "") for i in range(7)]
+    scenes = [pictures.Example(picture(i), [a, b], "", "", "") for i in range(8)]
     texts = [
         ["a red star", "a red star and a blue circle", "a red circle", "a red circle and a green star"],
         ["a red star"] * 4,
@@ -819,8 +820,10 @@ def test_pairs_for_dpo(start, tmp_path, monkeypatch):
         ["a red star"] * 3 + ["a black star"],
         ["a red star and a blue circle and a green star"] * 3 + ["a black star and a green star and a red circle"],
         ["a red star and a blue circle"] * 3 + ["a red star"],
+        ["a red star and a blue circle"] * 3 + ["a black star"],
     ]
     ids = [[tiny().encode(text) + [tiny().eos_ids[0]] for text in some] for some in texts]
+    ids[7][3].insert(0, net.image_id)  # sampled, it stands for no picture
     monkeypatch.setattr(vlm_module, "replies", lambda *x, **y: ids)
     found = vlm_module.sampled_pairs(net, tiny(), scenes, loop.args, loop)
     assert found == [[0, ids[0][1], ids[0][3]], [3, ids[3][0], ids[3][3]]]
@@ -951,8 +954,21 @@ def test_training_goes_on_from_a_model_that_sees(start, tmp_path):
     after = weights(tmp_path / "b")
     assert all(torch.equal(before[n], p) for n, p in after.items() if n.startswith("encoder."))
     assert any(not torch.equal(before[n], p) for n, p in after.items() if n.startswith("connector."))
-    with pytest.raises(UserError, match="--connector mlp: .* was made with query"):
-        get_args(["--model", str(tmp_path / "a"), "--connector", "mlp"])
+    for flag, words in (("mlp", "--connector mlp: .* was made with query"), ("all", "makes each connector anew")):
+        with pytest.raises(UserError, match=words):
+            get_args(["--model", str(tmp_path / "a"), "--connector", flag])
+    vision = tmp_path / "b" / "checkpoint" / "vision.safetensors"
+    before = vision.read_bytes()
+    run(start, tmp_path / "b", "--connector", "query", "--steps", 0)
+    assert vision.read_bytes() == before, "a run of no steps leaves another's weights as they are"
+
+
+def test_training_goes_on_from_an_adapter(start, tmp_path):
+    run(start, tmp_path / "a", "--stages", "align", "instruct", "--adapter", "lora:rank=2")
+    args = get_args(["--model", str(tmp_path / "a"), "--out", str(tmp_path / "b"), *map(str, SHORT)])
+    assert args.lr == get_args(["--model", str(start), "--adapter", "lora"]).lr, "the rate is that of an adapter"
+    main(args)
+    assert load_vlm(tmp_path / "b", CPU)[0].model.adapter.method == "lora"
 
 
 def test_the_language_model_answers_about_a_file(start, tmp_path, capsys, monkeypatch):
@@ -972,7 +988,8 @@ def test_the_language_model_answers_about_a_file(start, tmp_path, capsys, monkey
     prompt = encode(conversation([(question, "")], 2), shown, tokenizer, net.connector.slots, None, ask=True)
     ((ids,),) = replies(net, tokenizer, [prompt], Namespace(max_new_tokens=5), a_loop(tmp_path))
     assert said == chat.completion_text(ids, tokenizer)
-    for bad, words in ((["x.png"], "then the question"), ([str(tmp_path / "none.png"), "x"], "No such file")):
+    for bad, words in ((["x.png"], "then the question"), ([str(tmp_path / "none.png"), "x"], "No such file"),
+                       ([*files * 20, "x"], "leaves room for -")):  # fmt: skip
         with pytest.raises(UserError, match=words):
             main(get_args([*argv, *bad]))
     with pytest.raises(UserError, match="this model does not see"):
@@ -1076,6 +1093,7 @@ def test_default_plan_and_rates():
     args, tiny_rates = get_args(["--lr", "2e-3"]), {name: s["lr"][0] for name, s in STAGES.items()}
     wanted = tiny_rates | {"instruct": 2e-3, "prefer": tiny_rates["prefer"] * 2e-3 / tiny_rates["instruct"]}
     assert {name: rate(name, args) for name in STAGES} == pytest.approx(wanted)
+    assert get_args(["--lr", "0"]).lr == 0
     with_lora = get_args(["--adapter", "lora"])
     assert with_lora.lr == 2 * STAGES["instruct"]["lr"][0]
 
@@ -1091,6 +1109,37 @@ def test_broken_folders_are_refused(start, tmp_path):
     (folder / "vision.json").write_text(json.dumps(shape | {"width": 32}))
     with pytest.raises(UserError, match="does not fit vision.json"):
         load_vlm(tmp_path / "out", CPU)
+
+
+def test_what_is_measured_is_not_trained_on(start):
+    """Other pictures than those of training, of the pairs that they should be, a seed that --exam chooses."""
+    args = get_args(["--pictures", "44", "--replay", "0.5", "--batch-size", "2"])
+    net = load_vlm(start, CPU, vlm_module.Vision("mlp", "clip", "conv"))[0]
+    test, other = WORLD_EXAM("final"), WORLD_EXAM("dev")
+    data = vlm_module.world_data(net, tiny(), args)
+    trained = [pictures.example(args.seed, i) for i in range(2000)] + data.scenes
+    seen = {e.picture.tobytes() for e in trained}
+    for name in ("kinds", "unseen", "scenes"):
+        measured = {e.picture.tobytes() for e in test[name]}
+        assert not measured & seen and not measured & {e.picture.tobytes() for e in other[name]}
+    for e in test["unseen"]:
+        absent = e.kind == "existence" and e.answer == "no"
+        assert absent or {(t.colour, t.shape) for t in e.things} <= {*pictures.UNSEEN}
+    assert not {(t.colour, t.shape) for e in trained for t in e.things} & {*pictures.UNSEEN}
+    asked = [row for row in data.asked if row.pictures]
+    questions = [tiny().decode(row.input_ids) for row in asked]
+    assert len(asked) == 44 and sum(pictures.DESCRIBE in q for q in questions) == 22
+    assert len(data.asked) == 88, "half of the rows are conversations without pictures"
+    texts = {tuple(row.input_ids) for row in data.asked if not row.pictures}
+    of_sft = {tuple(chat.render(row["messages"], tiny()).input_ids) for row in world.sft_rows(44, args.seed)}
+    assert len(texts & of_sft) < 22
+    assert len(data.scenes) == STAGES["prefer"]["steps"] * 2
+
+
+def test_the_temperature_has_a_bound(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(vlm_module, "CONTRASTS", {"clip": (clip_loss, 150.0, 0.0)})
+    run(start, tmp_path, "--stages", "contrast", "--steps", 1)
+    assert weights(tmp_path)["log_scale"].exp().item() == pytest.approx(100)
 
 
 def test_a_table_of_the_connectors(start, tmp_path, monkeypatch):

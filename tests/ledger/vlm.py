@@ -41,8 +41,38 @@ ANSWERS = "test_the_language_model_answers_about_a_file"
 ROWS = "test_rows_of_files"
 BAD = "test_bad_rows_are_refused"
 PLAN = "test_default_plan_and_rates"
+HELD_OUT = "test_what_is_measured_is_not_trained_on"
 
 IN_VLM = [
+    # what is measured
+    ("scenes of the exam are trained on", 'example(f"exam {seed}", i)', "example(0, i)", HELD_OUT),
+    ("unseen pairs are seen", "exam(kind, seed, pictures.UNSEEN, n)", "exam(kind, seed, pictures.SEEN, n)", HELD_OUT),
+    ("another --exam is the same", "for e in pictures.exam(kind, seed)]", "for e in pictures.exam(kind)]", HELD_OUT),
+    ("questions are not trained on", "described[i] if i % 2 else", "described[i] if True else", HELD_OUT),
+    ("the share of text of the pictures", "n * args.replay / (1 - args.replay)", "n * args.replay", HELD_OUT),
+    ("text that the model has read", "10**6 + args.seed", "args.seed", HELD_OUT),
+    ("prefer sees the exam", 'f"prefer {args.seed}"', 'f"exam {args.exam}"', HELD_OUT),
+    (
+        "an unbounded temperature",
+        "vlm.log_scale.clamp_(max=math.log(MOST_SCALE))",
+        "vlm.log_scale.clamp_(max=1e9)",
+        "test_the_temperature_has_a_bound",
+    ),
+    ("a run of no steps writes", "loop.main and loop.done:", "loop.main and loop.checkpoint.exists():", GOES_ON),
+    (
+        "an adapter of an adapter",
+        "vlm.model.adapter.base if vlm.model.adapter else start",
+        "start",
+        "test_training_goes_on_from_an_adapter",
+    ),
+    (
+        "an adapter goes on at the rate of full fine-tuning",
+        "args.adapter or (trained(str(sees)) if sees else None)",
+        "args.adapter",
+        "test_training_goes_on_from_an_adapter",
+    ),
+    ("a sampled mark is a picture", "and not shows:", ":", PREFER),
+    ("a rate of 0 is the default", "if args.lr is None:", "if not args.lr:", PLAN),
     # contrast
     (
         "CLIP: no temperature",
@@ -415,8 +445,8 @@ IN_VLM = [
     ),
     (
         "a chosen length does not count",
-        "max_new_tokens=longest or args.max_new_tokens",
-        "max_new_tokens=args.max_new_tokens",
+        "longest = longest or args.max_new_tokens",
+        "longest = args.max_new_tokens",
         BATCH,
     ),
     ("samples of all seeds alike", "seed=10**6 * seed + start", "seed=start", BATCH),
@@ -508,14 +538,14 @@ IN_VLM = [
     ),
     (
         "DPO: the chosen one may invent",
-        "if worse[best] == (0, 0) and worse[worst][0]:",
-        "if worse[best][1] == 0 and worse[worst][0]:",
+        "if worse[best] == (0, 0) and worse[worst][0] and",
+        "if worse[best][1] == 0 and worse[worst][0] and",
         PREFER,
     ),
     (
         "DPO: what is left out counts as invented",
-        "if worse[best] == (0, 0) and worse[worst][0]:",
-        "if worse[best] == (0, 0) < worse[worst]:",
+        "if worse[best] == (0, 0) and worse[worst][0] and",
+        "if worse[best] == (0, 0) < worse[worst] and",
         PREFER,
     ),
     (
@@ -546,7 +576,7 @@ IN_VLM = [
     ),
     (
         "an adapter at the rate of all weights",
-        'rates_of({"lr": STAGES["instruct"]["lr"]}, args.adapter)',
+        'rates_of({"lr": STAGES["instruct"]["lr"]}, adapter and str(adapter))',
         'rates_of({"lr": STAGES["instruct"]["lr"]}, None)',
         PLAN,
     ),
