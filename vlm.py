@@ -602,7 +602,7 @@ def replies(vlm: VLM, tokenizer: Tokenizer, prompts: Sequence[Row], args: Namesp
     found: list[list[int]] = []
     longest = longest or args.max_new_tokens
     if prompts and (room := vlm.config.max_length - max(len(row.input_ids) for row in prompts)) < longest:
-        raise UserError(f"--max-new-tokens {longest}: the longest question, its pictures included, leaves room for {room}")
+        raise UserError(f"--max-new-tokens {longest}: the longest question leaves room for {room}")
     for start in tqdm(range(0, len(prompts), 256), "answering", disable=None, leave=False):
         some = prompts[start : start + 256]
         batch = collate(some, vlm.c.side, loop.device)
