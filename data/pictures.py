@@ -302,7 +302,7 @@ def read_image(path: str | Path) -> np.ndarray:
             pixels = _npy_pixels(data, refuse)
         else:
             refuse("neither a PNG, nor a binary PPM, nor a .npy file")
-    except (ValueError, struct.error, IndexError, zlib.error, tokenize.TokenError) as error:
+    except (ValueError, struct.error, IndexError, zlib.error, SyntaxError, tokenize.TokenError) as error:
         refuse(f"broken ({error})", convert=False)
     if pixels.shape[2] in (2, 4):
         alpha = pixels[..., -1:] / 255
