@@ -443,7 +443,7 @@ METHODS = {  # name: (what puts it there, {hyperparameter: default})
     "mam": (put_mam, {"lr": 4.0, "tokens": 16, "width": 32, "alpha": 4.0}),
 }
 IN_PLACE = ("full", "fishmask")  # change the weights themselves: a checkpoint is a plain one
-BEFORE_ROWS = ("prompt", "p-tuning", "prefix", "p-tuning-v2")  # change no matrix: it may be one of quantize.py
+BEFORE_ROWS = ("prompt", "p-tuning", "prefix", "p-tuning-v2")  # change no matrix: those may be of quantize.py
 
 
 def parse(text: str) -> Adapter:
@@ -477,9 +477,10 @@ def adapt(model: Transformer, text: str, base: str | Path, loop: Loop | None = N
           ) -> Adapter:  # fmt: skip
     """Put the adapter `text` (see `parse`), or the trained one in that folder, onto `model`, and freeze the rest.
 
-    base: where the model came from, for the adapter's own folder. UserError if the folder's is of another base. With a
-    `loop`, what is frozen is kept in --dtype, and a line says what learns. Without `dropout` there is none, whatever
-    `text` says: log-probs that are compared must come from one network, not from random parts of it.
+    base: where the model came from, for the adapter's own folder. UserError if the folder's is of another base, or if
+    the model is quantized and the method none of BEFORE_ROWS. With a `loop`, what is frozen is kept in --dtype, and a
+    line says what learns. Without `dropout` there is none, whatever `text` says: log-probs that are compared must come
+    from one network, not from random parts of it.
     """
     if model.adapter is not None:
         raise UserError(f"adapter {text}: the model has one already; merge that first")

@@ -396,12 +396,6 @@ IN_LORA = [
         "save(model, None, loop.out)",
         "test_a_merged_checkpoint_has_the_tokenizer",
     ),
-    (
-        "--merge reads no folder of a run",
-        'folders = Path(args.model), Path(args.model) / "checkpoint"',
-        "folders = (Path(args.model),)",
-        "test_a_merged_checkpoint_has_the_tokenizer",
-    ),
     # folders
     (
         "L10: an adapter is saved with the base's bytes",
@@ -777,6 +771,13 @@ IN_LORA = [
 
 ELSEWHERE = [
     ("model.py", "--merge: the newer name of the dtype is not known", ' or config.get("dtype")', "", MERGE),
+    (
+        "model.py",
+        "--merge reads no folder of a run",
+        'folders = Path(path), Path(path) / "checkpoint"',
+        "folders = (Path(path),)",
+        "test_a_merged_checkpoint_has_the_tokenizer",
+    ),
     ("model.py", "--merge: the older name of the dtype is not known", 'config.get("torch_dtype") or ', "", MERGE),
     (
         "model.py",
