@@ -218,8 +218,16 @@ def _fp32_masters(model: nn.Module) -> None:
             p.data = p.data.float()
 
 
+def refuse_quantized(model: nn.Module) -> None:
+    """UserError if a Transformer in `model` is to learn whose matrices are integers: all else of it would, unasked."""
+    of_integers = (m for m in model.modules() if isinstance(m, Transformer) and m.config.quantization)
+    if any(m.embed.weight.requires_grad for m in of_integers):
+        raise UserError("--model: its matrices are quantized, and integers do not learn; train first, quantize then")
+
+
 def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW on the trainable parameters of `model`, made fp32 in place; only matrices (2 or more dimensions) decay."""
+    refuse_quantized(model)
     _reshard(model)
     _fp32_masters(model)
     groups: dict[tuple, list[nn.Parameter]] = {}

@@ -54,7 +54,7 @@ from data import chat, world
 from data.formats import UserError
 from data.tokenizer import Tokenizer, save_hf
 from loop import COUNT, ROOT, Loop, RunFailed, adamw, clip, compare, fill, parser, run, set_lr
-from model import Transformer, load, read_safetensors, save, their_names, write_safetensors
+from model import Transformer, load, read_safetensors, save, stored_dtype, their_names, write_safetensors
 
 # 1. The objective
 
@@ -443,6 +443,7 @@ METHODS = {  # name: (what puts it there, {hyperparameter: default})
     "mam": (put_mam, {"lr": 4.0, "tokens": 16, "width": 32, "alpha": 4.0}),
 }
 IN_PLACE = ("full", "fishmask")  # change the weights themselves: a checkpoint is a plain one
+BEFORE_ROWS = ("prompt", "p-tuning", "prefix", "p-tuning-v2")  # change no matrix: those may be of quantize.py
 
 
 def parse(text: str) -> Adapter:
@@ -476,9 +477,10 @@ def adapt(model: Transformer, text: str, base: str | Path, loop: Loop | None = N
           ) -> Adapter:  # fmt: skip
     """Put the adapter `text` (see `parse`), or the trained one in that folder, onto `model`, and freeze the rest.
 
-    base: where the model came from, for the adapter's own folder. UserError if the folder's is of another base. With a
-    `loop`, what is frozen is kept in --dtype, and a line says what learns. Without `dropout` there is none, whatever
-    `text` says: log-probs that are compared must come from one network, not from random parts of it.
+    base: where the model came from, for the adapter's own folder. UserError if the folder's is of another base, or if
+    the model is quantized and the method none of BEFORE_ROWS. With a `loop`, what is frozen is kept in --dtype, and a
+    line says what learns. Without `dropout` there is none, whatever `text` says: log-probs that are compared must come
+    from one network, not from random parts of it.
     """
     if model.adapter is not None:
         raise UserError(f"adapter {text}: the model has one already; merge that first")
@@ -492,6 +494,9 @@ def adapt(model: Transformer, text: str, base: str | Path, loop: Loop | None = N
     c = replace(c, base=str(base), fingerprint=mark, dropout=c.dropout if dropout else 0.0)
     if c.method == "fishmask" and loop and loop.script != "lora":
         raise UserError(f"adapter {text}: lora.py alone finds which weights matter: python lora.py --method fishmask")
+    scheme = model.config.quantization
+    if scheme and (c.method not in BEFORE_ROWS or scheme["activations"] == 8):  # rounded tokens pass no gradient on
+        raise UserError(f"adapter {text}: the matrices of {base} are quantized; adapt what they were made from")
     model.requires_grad_(False)
     if loop and c.method not in IN_PLACE:
         loop.narrow(model)  # first: the norms of dora are those of the base as it is kept
@@ -815,10 +820,7 @@ def stored(args: argparse.Namespace) -> dict[str, float]:
 
 def merged_checkpoint(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace, loop: Loop) -> dict:
     """--merge: a plain checkpoint in the dtype of the base's; says how much of the change a narrow one keeps."""
-    folders = Path(args.model), Path(args.model) / "checkpoint"  # of a checkpoint, or of a run
-    config = json.loads(next(file for x in folders if (file := x / "config.json").exists()).read_text())
-    wanted = config.get("torch_dtype") or config.get("dtype") or "float32"  # the older name, and the newer
-    dtype, base = getattr(torch, wanted), load(args.model, device=loop.device)[0]
+    dtype, base = stored_dtype(args.model), load(args.model, device=loop.device)[0]
     merge(model)
     asked = lost = 0.0
     for p, old in zip(model.parameters(), base.parameters(), strict=True):
@@ -827,7 +829,7 @@ def merged_checkpoint(model: Transformer, tokenizer: Tokenizer, args: argparse.N
         p.data = p.data.to(dtype)
     save(model, tokenizer, loop.out)
     share = 1 - math.sqrt(lost / asked) if asked else 1.0
-    loop.say(f"merged into {loop.out}, in {wanted}, which keeps {share:.1%} of the change")
+    loop.say(f"merged into {loop.out}, in {str(dtype)[6:]}, which keeps {share:.1%} of the change")
     return {"kept": share}
 
 

@@ -857,6 +857,13 @@ def load(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.d
     return model.requires_grad_(True), tokenizer
 
 
+def stored_dtype(path: str | Path) -> torch.dtype:
+    """That of the weights of a Hugging Face directory, or of a run's folder, as its config.json says it."""
+    folders = Path(path), Path(path) / "checkpoint"
+    config = json.loads(next(file for x in folders if (file := x / "config.json").exists()).read_text())
+    return getattr(torch, config.get("torch_dtype") or config.get("dtype") or "float32")  # the old name, and the new
+
+
 def _put_quantized(model: Transformer, tensors: dict[str, Tensor], path: Path, device: str | torch.device) -> None:
     """Put each matrix of a quantized checkpoint in its place, and take what it is made of out of `tensors`."""
     scheme = model.config.quantization

@@ -49,7 +49,7 @@ from tqdm import tqdm
 from data import chat, formats, manners, world
 from data.formats import UserError
 from data.tokenizer import Tokenizer
-from loop import COUNT, REAL, Loop, adamw, clip, fill, parser, run, set_lr
+from loop import COUNT, REAL, Loop, adamw, clip, fill, parser, refuse_quantized, run, set_lr
 from model import Transformer, generate, load
 
 # 1. The objective
@@ -61,6 +61,7 @@ def with_scalar_head(model: Transformer) -> Transformer:
     The new head is normal of standard deviation 1 / sqrt(width + 1), so that rewards begin small (arXiv 2403.17031).
     """
     new = Transformer(replace(model.config, labels=1, tied=False)).to(model.embed.weight)
+    refuse_quantized(new)
     nn.init.normal_(new.head.weight, std=(model.config.width + 1) ** -0.5)
     new.load_state_dict(model.state_dict() | {"head.weight": new.head.weight})
     return new

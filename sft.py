@@ -43,7 +43,7 @@ from data import chat, formats, world
 from data.formats import UserError
 from data.tokenizer import Tokenizer, tiny
 from kernels import IGNORED, linear_cross_entropy
-from loop import COUNT, REAL, Loop, adamw, clip, fill, parser, run, set_lr
+from loop import COUNT, REAL, Loop, adamw, clip, fill, parser, refuse_quantized, run, set_lr
 from lora import adapt, rates_of
 from model import Config, Transformer, generate, load, token_logps
 
@@ -85,6 +85,7 @@ class Lomo:
     """
 
     def __init__(self, model: Transformer, lr: float):
+        refuse_quantized(model)
         self.param_groups = [{"lr": lr, "params": []}]  # it has no state to save
         for p in model.parameters():
             p.register_post_accumulate_grad_hook(self._update)

@@ -25,6 +25,7 @@ import math
 import re
 import struct
 import sys
+import tokenize
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -301,7 +302,7 @@ def read_image(path: str | Path) -> np.ndarray:
             pixels = _npy_pixels(data, refuse)
         else:
             refuse("neither a PNG, nor a binary PPM, nor a .npy file")
-    except (ValueError, struct.error, IndexError, zlib.error) as error:
+    except (ValueError, struct.error, IndexError, zlib.error, SyntaxError, tokenize.TokenError) as error:
         refuse(f"broken ({error})", convert=False)
     if pixels.shape[2] in (2, 4):
         alpha = pixels[..., -1:] / 255

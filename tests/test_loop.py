@@ -13,6 +13,7 @@ import statistics
 import sys
 import xml.etree.ElementTree as ElementTree
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -241,6 +242,16 @@ def test_bf16_weights_become_fp32_masters():
         optimizer.step()
     torch.testing.assert_close(start - model.weight.detach(), torch.full((4, 4), 100 * 1e-5), rtol=1e-2, atol=0)
     assert frozen.weight.dtype == torch.bfloat16
+
+
+def test_what_is_quantized_does_not_learn():
+    model = new_model()
+    model.config = replace(model.config, quantization={"bits": 4})
+    both = torch.nn.ModuleDict({"policy": model, "critic": torch.nn.Linear(2, 1)})
+    with pytest.raises(UserError, match="--model: its matrices are quantized"):
+        adamw(both, 1e-3, 0.0)
+    model.requires_grad_(False)  # what stands beside or before it may
+    assert sum(len(group["params"]) for group in adamw(both, 1e-3, 0.0).param_groups) == 2
 
 
 def test_clip_scales_the_gradient_to_the_norm():

@@ -8,6 +8,7 @@ import shutil
 import statistics
 from argparse import Namespace
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ import dpo
 import kernels
 import loop as loop_module
 import lora
+import model as model_module
+import quantize
 import sft
 from data import chat, world
 from data.formats import UserError
@@ -632,6 +635,42 @@ def test_words_that_are_not_understood(text, said):
 def test_targets_that_match_nothing_are_refused():
     with pytest.raises(UserError, match="in the name of no matrix"):
         adapt(random_net(), "lora:targets=query", "")
+
+
+def quantized(method: str) -> Transformer:
+    """A model as quantize.py makes it."""
+    net, c = random_net(), quantize.get_args(["--method", method, *(["--group-size", "16"] * (method == "rtn"))])
+    for path, linear, _ in list(lora.linears(net)):
+        def make(rows: slice, weight: Tensor = linear.weight) -> dict[str, Tensor]:
+            return quantize.METHODS[method](weight.detach()[rows], None, c)
+
+        quantize.put_quantized(net, path, make, quantize.scheme_of(c))
+    net.config = replace(net.config, quantization=quantize.scheme_of(c))
+    return net
+
+
+@pytest.mark.parametrize("text", METHODS)
+def test_what_is_quantized_takes_only_what_stands_before_rows(text):
+    """Whose gradients are those of a model of the weights that the codes mean."""
+    whole = random_net()
+    for path, module in model_module.quantized(net := quantized("rtn")).items():
+        meant = [part(torch.eye(module.in_features)).T for part in module.parts]
+        whole.get_submodule(path).weight.data = torch.cat(meant)
+    if text not in lora.BEFORE_ROWS:
+        with pytest.raises(UserError, match=f"adapter {text}: the matrices of DIR are quantized"):
+            adapt(net, text, "DIR")
+        return
+    grads = []
+    for one in (whole, net):
+        torch.manual_seed(1)
+        adapt(one, text, "DIR")
+        F.cross_entropy(one(ids(1, 9))[0], ids(1, 9)[0]).backward()
+        grads.append([p.grad for p in one.parameters() if p.requires_grad])
+    for wanted, found in zip(*grads, strict=True):
+        assert wanted.abs().max() > 0
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="the matrices of DIR are quantized"):  # tokens of 8 bits: no gradient passes
+        adapt(quantized("w8a8"), text, "DIR")
 
 
 def test_it_says_how_many_bits_qlora_needs():

@@ -327,6 +327,8 @@ def broken() -> dict[str, tuple[bytes, str]]:
         "odd.ppm": (b"P6 2 x 255\n123", "no header"),
         "huge.ppm": (b"P6 9999 1 255\n123", "9999 x 1"),
         "big.npy": (header + big.encode() + b"123", "(60000, 60000, 3)"),
+        "open.npy": (header + big.replace(")", " ").encode() + b"123", "broken"),
+        "comma.npy": (header + big.replace("|u1", ",u1").encode() + b"123", "broken"),
     }
 
 

@@ -5,6 +5,7 @@ import copy
 import json
 import math
 from argparse import Namespace
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -13,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
+import loop as loop_module
 import model as model_module
 import quantize
 import sft
-from data import chat
+from data import chat, world
 from data.formats import UserError
 from data.tokenizer import tiny
-from loop import RunFailed
+from loop import Loop, RunFailed
 from model import Config, KVCache, QuantLinear, Transformer, generate, load, read_safetensors, save, write_safetensors
 from quantize import (
     MATRICES,
@@ -278,7 +280,7 @@ def test_the_inverse_factor_is_that_of_the_inverse():
     dead[2], dead[:, 2] = 0, 0
     u = inverse_factor(dead, 0.1)
     assert u[2, 2] == 1 and u[2].count_nonzero() == 1 and u[:, 2].count_nonzero() == 1
-    with pytest.raises(RunFailed, match="raise --damping, now 0"):
+    with pytest.raises(RunFailed, match="the damping, 0.0, is too small"):
         inverse_factor(torch.ones(3, 3, dtype=torch.float64), 0.0)
     with pytest.raises(RunFailed, match="not positive definite"):
         inverse_factor(gram * math.nan, 0.1)
@@ -444,6 +446,16 @@ def test_awq_and_smoothquant_fold_the_same_function(method, family):
     moved = [name for name, p in net.named_parameters() if not torch.equal(p, weights.get_parameter(name))]
     assert {"blocks.0.attention_norm.weight", "blocks.1.ffn_norm.weight", "blocks.1.ffn.down.weight",
             "blocks.0.attention.out.weight"} <= set(moved)  # fmt: skip
+
+
+def test_smoothquant_moves_the_share_that_is_asked_for():
+    """0: the weights set all scales; 1: the inputs do, and what enters is as large in every channel."""
+    for alpha in (0.0, 0.3, 1.0):
+        net, old, some = random_net(), random_net(), batches((6, 8))
+        (_, matrix, inputs), *_ = layer_by_layer(copy.deepcopy(old), some)
+        wanted = smooth_scales(matrix.weight, inputs.absmax, alpha)
+        fold_all(net, some, flags(method="smoothquant", alpha=alpha))
+        torch.testing.assert_close(old.blocks[0].attention_norm.weight / net.blocks[0].attention_norm.weight, wanted)
 
 
 def test_awq_scales_are_the_best_of_twenty():
@@ -794,6 +806,35 @@ def test_losses_are_those_of_sft_and_the_divergence_is_from_the_full_model():
     assert all(abs(kl) < 1e-5 for _, kl, _ in quantize.losses(ref, ref, rows, args, Plain))
 
 
+def test_the_world_to_calibrate_on_is_neither_what_is_measured_nor_what_was_learned():
+    """Among 256 short chats are some that sft.py was trained on; no other row is one of its own."""
+    c, tokenizer = flags(rows=64, max_length=1000), tiny()
+    found, test = quantize.examples(c, tokenizer, Loop(c, "quantize"))
+    assert len(found) == 128 and len(test["text"]) == 100 and len(test["rows"]) == 100 + len(test["questions"])
+    rows, measured = ({tuple(row.input_ids) for row in some} for some in (found, test["rows"]))
+    assert not rows & measured
+    learned = {tuple(chat.render(row["messages"], tokenizer).input_ids) for row in world.sft_rows(64, c.seed)}
+    learned |= {tuple(sft.document(text, tokenizer).input_ids) for text in world.base_documents(64, c.seed)}
+    assert len(rows & learned) < 16
+    texts = [tokenizer.decode(row.input_ids, skip_special=True) for row in found[-32:]]
+    assert all(text.startswith("Weather: ") for text in texts)
+    c.method = "qat"
+    assert len(quantize.examples(c, tokenizer, Loop(c, "quantize"))[0]) == 2 * c.steps * c.batch_size
+
+
+def test_speed_is_tokens_of_all_rows_a_second(monkeypatch):
+    clock, asked, rows = [0.0], [], [chat.Row(list(range(n)), [1] * n) for n in (20, 5, 16)]
+
+    def slow(model, starts, **options):
+        clock[0] += (9.0, 2.0, 1.0)[len(asked)]
+        asked.append((starts, options["max_new_tokens"], options["eos_ids"]))
+
+    monkeypatch.setattr(quantize, "generate", slow)
+    monkeypatch.setattr(quantize.time, "perf_counter", lambda: clock[0])
+    assert quantize.speed(None, rows, Namespace(autocast=contextlib.nullcontext), prompts=2, new=7) == 2 * 7 / 2.0
+    assert asked == [([list(range(16)), list(range(5))], 7, ())] * 3
+
+
 def test_quip_sees_the_rotated_inputs():
     """With few bits and inputs that hang together, the rotated gram is what makes the error small."""
     weight, x = normal(16, 16), correlated(200, 16, dtype=torch.float32)
@@ -854,10 +895,29 @@ def start(tmp_path, monkeypatch):
     return net
 
 
-def run(tmp_path, *words: str) -> dict:
-    common = ["--model", str(tmp_path / "start"), "--out", str(tmp_path / "out"), "--rows", "16", "--group-size", "32",
-              "--max-new-tokens", "8", "--micro-batch-size", "8", "--device", "cpu", "--max-length", "160"]  # fmt: skip
-    return quantize.main(get_args([*common, *words]))
+def args_of(tmp_path, *words: object) -> Namespace:
+    common = ["--model", tmp_path / "start", "--out", tmp_path / "out", "--rows", 16, "--group-size", 32, "--device",
+              "cpu", "--max-new-tokens", 8, "--micro-batch-size", 8, "--max-length", 160]  # fmt: skip
+    return get_args([*map(str, common), *map(str, words)])
+
+
+def run(tmp_path, *words: object) -> dict:
+    return quantize.main(args_of(tmp_path, *words))
+
+
+def logged(tmp_path) -> list[dict]:
+    return [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+
+
+def logps_of(net: Transformer, row: chat.Row) -> Tensor:
+    """(T, V): of the token after each."""
+    return net(torch.tensor([row.input_ids]))[0].log_softmax(-1)
+
+
+def nll_of(net: Transformer, row: chat.Row) -> float:
+    after = torch.tensor(row.input_ids[1:])[:, None]
+    picked = logps_of(net, row)[:-1].gather(-1, after)[:, 0]
+    return -(picked * torch.tensor(row.completion_mask[1:])).sum().item()
 
 
 def test_a_run_leaves_a_checkpoint_that_is_what_was_measured(start, tmp_path, monkeypatch):
@@ -873,25 +933,116 @@ def test_a_run_leaves_a_checkpoint_that_is_what_was_measured(start, tmp_path, mo
     assert [metrics["MB"]["before"], metrics["MB"]["after"]] == sizes
     assert len(loaded) == 2  # the start, and what was written: that is measured
     tokenizer, net = tiny(), load(tmp_path / "out")[0]
-    rows = quantize.held_out(tokenizer)["text"]
-    texts = [tokenizer.decode(row.input_ids[1:], skip_special=True) for row in rows]
+    test = quantize.held_out(tokenizer)
+    texts = [tokenizer.decode(row.input_ids[1:], skip_special=True) for row in test["text"]]
     for model, found in ((start, result["before"]), (net, result["after"])):
-        logps = [model(torch.tensor([row.input_ids]))[0, :-1].log_softmax(-1) for row in rows]
-        picked = (p.gather(-1, torch.tensor(row.input_ids[1:])[:, None]) for p, row in zip(logps, rows, strict=True))
-        nll = -sum(p.sum().item() for p in picked)
+        nll = sum(nll_of(model, row) for row in test["text"])
         assert found == pytest.approx(nll / math.log(2) / sum(len(text.encode()) for text in texts), rel=1e-4)
+    kl, n = 0.0, 0
+    for row in test["rows"]:
+        p, q, trained = logps_of(start, row), logps_of(net, row), torch.tensor(row.completion_mask[1:])
+        kl, n = kl + ((p.exp() * (p - q)).sum(-1)[:-1] * trained).sum().item(), n + int(trained.sum())
+    assert metrics["KL, mnat"]["after"] == pytest.approx(1000 * kl / n, rel=1e-3)
     ratio = (net.blocks[0].ffn_norm.weight / start.blocks[0].ffn_norm.weight).detach()
     assert len(ratio.unique()) > 4  # scaled by AWQ
     ratio = (net.blocks[0].attention.k_norm.weight / start.blocks[0].attention.k_norm.weight).detach()
     assert sorted(ratio.tolist()) == [1.0] * 30 + [64.0] * 2  # planted
-    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    lines = logged(tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 3, 4] and all(0 < line["error"] < 1 for line in lines)
-    with pytest.raises(UserError, match="is quantized already"):
-        run(tmp_path, "--model", str(tmp_path / "out"), "--out", str(tmp_path / "again"))
+    with pytest.raises(UserError, match="out: its matrices are quantized already, or of low rank"):
+        run(tmp_path, "--model", tmp_path / "out", "--out", tmp_path / "again")
+
+
+def test_a_file_is_calibrated_on_and_its_held_out_rows_are_measured(start, tmp_path):
+    def written(name: str, rows: range) -> list[chat.Row]:
+        chats = [{"messages": [{"role": "user", "content": f"Sort {i} 2"}, {"role": "assistant", "content": f"2 {i}"}]}
+                 for i in rows]  # fmt: skip
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in chats))
+        return [chat.render(row["messages"], tiny()) for row in chats]
+
+    train, test = written("train.jsonl", range(10, 40)), written("test.jsonl", range(70, 77))
+    words = ["--data", tmp_path / "train.jsonl", "--eval-data", tmp_path / "test.jsonl", "--method", "rtn"]
+    result = run(tmp_path, *words)
+    assert (result["metric"], result["n"], "exact match" in result["metrics"]) == ("bits per byte", 7, False)
+    for net, found in ((start, result["before"]), (load(tmp_path / "out")[0], result["after"])):
+        n_bytes = sum(len(f"2 {i}".encode()) for i in range(70, 77))
+        assert found == pytest.approx(sum(nll_of(net, row) for row in test) / math.log(2) / n_bytes, rel=1e-4)
+    for method, wanted in (("rtn", train[:16]), ("qat", train)):
+        c = args_of(tmp_path, *words, "--method", method)
+        assert quantize.examples(c, tiny(), Loop(c, "quantize")) == (wanted, {"text": test, "rows": test})
+
+
+QAT = ("--method", "qat", "--bits", 2, "--steps", 3, "--warmup", 1, "--lr", 3e-3, "--batch-size", 8, "--seed", 1)
+
+
+def test_qat_is_a_plain_loop(start, tmp_path):
+    """Each document by itself, full softmaxes, AdamW by name: the same losses, gradients, rates and embedding."""
+    args = args_of(tmp_path, *QAT, "--grad-clip", 0.3)
+    quantize.main(args)
+    loop = Loop(args, "quantize")
+    groups = list(sft.pack(quantize.examples(args, tiny(), loop)[0], args.max_length))
+    net, first = copy.deepcopy(start), start.embed.weight.detach()
+    for name in MATRICES:
+        quantize.put_at(net, f"blocks.0.{name}", FakeQuantLinear(net.get_submodule(f"blocks.0.{name}"), args))
+    optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    for line, lr in zip(logged(tmp_path), (3e-3, 3e-3, 1.5e-3), strict=True):
+        rows, loss = [row for i in loop.batch_indices(len(groups), line["step"]) for row in groups[i]], 0.0
+        for row in rows:
+            p, q = logps_of(start, row).detach(), logps_of(net, row)
+            loss = loss + (p.exp() * (p - q)).sum() / sum(len(row.input_ids) for row in rows)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = math.sqrt(sum(p.grad.square().sum().item() for p in net.parameters()))
+        for p in net.parameters():
+            p.grad *= min(1.0, 0.3 / norm)
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        assert (line["lr"], line["loss"], line["grad_norm"]) == pytest.approx((lr, loss.item(), norm), rel=1e-3)
+    found = load(tmp_path / "out")[0].embed.weight.detach()
+    assert (found - net.embed.weight).norm() < 1e-2 * (found - first).norm()
+
+
+@pytest.mark.parametrize("size", [3, 1])
+def test_splitting_a_batch_changes_nothing(start, tmp_path, size):
+    found = []
+    for n in (8, size):
+        run(tmp_path, *QAT, "--micro-batch-size", n)
+        found.append([line[name] for line in logged(tmp_path) for name in ("loss", "grad_norm", "lr")])
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["qat", "gptq"])
+def test_an_interrupted_run_saves_no_half_model(start, tmp_path, monkeypatch, method):
+    log = Loop.log
+
+    def signalled(loop, step, **metrics):
+        log(loop, step, **metrics)
+        loop.signalled = step == 2
+
+    monkeypatch.setattr(Loop, "log", signalled)
+    with pytest.raises(KeyboardInterrupt, match="after step 2; half a model is not saved"):
+        run(tmp_path, *QAT, "--method", method)
+    assert not (tmp_path / "out" / "checkpoint").exists()
+
+
+@pytest.mark.parametrize("words", [("--method", "nf4"), ("--method", "none", "--kv", 4)])
+def test_a_narrow_checkpoint_stays_narrow(start, tmp_path, words):
+    save(copy.deepcopy(start).bfloat16(), tiny(), tmp_path / "narrow")
+    metrics = run(tmp_path, "--model", tmp_path / "narrow", *words, "--dtype", "bf16")["metrics"]
+    tensors = read_safetensors(tmp_path / "out" / "checkpoint" / "model.safetensors")
+    wide = {name.rsplit(".", 1)[1] for name, t in tensors.items() if t.dtype == torch.float32}
+    assert wide == ({"steps", "mean"} if "nf4" in words else set())  # which are no weights
+    assert metrics["bits per weight"]["before"] == 16
+    if "nf4" in words:
+        assert 4.1 < metrics["bits per weight"]["after"] < 4.2
+        assert metrics["MB"]["after"] < 0.8 * metrics["MB"]["before"]
+    else:
+        assert metrics["bits per weight"]["after"] == 16 and metrics["MB"]["after"] == metrics["MB"]["before"]
+        assert metrics["bits per cached number"]["before"] == 16
 
 
 def test_qat_learns(start, tmp_path):
-    """A few steps on the text to be measured bring the rounded model nearer to the full one."""
+    """A few steps on other text bring the rounded model nearer to the full one on what is measured."""
     kl = []
     for steps in ("0", "12"):
         result = run(tmp_path, "--method", "qat", "--bits", "2", "--steps", steps, "--lr", "3e-3", "--batch-size", "8",
@@ -900,11 +1051,15 @@ def test_qat_learns(start, tmp_path):
     assert kl[1] < 0.8 * kl[0]
 
 
-def test_a_cache_alone(start, tmp_path):
-    result = run(tmp_path, "--method", "none", "--kv", "2", "--kv-keys", "token")
-    assert result["variant"] == "none, cache 2 bits" and result["metrics"]["bits per weight"]["after"] == 32
-    assert result["metrics"]["KL, mnat"]["after"] > 0.1
-    assert result["metrics"]["bits per cached number"]["after"] == 2 + 24 / 32  # of one head of 32 channels
+@pytest.mark.parametrize("keys, numbers", [("token", 32), ("channel", 16)])
+def test_a_cache_alone(start, tmp_path, keys, numbers):
+    """Numbers of a grid: 32 channels of one head, or 16 tokens; values are by token."""
+    result = run(tmp_path, "--method", "none", "--kv", 2, "--kv-keys", keys, "--group-size", 64)  # there are no groups
+    metrics = result["metrics"]
+    assert result["variant"] == "none, cache 2 bits" and metrics["bits per weight"]["after"] == 32
+    assert metrics["KL, mnat"]["after"] > 0.1
+    sizes = metrics["bits per cached number"]
+    assert (sizes["before"], sizes["after"]) == (32, (2 + 24 / numbers + 2 + 24 / 32) / 2)
 
 
 def test_flags_and_their_defaults():
@@ -918,22 +1073,36 @@ def test_flags_and_their_defaults():
     row = quantize.resolved(Namespace(**of_table))
     assert (row.method, row.bits, row.plant, row.group_size, row.rows, row.symmetric) == ("rtn", 2, 8.0, 64, 7, False)
     for words, wrong in ((["--method", "fp8"], "fp8"), (["--method", "w8a8", "--bits", "4"], "8 --group-size 0"),
-                         (["--method", "none"], "--kv"), (["--resume"], "--method all")):  # fmt: skip
+                         (["--method", "none"], "--kv"), (["--resume"], "--method all"),
+                         (["--method", "all", "--group-size", "32"], "w8a8 is a product")):  # fmt: skip
         with pytest.raises(UserError, match=wrong):
             get_args(words)
 
 
-def test_sizes_that_do_not_fit_are_refused(start, tmp_path):
+def test_what_does_not_fit_is_refused(start, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--group-size 24: .* 32"):
         run(tmp_path, "--group-size", "24")
+    c = replace(start.config, ranks={"ffn.down": 8})
+    save(Transformer(c), tiny(), tmp_path / "low")
+    with pytest.raises(UserError, match="low: its matrices are quantized already, or of low rank"):
+        run(tmp_path, "--model", tmp_path / "low")
+    monkeypatch.setattr(loop_module.dist, "is_initialized", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="one process, not under torchrun"):
+        run(tmp_path)
     assert not (tmp_path / "out" / "checkpoint").exists()
+
+
+def test_a_chat_format_that_is_asked_for_is_that_of_all_chats(start, tmp_path, monkeypatch):
+    seen, examples = [], quantize.examples
+    monkeypatch.setattr(quantize, "examples", lambda c, *rest: seen.append(rest[0]) or examples(c, *rest))
+    run(tmp_path, "--method", "rtn", "--chat-format", "qwen3")
+    assert seen[0].chat_format == "qwen3" != tiny().chat_format
 
 
 def test_a_table_of_methods(start, tmp_path, monkeypatch):
     monkeypatch.setattr(quantize, "TABLE", ("rtn --bits 2", "w8a8 --group-size 0"))
-    words = ["--model", str(tmp_path / "start"), "--out", str(tmp_path / "all"), "--rows", "8", "--max-new-tokens", "4",
-             "--group-size", "32", "--max-length", "160"]
-    table = quantize.main(get_args(["--method", "all", "--seeds", "1", *words]))
+    table = quantize.main(args_of(tmp_path, "--method", "all", "--seeds", 1, "--rows", 8, "--max-new-tokens", 4))
     assert [row["method"] for row in table["rows"]] == ["SFT", "rtn --bits 2", "w8a8 --group-size 0"]
     full, rtn, w8a8 = table["rows"]
     assert full["KL, mnat"]["mean"] == pytest.approx(0, abs=1e-2)

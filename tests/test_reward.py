@@ -96,6 +96,9 @@ def test_a_scalar_head_is_new_and_the_body_a_copy():
         assert torch.equal(own[name], theirs[name]) and own[name].data_ptr() != theirs[name].data_ptr()
     assert all(torch.equal(before[name], theirs[name]) for name in before)
     assert with_scalar_head(model.bfloat16()).head.weight.dtype == torch.bfloat16
+    model.requires_grad_(False).config = replace(model.config, quantization={"bits": 4})  # the copy is to learn
+    with pytest.raises(UserError, match="--model: its matrices are quantized"):
+        with_scalar_head(model)
 
 
 def test_rewards_begin_small():

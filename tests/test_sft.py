@@ -16,7 +16,7 @@ import time
 from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
-from functools import partialmethod
+from functools import partial, partialmethod
 from pathlib import Path
 
 import pytest
@@ -128,6 +128,14 @@ def test_lomo_is_gradient_descent_that_keeps_no_gradient():
         assert all(p.grad is None for p in model.parameters())
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("kind", [Lomo, partial(Muon, weight_decay=0.0)])
+def test_what_is_quantized_does_not_learn(kind):
+    model = small()
+    model.config = replace(model.config, quantization={"bits": 4})
+    with pytest.raises(UserError, match="--model: its matrices are quantized"):
+        kind(model, lr=0.1)
 
 
 def newton_schulz(matrix: torch.Tensor) -> torch.Tensor:

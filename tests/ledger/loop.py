@@ -160,6 +160,18 @@ MUTANTS = [
         ("second moment too long", "betas=(0.9, 0.95)", "betas=(0.9, 0.999)", "test_adamw_moments"),
         ("first moment too short", "betas=(0.9, 0.95)", "betas=(0.8, 0.95)", "test_adamw_moments"),
         (
+            "integers learn",
+            "    refuse_quantized(model)\n    _reshard",
+            "    _reshard",
+            "test_what_is_quantized_does_not_learn",
+        ),
+        (
+            "nothing learns before a quantized model",
+            "if any(m.embed.weight.requires_grad for m in of_integers):",
+            "if any(of_integers):",
+            "test_what_is_quantized_does_not_learn",
+        ),
+        (
             "epsilon dominates small gradients",
             "eps=1e-8",
             "eps=1e-3",

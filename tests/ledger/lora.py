@@ -33,9 +33,13 @@ PROMPT = "test_a_prompt_is_as_good_as_words"
 PREFIX = "test_a_prefix_is_the_keys_and_values_of_words"
 SHARES = "test_the_reference_shares_the_base"
 WORDS = "test_words_that_are_not_understood"
+INTEGERS = "test_what_is_quantized_takes_only_what_stands_before_rows"
 ODD = "test_folders_that_are_not_understood_are_refused"
 
 IN_LORA = [
+    # on what is quantized
+    ("adapters of integers", "if scheme and (c.method not in BEFORE_ROWS or", "if scheme and (", INTEGERS),
+    ("gradients through rounded tokens", 'or scheme["activations"] == 8)', "or False)", INTEGERS),
     # the modules
     ("L1: the scale is alpha", "c.alpha / (math.sqrt(c.rank) if c.rslora else c.rank)", "c.alpha", HAND),
     ("L1: the scale is 1 / r", "c.alpha / (math.sqrt", "1.0 / (math.sqrt", HAND),
@@ -364,8 +368,6 @@ IN_LORA = [
         "test_what_was_quantized_and_not_adapted_is_not_merged",
     ),
     ("--merge: the base is narrowed first", "None if args.merge else loop)", "loop)", MERGE),
-    ("--merge: the newer name of the dtype is not known", ' or config.get("dtype")', "", MERGE),
-    ("--merge: the older name of the dtype is not known", 'config.get("torch_dtype") or ', "", MERGE),
     ("--merge: what is written is wide", "        p.data = p.data.to(dtype)\n", "", MERGE),
     (
         "--merge: all of the change is kept, it says",
@@ -392,12 +394,6 @@ IN_LORA = [
         "--merge loses the tokenizer",
         "save(model, tokenizer, loop.out)",
         "save(model, None, loop.out)",
-        "test_a_merged_checkpoint_has_the_tokenizer",
-    ),
-    (
-        "--merge reads no folder of a run",
-        'folders = Path(args.model), Path(args.model) / "checkpoint"',
-        "folders = (Path(args.model),)",
         "test_a_merged_checkpoint_has_the_tokenizer",
     ),
     # folders
@@ -774,6 +770,15 @@ IN_LORA = [
 ]
 
 ELSEWHERE = [
+    ("model.py", "--merge: the newer name of the dtype is not known", ' or config.get("dtype")', "", MERGE),
+    (
+        "model.py",
+        "--merge reads no folder of a run",
+        'folders = Path(path), Path(path) / "checkpoint"',
+        "folders = (Path(path),)",
+        "test_a_merged_checkpoint_has_the_tokenizer",
+    ),
+    ("model.py", "--merge: the older name of the dtype is not known", 'config.get("torch_dtype") or ', "", MERGE),
     (
         "model.py",
         "positions of the tokens not shifted by a prefix",

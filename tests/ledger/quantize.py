@@ -42,6 +42,15 @@ THROUGH = "test_the_measurement_goes_through_the_cache"
 LOSSES = "test_losses_are_those_of_sft_and_the_divergence_is_from_the_full_model"
 RUN = "test_a_run_leaves_a_checkpoint_that_is_what_was_measured"
 FLAGS = "test_flags_and_their_defaults"
+SHARE = "test_smoothquant_moves_the_share_that_is_asked_for"
+WORLD = "test_the_world_to_calibrate_on_is_neither_what_is_measured_nor_what_was_learned"
+FILE = "test_a_file_is_calibrated_on_and_its_held_out_rows_are_measured"
+PLAIN = "test_qat_is_a_plain_loop"
+SPLIT = "test_splitting_a_batch_changes_nothing"
+HALF = "test_an_interrupted_run_saves_no_half_model"
+NARROW = "test_a_narrow_checkpoint_stays_narrow"
+CACHE_ALONE = "test_a_cache_alone"
+REFUSED = "test_what_does_not_fit_is_refused"
 FEW = "test_few_rows_of_bf16_are_multiplied_from_the_codes"
 
 IN_QUANTIZE = [
@@ -264,6 +273,12 @@ IN_QUANTIZE = [
     ),
     ("SmoothQuant: the range of rows", "weight.abs().amax(0) ** (1", "weight.abs().amax() ** (1", SMOOTH),
     ("SmoothQuant: dead channels", "torch.where(s.isfinite() & (s > 0), s, 1.0)", "s", SMOOTH),
+    (
+        "SmoothQuant: always a half",
+        "shared(model, path, inputs.absmax), c.alpha)",
+        "shared(model, path, inputs.absmax), 0.5)",
+        SHARE,
+    ),
     ("SmoothQuant: signed weights", "weight.abs().amax(0) ** (1", "weight.amax(0) ** (1", SMOOTH),
     # outliers
     (
@@ -338,17 +353,48 @@ IN_QUANTIZE = [
         EXPORT,
     ),
     ("symmetric: the lowest code in training", "clamp(least - zeros", "clamp(0 - zeros", FAKE),
+    ("the copy teaches the full model", 'kind="forward_kl"', 'kind="reverse_kl"', TEACH),
     (
-        "the copy teaches the full model",
+        "the divergence of the full model from its copy",
         "(ref_logps.exp() * (ref_logps - logps))",
         "(logps.exp() * (logps - ref_logps))",
-        (TEACH, LOSSES),
+        LOSSES,
+    ),
+    ("padding is taught, too", "[teacher], batch.documents >= 0,", "[teacher], batch.documents >= -1,", TEACH),
+    ("the teacher is the copy", "teacher = ref_model.hidden(", "teacher = model.hidden(", TEACH),
+    (
+        "the step divides by the tokens of its last part",
+        "batch) / n_tokens",
+        "batch) / int((batch.documents >= 0).sum())",
+        SPLIT,
+    ),
+    ("gradients pile up", "            optimizer.zero_grad()\n", "", PLAIN),
+    ("the rate is that of no schedule", "set_lr(optimizer, args, step), 0.0", "args.lr, 0.0", PLAIN),
+    ("no clipping", "clip(model, args.grad_clip)", "clip(model, 0.0)", PLAIN),
+    ("weights decay", "args.lr, weight_decay=0.0)", "args.lr, weight_decay=0.5)", PLAIN),
+    ("half a model is saved", "    if loop.signalled:\n", "    if False:\n", HALF),
+    ("ranks train apart", "    if loop.world_size > 1:\n", "    if False:\n", REFUSED),
+    # the data
+    (
+        "the held-out weather is calibrated on",
+        'rng_for("calibration", seed, i)',
+        'rng_for("test", "weather", 0, i)',
+        WORLD,
+    ),
+    ("calibrated on what sft.py learned", "1_000_000 + args.seed", "args.seed", WORLD),
+    ("what is calibrated on is measured", '(test, "held-out rows"))', '(train, "held-out rows"))', FILE),
+    ("all of a file is calibrated on", 'train if args.method == "qat" else train[: args.rows]', "train", FILE),
+    (
+        "few rows of a file are trained on",
+        'train if args.method == "qat" else train[: args.rows]',
+        "train[: args.rows]",
+        FILE,
     ),
     (
-        "padding is taught, too",
-        "real = batch.documents >= 0\n    with",
-        "real = batch.documents >= -1\n    with",
-        TEACH,
+        "the chat format is that of the checkpoint",
+        "    if args.chat_format:\n",
+        "    if False:\n",
+        "test_a_chat_format_that_is_asked_for_is_that_of_all_chats",
     ),
     # the cache
     ("keys by token", "keys.mT if self.by_channel else keys), *self._pack", "keys), *self._pack", CACHE),
@@ -404,6 +450,9 @@ IN_QUANTIZE = [
         "kl_of(h, model.head.weight, h, model.head.weight) for ref, h in parts",
         LOSSES,
     ),
+    ("micronats", "[1000 * kl /", "[2000 * kl /", RUN),
+    ("keys are always by token", "keys_by=args.kv_keys)", 'keys_by="token")', "test_a_cache_alone[channel-16]"),
+    ("tokens of one row a second", "len(starts) * new", "new", "test_speed_is_tokens_of_all_rows_a_second"),
     ("bits are nats", "per_row = math.log(2) * sum(n_bytes)", "per_row = sum(n_bytes)", RUN),
     ("bytes of the first token, too", "if trained] for row in test", "] for row in test", RUN),
     (
@@ -419,6 +468,29 @@ IN_QUANTIZE = [
         "    # what",
         RUN,
     ),
+    ("what was narrow is written wide", "        p.data = p.data.to(stored)\n", "        pass\n", NARROW),
+    (
+        "the whole checkpoint is narrowed, steps and mean, too",
+        "    for p in model.parameters():  #",
+        "    for p in (*model.parameters(), *model.buffers()):  #",
+        NARROW,
+    ),
+    ("bits per weight as it was loaded", "(8.0 * stored.itemsize, bits", "(bits_per_weight(ref_model), bits", NARROW),
+    (
+        "bits per cached number of the weights",
+        "8.0 * loop.dtype.itemsize",
+        "8.0 * model.embed.weight.element_size()",
+        NARROW,
+    ),
+    ("low rank is quantized", "if quantized(model) or model.config.ranks:", "if quantized(model):", REFUSED),
+    ("a quantized model is quantized", "if quantized(model) or model.config.ranks:", "if model.config.ranks:", RUN),
+    (
+        "what has no groups must have the right ones",
+        "0 if args.method in WITHOUT_GROUPS else args.group_size",
+        "args.group_size",
+        CACHE_ALONE,
+    ),
+    ("a table fails at its row 22", "    for row in TABLE:", "    for row in ():", FLAGS),
     ("awq is not folded", "if args.method in FOLDED:", "if False:", RUN),
     ("nothing is planted", "    if args.plant:\n", "    if False:\n", RUN),
     (

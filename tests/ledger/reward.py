@@ -73,6 +73,7 @@ MUTANTS = [
                 "",
                 HEAD,
             ),
+            ("a head on integers", "    refuse_quantized(new)\n", "", HEAD),
             ("the head stays tied to the embedding", "labels=1, tied=False", "labels=1", HEAD),
             ("the new head is of another dtype", ".to(model.embed.weight)\n", "\n", HEAD),
             (

@@ -207,6 +207,12 @@ MUTANTS = [
             "test_lomo_is_gradient_descent_that_keeps_no_gradient",
         ),
         (
+            "LOMO trains what is quantized",
+            "        refuse_quantized(model)\n",
+            "",
+            "test_what_is_quantized_does_not_learn",
+        ),
+        (
             "LOMO without a learning rate",
             'p -= self.param_groups[0]["lr"] * p.grad',
             "p -= p.grad",

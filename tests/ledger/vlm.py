@@ -867,6 +867,18 @@ IN_PICTURES = [
         "test_other_files_are_refused_in_one_line",
     ),
     (
+        "npy: a header that does not end",
+        "SyntaxError, tokenize.TokenError) as",
+        "SyntaxError) as",
+        "test_other_files_are_refused_in_one_line[open.npy]",
+    ),
+    (
+        "npy: a header that is no Python",
+        "SyntaxError, tokenize.TokenError) as",
+        "tokenize.TokenError) as",
+        "test_other_files_are_refused_in_one_line[comma.npy]",
+    ),
+    (
         "npy: any numbers",
         "if pixels.dtype != np.uint8 or pixels.ndim != 3",
         "if pixels.ndim != 3",
