@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import chat, formats, world
@@ -129,18 +129,20 @@ def orthogonalized(matrices: Sequence[Tensor]) -> list[Tensor]:
 
 
 class Muon(torch.optim.AdamW):
-    """Muon (Jordan et al. 2024; the scale of 2502.16982, eq. 4) on the matrices of the blocks, AdamW on all else.
+    """Muon (Jordan et al. 2024; the scale of 2502.16982, eq. 4) on all matrices but embeddings and heads; AdamW there.
 
     buffer <- 0.95 buffer + 0.05 gradient; W <- W - lr (0.2 sqrt(max(R, C)) orthogonalized(next buffer) + decay W):
     every direction of a matrix learns at the same speed, and the entries move as far as they would with AdamW. New
-    weights learn in about two thirds of the steps. Projections that our model keeps in one matrix are treated as one.
+    weights learn in about two thirds of the steps. Projections that our model keeps in one matrix are treated as one;
+    a convolution (out, in, height, width) is the matrix (out, in * height * width).
     """
 
     MOMENTUM = 0.95
 
-    def __init__(self, model: Transformer, lr: float, weight_decay: float):
+    def __init__(self, model: nn.Module, lr: float, weight_decay: float):
         groups, split = adamw(model, lr, weight_decay).param_groups, []
-        matrices = {p for p in model.blocks.parameters() if p.ndim == 2}
+        matrices = {m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+        matrices -= {m.head.weight for m in model.modules() if isinstance(m, Transformer)}
         for group in groups:
             for orthogonal in (True, False):
                 some = [p for p in group["params"] if (p in matrices) == orthogonal]
@@ -155,10 +157,10 @@ class Muon(torch.optim.AdamW):
                 if p not in self.state:
                     self.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p)}
                 self.state[p]["exp_avg"].lerp_(p.grad, 1 - self.MOMENTUM)
-            ahead = [p.grad.lerp(self.state[p]["exp_avg"], self.MOMENTUM) for p in learning]  # Nesterov
+            ahead = [p.grad.lerp(self.state[p]["exp_avg"], self.MOMENTUM).flatten(1) for p in learning]  # Nesterov
             for p, update in zip(learning, orthogonalized(ahead), strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.sub_(update, alpha=group["lr"] * 0.2 * max(p.shape) ** 0.5)
+                p.sub_(update.view_as(p), alpha=group["lr"] * 0.2 * max(update.shape) ** 0.5)
                 p.grad = None  # which AdamW then leaves alone
         super().step()
 

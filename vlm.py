@@ -7,8 +7,9 @@
 
 The weights come in four stages, of which one command does all.
 
-    contrast   encoder and text tower: the caption of a picture is nearer to it than those of the others in the batch
-               (CLIP, 2103.00020; --contrast siglip: each pair by itself, 2303.15343)
+    contrast   encoder and text tower: the caption of a picture is nearer to it than those of the others in the batch,
+               and than captions of its own that are wrong in one word (CLIP, 2103.00020; NegCLIP, 2210.01936;
+               --contrast siglip: each pair by itself, 2303.15343)
     align      the connector alone, on descriptions: loss = - sum_t mask[t] log pi(token t | image, tokens before t)
     instruct   the connector and the language model, on questions and answers, with conversations without pictures
                between them (--replay), or what the model could do before is forgotten
@@ -67,29 +68,39 @@ from kernels import IGNORED, linear_logps
 from loop import COUNT, REAL, ROOT, Loop, adamw, clip, compare, fill, parser, run, set_lr
 from lora import adapt, rates_of, trained
 from model import Config, Transformer, generate, load, read_safetensors, write_safetensors
+from sft import Muon
 
 # 1. The objective
 
 
-def clip_loss(images: Tensor, texts: Tensor, log_scale: Tensor, bias: Tensor, same: Tensor) -> Tensor:
+def clip_loss(pairs: Tensor, log_scale: Tensor, bias: Tensor, same: Tensor) -> Tensor:
     """(B,): half of -log softmax of a picture's own caption among all, and half of a caption's picture (2103.00020).
 
-    images, texts (B, d) of length 1. logits = exp(log_scale) * images @ texts.T; bias is siglip's. same (B, B): where
-    captions are the same, the one is no wrong answer to the other's picture.
+    pairs (B, 2 + k, d), of length 1: a picture, its caption, and k captions that are nearly right, which only this
+    picture must tell from its own (hard negatives: NegCLIP, 2210.01936). logits = exp(log_scale) * images @ texts.T;
+    bias is siglip's. same (B, B): where captions are the same, the one is no wrong answer to the other's picture.
     """
-    logits = log_scale.exp() * images @ texts.T
+    logits, nearly = (log_scale.exp() * z for z in similarities(pairs))
     logits = logits.masked_fill(same & ~torch.eye(len(same), dtype=torch.bool, device=same.device), -torch.inf)
-    return -(logits.log_softmax(1).diagonal() + logits.log_softmax(0).diagonal()) / 2
+    of_captions = torch.cat([logits, nearly], dim=1).log_softmax(1)
+    return -(of_captions.diagonal() + logits.log_softmax(0).diagonal()) / 2
 
 
-def siglip_loss(images: Tensor, texts: Tensor, log_scale: Tensor, bias: Tensor, same: Tensor) -> Tensor:
+def siglip_loss(pairs: Tensor, log_scale: Tensor, bias: Tensor, same: Tensor) -> Tensor:
     """(B,): sum over captions of -log sigmoid(+-(exp(log_scale) * image . text + bias)), + if it is its own.
 
     (SigLIP, 2303.15343.) Arguments as in clip_loss. Each pair is judged alone: no softmax over the batch.
     """
-    logits = log_scale.exp() * images @ texts.T + bias
+    logits, nearly = (log_scale.exp() * z + bias for z in similarities(pairs))
     own = torch.eye(len(same), dtype=torch.bool, device=same.device)
-    return -(F.logsigmoid(torch.where(own, logits, -logits)) * (own | ~same)).sum(1)
+    of_batch = F.logsigmoid(torch.where(own, logits, -logits)) * (own | ~same)
+    return -(of_batch.sum(1) + F.logsigmoid(-nearly).sum(1))
+
+
+def similarities(pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """Of B pictures with B captions (B, B), and of each with its k captions that are nearly right (B, k)."""
+    images, texts, wrong = pairs[:, 0], pairs[:, 1], pairs[:, 2:]
+    return images @ texts.T, (wrong @ images[:, :, None]).squeeze(2)
 
 
 CONTRASTS = {  # name: (loss, scale and bias at first)
@@ -135,7 +146,7 @@ class Vision:
 
     connector: str = "mlp"
     contrast: str = "clip"
-    stem: str = "conv"  # three convolutions of stride 2 (2106.14881), or "patch": one matrix, as in the ViT
+    stem: str = "conv"  # convolutions, three of stride 2 (2106.14881), or "patch": one matrix, as in the ViT
     side: int = pictures.SIDE  # pixels
     patch: int = 8
     width: int = 96
@@ -166,11 +177,10 @@ class Encoder(nn.Module):
             self.stem = nn.Conv2d(3, c.width, c.patch, stride=c.patch)
         else:  # 8 = 2 * 2 * 2
             widths = (3, c.width // 3, 2 * c.width // 3, c.width)
-            layers = [nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths, widths[1:], strict=False)]
-            for layer in layers:  # torch's own start would let a picture fade to a tenth on its way
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-                nn.init.zeros_(layer.bias)
-            self.stem = nn.Sequential(layers[0], nn.GELU(), layers[1], nn.GELU(), layers[2])
+            layers = [layer for a, b in zip(widths, widths[1:], strict=False) for layer in (
+                nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(1, b), nn.GELU(),
+                nn.Conv2d(b, b, 3, padding=1), nn.GroupNorm(1, b), nn.GELU())]  # fmt: skip
+            self.stem = nn.Sequential(*layers[:-1])
         self.norm_patches = nn.LayerNorm(c.width)  # as loud as their positions
         self.blocks = nn.ModuleList(nn.ModuleList([Attend(c.width, c.heads), MLP(c.width)]) for _ in range(c.depth))
         self.norm = nn.LayerNorm(c.width)
@@ -315,11 +325,11 @@ class VLM(nn.Module):
         return {name: p for name, p in self.named_parameters() if not name.startswith("model.")}
 
     def pair(self, batch: "Batch") -> Tensor:
-        """(B, 2, d): pictures and captions, each of length 1; a batch's rows have one picture each."""
+        """(B, 2 + k, d): pictures and captions, each of length 1; a batch's rows have one picture each."""
         image = self.of_image(self.pool(self.encoder(batch.pixels)))
         hidden = self.text.hidden(batch.captions)  # causal: the last token has seen the whole caption
         text = self.of_text(hidden[torch.arange(len(hidden), device=hidden.device), batch.caption_lengths - 1])
-        return F.normalize(torch.stack([image, text], dim=1).float(), dim=-1)
+        return F.normalize(torch.cat([image[:, None], text.unflatten(0, (len(image), -1))], dim=1).float(), dim=-1)
 
     def look(self, batch: "Batch") -> dict[str, object]:
         """`embeddings` or `memory` for `Transformer.hidden`; ValueError unless there is a place for each picture."""
@@ -363,21 +373,23 @@ def learning(vlm: VLM, names: Sequence[str]) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-def contrast_backward(vlm: VLM, batches: list["Batch"], same: Tensor, loop: Loop) -> tuple[Tensor, Tensor]:
+def contrast_backward(vlm: VLM, batches: list["Batch"], same: Tensor, n_wrong: int, loop: Loop
+                      ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradient of the contrast over all rows of the step, on all ranks; returns the mean loss and the top-1 rate.
 
     The whole batch is needed for the loss of each row. GradCache (2101.06983): embed all of it without a graph, take
     the gradient with respect to these embeddings, then embed part by part again and go back from there. same (B, B):
-    see clip_loss; the j-th row of rank r is row j * ranks + r of it.
+    and n_wrong, its k: see clip_loss; the j-th row of rank r is row j * ranks + r of it.
     """
     alone = len(batches) == 1  # then its graph is kept, and nothing is computed twice
     with torch.set_grad_enabled(alone), loop.autocast():
         parts = [vlm.pair(batch) for batch in batches]
-    mine = torch.cat([part.detach() for part in parts] or [torch.zeros(0, 2, vlm.c.joint, device=loop.device)])
+    none = torch.zeros(0, 2 + n_wrong, vlm.c.joint, device=loop.device)
+    mine = torch.cat([none, *(part.detach() for part in parts)])
     places = torch.arange(len(mine), device=mine.device) * loop.world_size + loop.rank
     whole = loop.sum_over_ranks(mine.new_zeros(len(same), *mine.shape[1:]).index_copy(0, places, mine))
     whole.requires_grad_()
-    losses = CONTRASTS[vlm.c.contrast][0](*whole.unbind(1), vlm.log_scale, vlm.bias, same)
+    losses = CONTRASTS[vlm.c.contrast][0](whole, vlm.log_scale, vlm.bias, same)
     loss = losses.mean()
     (loss / loop.world_size).backward()  # of the scale and the bias each rank has a part
     gradients = (whole.grad * loop.world_size)[places].split([len(part) for part in parts])
@@ -390,15 +402,15 @@ def contrast_backward(vlm: VLM, batches: list["Batch"], same: Tensor, loop: Loop
 
 
 def top1(pairs: Tensor, same: Tensor) -> Tensor:
-    """(): how often the nearest of B captions is a picture's own, or the same in words. pairs (B, 2, d)."""
-    nearest = (pairs[:, 0] @ pairs[:, 1].T).argmax(1)
+    """(): how often the nearest of B captions is a picture's own, or the same in words. pairs as in clip_loss."""
+    nearest = similarities(pairs)[0].argmax(1)
     return same[torch.arange(len(same), device=same.device), nearest].float().mean()
 
 
 STAGES = {  # steps of the default run; rate of (the tiny model, a --model of your own); what it trains
-    "contrast": {"steps": 600, "lr": (1e-3, 5e-4), "trains": ("encoder", "contrast")},
+    "contrast": {"steps": 500, "lr": (2e-3, 5e-4), "trains": ("encoder", "contrast")},
     "align": {"steps": 60, "lr": (1e-3, 3e-4), "trains": ("connector",)},
-    "instruct": {"steps": 1300, "lr": (7e-4, 2e-5), "trains": ("connector", "model")},
+    "instruct": {"steps": 600, "lr": (1e-3, 2e-5), "trains": ("connector", "model")},
     "prefer": {"steps": 30, "lr": (1e-4, 5e-7), "trains": ("connector", "model")},
 }
 
@@ -409,7 +421,7 @@ class Row(NamedTuple):
     input_ids: list[int]
     completion_mask: list[int]
     pictures: tuple[np.ndarray, ...] = ()  # (side, side, 3) uint8 each, in the order of their slots
-    caption: tuple[int, ...] = ()
+    captions: tuple[tuple[int, ...], ...] = ()  # the right one, then those that are nearly right
 
 
 class Pair(NamedTuple):
@@ -424,22 +436,22 @@ class Batch(NamedTuple):
     input_ids: Tensor  # (B, T)
     completion_mask: Tensor  # (B, T): 1 on the tokens trained on; never on a slot
     pixels: Tensor  # (N, 3, side, side) from 0 to 1: the pictures of all rows, row by row
-    captions: Tensor  # (B, L)
-    caption_lengths: Tensor  # (B,)
+    captions: Tensor  # (B (1 + k), L): those of the first row, of the second, ...
+    caption_lengths: Tensor  # (B (1 + k),)
 
 
 def collate(rows: Sequence[Row], side: int, device: torch.device, multiple_of: int = 1) -> Batch:
-    """Rows padded on the right to the longest; what has no caption has one of length 1."""
+    """Rows padded on the right to the longest; of the captions as many of each as all rows have, or one of length 1."""
     length = max(len(row.input_ids) for row in rows)
     length = math.ceil(length / multiple_of) * multiple_of
     input_ids, completion_mask = torch.zeros(2, len(rows), length, dtype=torch.long)
-    captions = torch.zeros(len(rows), max(1, *(len(row.caption) for row in rows)), dtype=torch.long)
-    lengths = torch.ones(len(rows), dtype=torch.long)
+    n = min(len(row.captions) for row in rows)
+    said = [caption for row in rows for caption in row.captions[:n]] or [(0,)] * len(rows)
+    lengths = torch.tensor([len(caption) for caption in said])
+    captions = torch.tensor([(*caption, *[0] * (int(lengths.max()) - len(caption))) for caption in said])
     for b, row in enumerate(rows):
         input_ids[b, : len(row.input_ids)] = torch.tensor(row.input_ids)
         completion_mask[b, : len(row.input_ids)] = torch.tensor(row.completion_mask)
-        captions[b, : len(row.caption)] = torch.tensor(row.caption, dtype=torch.long)
-        lengths[b] = max(1, len(row.caption))
     shown = [picture for row in rows for picture in row.pictures]
     pixels = np.stack(shown) if shown else np.zeros((0, side, side, 3), np.uint8)
     pixels = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2) / 255
@@ -468,14 +480,17 @@ def expand(row: chat.Row, image_id: int, slots: int) -> chat.Row:
 
 
 def encode(messages: Sequence[dict], shown: Sequence[np.ndarray], tokenizer: Tokenizer, slots: int,
-           chat_format: str | None, *, ask: bool = False, caption: str = "") -> Row:  # fmt: skip
+           chat_format: str | None, *, ask: bool = False, captions: Sequence[str] = ()) -> Row:  # fmt: skip
     """A conversation as a Row; UserError unless it has an `<image>` for each picture. ask: the assistant is next."""
     image_id = tokenizer.special("<image>")
     rendered = chat.render(messages, tokenizer, add_generation_prompt=ask, chat_format=chat_format)
     if (n := rendered.input_ids.count(image_id)) != len(shown):
         raise UserError(f"{n} <image> in what the user says, {len(shown)} pictures")
-    words = (*tokenizer.encode(caption), tokenizer.eos_ids[0]) if caption else ()
-    return Row(*expand(rendered, image_id, slots), tuple(shown), words)
+    return Row(*expand(rendered, image_id, slots), tuple(shown), captions_of(captions, tokenizer))
+
+
+def captions_of(texts: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    return tuple((*tokenizer.encode(text), tokenizer.eos_ids[0]) for text in texts)
 
 
 def cut(row: Row, max_length: int, image_id: int, slots: int) -> Row:
@@ -532,12 +547,13 @@ def world_data(vlm: VLM, tokenizer: Tokenizer, args: Namespace) -> Data:
     n = min(args.pictures, max(1, args.steps) * args.batch_size)
     made = [pictures.example(args.seed, i) for i in tqdm(range(n), "drawing", disable=None, leave=False)]
 
-    def row(question: str, answer: str, e: pictures.Example, caption: str = "") -> Row:
+    def row(question: str, answer: str, e: pictures.Example, captions: Sequence[str] = ()) -> Row:
         messages, slots = conversation([(question, answer)]), vlm.connector.slots
-        return encode(messages, [e.picture], tokenizer, slots, args.chat_format, caption=caption)
+        return encode(messages, [e.picture], tokenizer, slots, args.chat_format, captions=captions)
 
-    captions = [pictures.describe(e.things) for e in made]
-    described = [row(pictures.DESCRIBE, said, e, said) for e, said in zip(made, captions, strict=True)]
+    captions = [[pictures.describe(e.things), *pictures.nearly(e.things, f"{args.seed} {i}")]
+                for i, e in enumerate(made)]  # fmt: skip
+    described = [row(pictures.DESCRIBE, said[0], e, said) for e, said in zip(made, captions, strict=True)]
     asked = [described[i] if i % 2 else row(e.question, e.answer, e) for i, e in enumerate(made)]
     texts = world.sft_rows(round(n * args.replay / (1 - args.replay)), 10**6 + args.seed)
     asked += [Row(*chat.render(text["messages"], tokenizer, chat_format=args.chat_format)) for text in texts]
@@ -568,7 +584,7 @@ def file_data(vlm: VLM, tokenizer: Tokenizer, args: Namespace, loop: Loop) -> Da
             messages = formats.to_messages(row)
             try:
                 made.append(encode(messages, shown, tokenizer, vlm.connector.slots, args.chat_format,
-                                   caption=messages[-1]["content"]))  # fmt: skip
+                                   captions=[messages[-1]["content"]]))  # fmt: skip
             except UserError as error:
                 raise UserError(f"{what[:-1]} {i}: {error}") from None
         return fitting(made, what, vlm, args, loop)
@@ -576,7 +592,8 @@ def file_data(vlm: VLM, tokenizer: Tokenizer, args: Namespace, loop: Loop) -> Da
     train, test = encoded(sum(parts, []), "rows"), encoded(held_out, "held-out rows")
     if not train or not test:
         raise UserError(f"no row is left to train on or to measure: --max-length is {args.max_length}")
-    described = [row._replace(caption=row.caption[: vlm.c.text_length]) for row in train if len(row.pictures) == 1]
+    described = [row._replace(captions=(row.captions[0][: vlm.c.text_length],)) for row in train
+                 if len(row.pictures) == 1]  # fmt: skip
     if not described and {"contrast", "align"} & {*args.stages}:
         raise UserError(f"{args.data}: the stages contrast and align need rows of one picture each; leave them out")
     return Data(described, train, [], {"rows": test})
@@ -737,7 +754,7 @@ def retrieval(vlm: VLM, tokenizer: Tokenizer, scenes: Sequence[pictures.Example]
     distinct = list({pictures.describe(e.things): e for e in scenes}.items())
     found = []
     for start in range(0, len(distinct) - size + 1, size):
-        rows = [Row([0], [0], (e.picture,), (*tokenizer.encode(said), tokenizer.eos_ids[0]))
+        rows = [Row([0], [0], (e.picture,), captions_of([said], tokenizer))
                 for said, e in distinct[start : start + size]]  # fmt: skip
         with loop.autocast():
             pairs = vlm.pair(collate(rows, vlm.c.side, loop.device))
@@ -896,6 +913,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--connector", choices=(*CONNECTORS, "all"), help="or a table of all (default: mlp)")
     cli.add_argument("--contrast", choices=tuple(CONTRASTS), help="the loss of the stage contrast (default: clip)")
     cli.add_argument("--stem", choices=("conv", "patch"), help="what makes a vector of each patch (default: conv)")
+    cli.add_argument("--optimizer", choices=("adamw", "muon"), help="(default: muon, at the rates of the tiny model; "
+                     "adamw for a --model of your own and for --adapter)")  # fmt: skip
     cli.add_argument("--stages", nargs="+", choices=tuple(STAGES), help="of training, in this order (default: all of "
                      "them; with --data no prefer, and where --model sees already, instruct alone)")  # fmt: skip
     cli.add_argument("--pictures", type=COUNT, default=12_000, help="generated to train on (default: %(default)s)")
@@ -939,6 +958,7 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
             raise UserError(f"--{name} {value}: {args.model} was made with {own}")
         setattr(args, name, value or own)
     args.stages = args.stages or (["instruct"] if sees else [s for s in STAGES if s != "prefer" or not args.data])
+    args.optimizer = args.optimizer or ("adamw" if args.model or args.adapter else "muon")
     if args.lr is None:
         adapter = args.adapter or (trained(str(sees)) if sees else None)  # the one that --model left
         args.lr = rates_of({"lr": STAGES["instruct"]["lr"]}, adapter and str(adapter))["lr"][args.model is not None]
@@ -997,7 +1017,7 @@ def main(args: argparse.Namespace) -> dict:
     data = file_data(vlm, tokenizer, args, loop) if args.data else world_data(vlm, tokenizer, args)
     plan = planned(args, len(data.asked))
     stages = [name for name, n in plan.items() for _ in range(n)]  # of each step
-    optimizer = adamw(vlm, args.lr, args.weight_decay)
+    optimizer = (Muon if args.optimizer == "muon" else adamw)(vlm, args.lr, args.weight_decay)
     loop.compile(vlm.model)
     extra = loop.restore(vlm.model, optimizer)
     if extra:
@@ -1043,9 +1063,9 @@ def main(args: argparse.Namespace) -> dict:
                            for some in indices]  # fmt: skip
                 n_tokens = loop.sum_over_ranks(sum(int(batch.completion_mask.sum()) for batch in batches))
                 if name == "contrast":
-                    said = [rows[i].caption for i in loop.batch_indices(len(rows), step - first)]
-                    same = torch.tensor([[a == b for b in said] for a in said], device=loop.device)
-                    loss, metrics["top-1"] = contrast_backward(vlm, batches, same, loop)
+                    said = [rows[i].captions for i in loop.batch_indices(len(rows), step - first)]
+                    same = torch.tensor([[a[0] == b[0] for b in said] for a in said], device=loop.device)
+                    loss, metrics["top-1"] = contrast_backward(vlm, batches, same, len(said[0]) - 1, loop)
                 else:
                     for batch in batches:
                         with loop.autocast():

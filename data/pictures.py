@@ -110,6 +110,18 @@ def describe(things: Sequence[Thing]) -> str:
     return f"{noun.capitalize()}{', ' * (where != '')}{where}."
 
 
+def nearly(things: Sequence[Thing], seed: object, n: int = 2) -> list[str]:
+    """`n` captions that are wrong in one word: the shape, or the digit.
+
+    >>> nearly([Thing("red", "circle", "small", 10, 22, 5)], 0)
+    ['One small red triangle, left.', 'One small red square, left.']
+    """
+    t = things[0]
+    others = "0123456789" if t.shape.isdigit() else [shape for colour, shape in SEEN if colour == t.colour]
+    chosen = world.rng_for("nearly", seed).sample([shape for shape in others if shape != t.shape], n)
+    return [describe([t._replace(shape=shape) for t in things]) for shape in chosen]
+
+
 NAMED = re.compile(rf"\b({'|'.join(COLOURS)}) (?:digit ([0-9])\b|({'|'.join(SHAPES)})s?\b)")
 
 

@@ -182,6 +182,15 @@ def test_muon_is_momentum_orthogonalized_and_adamw_elsewhere():
             torch.testing.assert_close(p, matrices.get(name, others[name]), atol=1e-5, rtol=1e-4)
 
 
+def test_a_convolution_is_a_matrix_to_muon():
+    layer = torch.nn.Conv2d(4, 6, 3)
+    muon, before = Muon(layer, 0.1, 0.0), layer.weight.detach().clone()
+    layer.weight.grad = torch.randn_like(before)
+    direction = newton_schulz(layer.weight.grad.flatten(1)).float().view_as(before)  # of whatever size the gradient is
+    muon.step()
+    torch.testing.assert_close(layer.weight, before - 0.1 * 0.2 * 6 * direction, atol=1e-5, rtol=1e-4)  # 36 = 4 * 3 * 3
+
+
 def test_ifd_is_the_ratio_of_the_paper():
     assert ifd(1.0, 4.0) == 0.25  # the question makes the answer four times easier
 

@@ -329,8 +329,8 @@ MUTANTS = [
         ),
         (
             "Muon: no Nesterov",
-            'ahead = [p.grad.lerp(self.state[p]["exp_avg"], self.MOMENTUM) for p in learning]',
-            'ahead = [self.state[p]["exp_avg"] for p in learning]',
+            'ahead = [p.grad.lerp(self.state[p]["exp_avg"], self.MOMENTUM).flatten(1) for p in learning]',
+            'ahead = [self.state[p]["exp_avg"].flatten(1) for p in learning]',
             "test_muon_is_momentum_orthogonalized_and_adamw_elsewhere",
         ),
         (
@@ -353,26 +353,26 @@ MUTANTS = [
         ),
         (
             "Muon: scale without the root",
-            "0.2 * max(p.shape) ** 0.5",
-            "0.2 * max(p.shape)",
+            "0.2 * max(update.shape) ** 0.5",
+            "0.2 * max(update.shape)",
             "test_muon_is_momentum_orthogonalized_and_adamw_elsewhere",
         ),
         (
             "Muon: scale of the short side",
-            "0.2 * max(p.shape) ** 0.5",
-            "0.2 * min(p.shape) ** 0.5",
+            "0.2 * max(update.shape) ** 0.5",
+            "0.2 * min(update.shape) ** 0.5",
             "test_muon_is_momentum_orthogonalized_and_adamw_elsewhere",
         ),
         (
             "Muon: update of Jordan's size, not AdamW's",
-            "0.2 * max(p.shape) ** 0.5",
-            "max(p.shape) ** 0.5",
+            "0.2 * max(update.shape) ** 0.5",
+            "max(update.shape) ** 0.5",
             "test_muon_is_momentum_orthogonalized_and_adamw_elsewhere",
         ),
         (
             "Muon climbs",
-            "p.sub_(update, alpha",
-            "p.add_(update, alpha",
+            "p.sub_(update.view_as(p), alpha",
+            "p.add_(update.view_as(p), alpha",
             "test_muon_is_momentum_orthogonalized_and_adamw_elsewhere",
         ),
         (
@@ -389,9 +389,21 @@ MUTANTS = [
         ),
         (
             "Muon: embeddings are orthogonalized, too",
-            "matrices = {p for p in model.blocks.parameters() if p.ndim == 2}",
-            "matrices = {p for p in model.parameters() if p.ndim == 2}",
+            "matrices -= {m.head.weight for m in model.modules() if isinstance(m, Transformer)}",
+            "pass",
             "test_muon_is_momentum_orthogonalized_and_adamw_elsewhere",
+        ),
+        (
+            "Muon: convolutions are AdamW's",
+            "isinstance(m, (nn.Linear, nn.Conv2d))}",
+            "isinstance(m, nn.Linear)}",
+            "test_a_convolution_is_a_matrix_to_muon",
+        ),
+        (
+            "Muon: a convolution of the size of its channels",
+            "0.2 * max(update.shape) ** 0.5",
+            "0.2 * max(p.shape) ** 0.5",
+            "test_a_convolution_is_a_matrix_to_muon",
         ),
         (
             "Muon: chosen, and AdamW used",
