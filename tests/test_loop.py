@@ -643,11 +643,12 @@ def test_second_signal_stops_at_once(tmp_path):
 # Reporting
 
 
-@pytest.mark.parametrize("flag", ["model", "adapter"])
+@pytest.mark.parametrize("flag", ["model", "adapter", "teacher"])
 @pytest.mark.parametrize("inside", ["", "checkpoint"])
 def test_a_run_does_not_overwrite_what_it_starts_from(tmp_path, flag, inside):
+    """Nor the second of two teachers."""
     args = get_args("--out", tmp_path)
-    setattr(args, flag, str(tmp_path / inside))
+    setattr(args, flag, "other," * (flag == "teacher") + str(tmp_path / inside))
     with pytest.raises(UserError, match="starts from what is there"):
         Loop(args, "toy")
     setattr(args, flag, str(tmp_path / "other"))
