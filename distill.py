@@ -614,7 +614,7 @@ def gap_closed(value: float, hard: float, teacher: float) -> float:
     >>> gap_closed(0.5, 0.6, 0.4)
     0.5
     """
-    return (value - hard) / (teacher - hard)
+    return (value - hard) / (teacher - hard) + 0.0  # which makes 0 of -0
 
 
 def conclude(teachers: Sequence[Transformer], tokenizer: Tokenizer, test: list[Example], n_words: int,

@@ -893,6 +893,7 @@ def test_the_default_run_says_what_was_closed(folders, stages, tmp_path, capsys)
 def test_the_gap_is_the_way_from_hard_labels_to_the_teacher():
     shares = [distill.gap_closed(value, hard=0.6, teacher=0.4) for value in (0.7, 0.6, 0.55, 0.4, 0.3)]
     assert shares == pytest.approx([-0.5, 0.0, 0.25, 1.0, 1.5])
+    assert str(distill.gap_closed(0.6, hard=0.6, teacher=0.4)) == "0.0"  # a table says 0.000, not -0.000
 
 
 def test_gradients_are_clipped(folders, stages, tmp_path, monkeypatch):

@@ -408,6 +408,7 @@ ROWS_OF_BUGS = [
         '"hard": (None, {"lr": (3e-3, 1e-5),',
         SAYS,
     ),
+    ("nothing is less than nothing", "(teacher - hard) + 0.0", "(teacher - hard)", GAP),
     ("the gap from nothing", "(value - hard) / (teacher - hard)", "value / teacher", GAP),
     # several runs
     ("strong and weak are on different machines", "load(home / name, device=loop.device,", "load(home / name,", WEAK),
