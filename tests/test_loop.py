@@ -149,6 +149,7 @@ def test_a_wrong_flag_is_one_line_and_exit_2(argv, capsys):
 )
 def test_exit_codes(raised, code, words, capsys, monkeypatch):
     monkeypatch.setattr(Loop, "step", 0)  # whatever ran before
+
     def main(args):
         raise raised
 
