@@ -17,14 +17,15 @@ the head. One token of text says one thing; p says how likely all others were. -
     sequence          the text is the teacher's own, no probabilities are needed (Kim and Rush 2016, 1606.07947)
 
     --on-policy L     a share L of the rows of each step is written by the student itself (GKD)
-    --top-k K         K probabilities a token and the sum of all others are stored once, and the teacher goes
+    --top-k K         K probabilities a token and the sum of all others are stored once: no step asks the teacher again
     --teacher A,B     several teachers: the mean of their p, or with --fusion min_ce that of the one that expects the
                       text most (FuseLLM, 2401.10491)
     --task steps --loss sequence    the teacher's worked solutions, those with the right result (R1, 2501.12948)
     --weak-to-strong  a small teacher and a large student (2312.09390)
 
 Vocabularies must be the same. Neither model's (tokens, vocabulary) logits ever exist (kernels.linear_divergence). Not
-here: other layers' states, beam search, MiniLLM's mixing of both models in its samples.
+here: other layers' states, beam search, MiniLLM's mixing of both models in its samples. Zeros that prune.py left in a
+--model are weights like others, and learn.
 
     python distill.py                                                     the tiny model teaches one of a ninth
     python distill.py --model SMALL --teacher LARGE --data rows.jsonl --loss jsd --on-policy 0.5
@@ -53,6 +54,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import sft
 from data import chat, checkers, formats, world
 from data.formats import UserError
 from data.tokenizer import Tokenizer
@@ -145,12 +147,13 @@ def taught(teachers: Sequence[Transformer], batch: Batch, n_words: int, args: ar
         return Taught(batch.stored)
     targets = [(teacher.hidden_before(batch.input_ids), head_of(teacher, n_words)) for teacher in teachers]
     minillm = args.loss == "minillm"
-    if len(teachers) == 1 and not minillm:
+    if not minillm and (len(teachers) == 1 or args.fusion == "mean"):
         return Taught(targets)
     labels = batch.input_ids.masked_fill(batch.completion_mask == 0, IGNORED)
     logps = torch.stack([linear_logps(hidden, head, labels) for hidden, head in targets], dim=-1)  # (B, T, K)
-    return Taught(targets, fused(logps) if args.fusion == "min_ce" else None,
-                  logps.logsumexp(-1) - math.log(len(teachers)) if minillm else None)  # fmt: skip
+    if minillm:
+        return Taught(targets, logps=logps.logsumexp(-1) - math.log(len(teachers)))
+    return Taught(targets, fused(logps))
 
 
 def fused(logps: Tensor) -> Tensor:
@@ -172,8 +175,8 @@ class Example(NamedTuple):
 
 
 def document(text: str, tokenizer: Tokenizer, n_prompt: int) -> Example:
-    ids = [*([tokenizer.bos_id] if tokenizer.add_bos else []), *tokenizer.encode(text), tokenizer.eos_ids[0]]
-    return Example(ids, [0] + [1] * (len(ids) - 1), min(n_prompt, len(ids) - 1), {"text": text})
+    row = sft.document(text, tokenizer)
+    return Example(*row, min(n_prompt, len(row.input_ids) - 1), {"text": text})
 
 
 def conversation(row: dict, tokenizer: Tokenizer, args: argparse.Namespace) -> Example:
@@ -209,15 +212,21 @@ def file_row(row: dict, tokenizer: Tokenizer, args: argparse.Namespace) -> Examp
 
 
 def fit(examples: Iterable[Example], what: str, args: argparse.Namespace, loop: Loop) -> list[Example]:
-    """Examples of at most --max-length tokens; longer ones are refused, dropped or cut at their end."""
-    kept, counts = [], Counter()
+    """Examples of at most --max-length tokens; longer ones are refused, dropped or cut at their end.
+
+    Where a model is to write the last turn of a row, and the cut is before it, the row is dropped.
+    """
+    kept, counts, written = [], Counter(), what == "rows" and (args.on_policy or args.loss == "sequence")
     for e in examples:
         if len(e.input_ids) > args.max_length:
             if args.too_long == "refuse":
                 raise UserError(f"a row has {len(e.input_ids)} tokens, --max-length is {args.max_length}: raise it, or "
                                 "choose --too-long drop or cut")
-            counts[{"drop": "dropped"}.get(args.too_long, args.too_long)] += 1
-            if args.too_long == "drop":
+            done = {"drop": "dropped"}.get(args.too_long, args.too_long)
+            if done == "cut" and written and e.n_prompt >= args.max_length:
+                done = "dropped: the turn to be written begins beyond it"
+            counts[done] += 1
+            if done != "cut":
                 continue
             ids, mask = (x[: args.max_length] for x in (e.input_ids, e.completion_mask))
             e = e._replace(input_ids=ids, completion_mask=mask, n_prompt=min(e.n_prompt, args.max_length - 1))
@@ -293,13 +302,10 @@ def teacher_written(teacher: Transformer, tokenizer: Tokenizer, rows: list[Examp
     """
     temperature = 0.0 if args.samples == 1 else 1.0
     texts = continued(teacher, tokenizer, rows, args.samples, temperature, ("teacher", args.seed), args, loop)
-    kept = [list({tuple(e.input_ids): e for e in some}.values()) for some in texts]
     if args.check:
-        kept = [[e for e in some if is_right(e, tokenizer, args)] for some in kept]
-        n = len(rows) * args.samples
-        right = sum(is_right(e, tokenizer, args) for some in texts for e in some)
-        loop.say(f"--check {args.check}: {right} of {n} texts of the teacher are right")
-    found = [e for some in kept for e in some]
+        n, texts = sum(map(len, texts)), [[e for e in some if is_right(e, tokenizer, args)] for some in texts]
+        loop.say(f"--check {args.check}: {sum(map(len, texts))} of {n} texts of the teacher are right")
+    found = [e for some in texts for e in {tuple(e.input_ids): e for e in some}.values()]
     loop.say(f"--loss sequence: {len(found)} different texts of the teacher in place of {len(rows)} rows")
     if not found:
         raise UserError(f"no text of the teacher passes --check {args.check}")
@@ -312,13 +318,13 @@ def is_right(e: Example, tokenizer: Tokenizer, args: argparse.Namespace) -> bool
     if "answer" not in e.row:
         raise UserError("--check: the rows of --data have no answer to compare with")
     row = e.row | {"answer": world.final_answer(e.row["answer"])}
-    rule = checkers.load_reward(args.check)
-    return said[-1] in tokenizer.eos_ids and rule("", chat.completion_text(said, tokenizer), row) >= 1
+    asked, rule = formats.to_messages(e.row, "answer")[-2]["content"], checkers.load_reward(args.check)
+    return said[-1] in tokenizer.eos_ids and rule(asked, chat.completion_text(said, tokenizer), row) >= 1
 
 
 def with_top_k(teachers: Sequence[Transformer], rows: list[Example], n_words: int, args: argparse.Namespace, loop: Loop
                ) -> list[Example]:  # fmt: skip
-    """Each row with the --top-k probabilities of the teachers at all its tokens: then they are needed no more."""
+    """Each row with the --top-k probabilities of the teachers at all its tokens: no step asks them again."""
     found = []
     for start in tqdm(range(0, len(rows), args.micro_batch_size), "storing", disable=None, leave=False):
         some = rows[start : start + args.micro_batch_size]
@@ -401,7 +407,7 @@ def divergences(kind: str, model: Transformer, teachers: Sequence[Transformer], 
                                   skew=0.0, temperature=1.0).item() for i in range(n)]  # fmt: skip
 
 
-def n_bytes_of(e: Example, tokenizer: Tokenizer) -> int:
+def n_bytes_of(e: Example | chat.Row, tokenizer: Tokenizer) -> int:
     """Of the text that is learned from; the tokens that end it have none."""
     ids = [i for i, trained in zip(e.input_ids, e.completion_mask, strict=True) if trained]
     return len(tokenizer.decode(ids, skip_special=True).encode())
@@ -462,7 +468,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                      "can write")  # fmt: skip
     cli.add_argument("--hidden", type=REAL, default=0.0, metavar="WEIGHT", help="of the distance of the states before "
                      "the head")  # fmt: skip
-    cli.add_argument("--top-k", type=COUNT, metavar="K", help="store K probabilities a token, and let the teacher go")
+    cli.add_argument("--top-k", type=COUNT, metavar="K", help="store K probabilities a token: no step asks the "
+                     "teacher again")  # fmt: skip
     cli.add_argument("--fusion", choices=("mean", "min_ce"), default="mean", help="of several teachers: the mean, or "
                      "for each row the one that expects it most")  # fmt: skip
     cli.add_argument("--samples", type=COUNT, help="sequence: texts of the teacher a row; 1: its most probable one")
@@ -479,8 +486,11 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                      help="rows of more than --max-length tokens (default: %(default)s)")
     cli.add_argument("--seeds", type=COUNT, default=1, help=f"runs of {', '.join(MAIN_LOSSES)} in --loss all")
     args = cli.parse_args(argv)
-    if args.loss == "all" and args.data:
-        raise UserError("--loss all makes a table of the generated world: it takes no --data")
+    if args.loss == "all" and (args.data or args.task != "weather" or "," in (args.teacher or "")):
+        raise UserError("--loss all makes a table of the generated world's weather: it takes no --data, no other "
+                        "--task and one --teacher")
+    if args.weak_to_strong and (args.data or args.model or args.teacher):
+        raise UserError("--weak-to-strong has models and rows of its own: it takes no --data, --model or --teacher")
     return args if args.loss == "all" or args.weak_to_strong else resolved(args)
 
 
@@ -521,11 +531,13 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
         (args.hidden and kind is None, f"--hidden: --loss {name} has no teacher at hand"),
         (args.top_k and kind is None, f"--top-k: --loss {name} has no use for probabilities"),
         (args.top_k and (args.on_policy or args.hidden),
-         "--top-k lets the teacher go before the first step: no --on-policy, minillm or --hidden"),
+         "--top-k: no step asks the teacher again, and so no --on-policy, minillm or --hidden"),
         (args.width % 32, "--width: expected a multiple of 32"),
         (args.hidden and args.parallel == "fsdp", "--hidden: the projection is not sharded, no --parallel fsdp"),
         (args.on_policy and args.parallel == "fsdp",
          "--on-policy: each rank samples rows of its own, no --parallel fsdp"),
+        ((args.hidden or name == "sequence") and "," in (args.teacher or ""),
+         "--loss sequence and --hidden have one teacher: its texts, its states"),
         (args.fusion == "min_ce" and name == "minillm", "--fusion min_ce chooses by the text: not with --loss minillm"),
     ):
         if is_wrong:
@@ -534,8 +546,8 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def new_student(tokenizer: Tokenizer, args: argparse.Namespace) -> Transformer:
-    """Random weights: --depth blocks of --width, the feed-forward twice as wide; the context of the tiny teacher."""
-    like = Config.from_depth(args.width // 32, tokenizer.vocab_size, 512)
+    """Random weights: --depth blocks of --width, the feed-forward twice as wide; a context of 512 or --max-length."""
+    like = Config.from_depth(args.width // 32, tokenizer.vocab_size, max(512, args.max_length))
     return Transformer(replace(like, depth=args.depth, ffn_width=2 * args.width))
 
 
@@ -580,7 +592,9 @@ def common_words(model: Transformer, teachers: Sequence[Transformer], tokenizer:
     if len(sizes) == 1:
         return sizes.pop()
     n, batch = tokenizer.vocab_size, collate(test[:1], loop.device)
-    logps = (teachers[0].head(teachers[0].hidden_before(batch.input_ids)[batch.completion_mask.bool()])).log_softmax(-1)
+    with loop.autocast():
+        hidden = teachers[0].hidden_before(batch.input_ids)[batch.completion_mask.bool()]
+        logps = teachers[0].head(hidden).float().log_softmax(-1)
     loop.say(f"heads of {', '.join(map(str, sorted(sizes)))} rows: the first {n}, which are tokens, are compared; "
              f"{logps[:, n:].exp().sum(-1).mean():.2g} of the teacher's probability is beyond them")
     return n
@@ -600,7 +614,7 @@ def gap_closed(value: float, hard: float, teacher: float) -> float:
     >>> gap_closed(0.5, 0.6, 0.4)
     0.5
     """
-    return (value - hard) / (teacher - hard)
+    return (value - hard) / (teacher - hard) + 0.0  # which makes 0 of -0
 
 
 def conclude(teachers: Sequence[Transformer], tokenizer: Tokenizer, test: list[Example], n_words: int,
@@ -635,7 +649,7 @@ def weak_to_strong(args: argparse.Namespace) -> dict:
     Gap recovered = (strong - weak) / (ceiling - weak), the ceiling being the large one that learns from the truth.
     """
     home = Path(args.out or ROOT / "out" / "distill-weak-to-strong")
-    loop = Loop(argparse.Namespace(**vars(args) | {"out": home}), "distill")
+    loop = Loop(argparse.Namespace(**vars(args) | {"out": home, "resume": False}), "distill")  # each run has its own
     strong = loop.require("sft")
     of_strong = {"model": str(strong), "seed": args.seed + 1} | OF_STRONG  # on other questions
     runs = {
@@ -646,10 +660,11 @@ def weak_to_strong(args: argparse.Namespace) -> dict:
     found = {}
     for name, changes in runs.items():
         loop.say(f"\n{name}:")
-        run_args = {"task": "rank", "out": home / name, "baseline": False, "weak_to_strong": False} | changes
+        run_args = {"task": "rank", "out": home / name, "baseline": False, "weak_to_strong": False,
+                    "resume": args.resume and (home / name / "checkpoint").exists()} | changes  # fmt: skip
         one = resolved(argparse.Namespace(**vars(args) | run_args))
         main(one)
-        model, tokenizer = load(home / name, with_tokenizer=True)
+        model, tokenizer = load(home / name, device=loop.device, with_tokenizer=True)
         rows = examples(one, tokenizer, loop)[1]
         found[name] = evaluate(model, (), tokenizer, rows, model.config.vocab_size, one, loop)
     means = {name: statistics.fmean(values["exact match"]) for name, values in found.items()}
@@ -687,7 +702,7 @@ def main(args: argparse.Namespace) -> dict:
     # 4. Setup
     loop = Loop(args, "distill")
     model, tokenizer = load(args.model, with_tokenizer=True) if args.model else (None, None)
-    needs_teacher = args.loss != "hard" or not args.data
+    needs_teacher = args.loss != "hard" or not (args.data and args.model)  # or its vocabulary
     teachers, tokenizer = load_teachers(args, tokenizer, loop) if needs_teacher else ([], tokenizer)
     loop.seed(0)
     model = (model or new_student(tokenizer, args)).to(loop.device)

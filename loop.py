@@ -302,7 +302,8 @@ class Loop:
         self.seconds, self.tokens = 0.0, 0  # of training, before the last resume
         self.unchecked: list[tuple[int, str, Tensor | float]] = []  # losses whose value nobody has looked at yet
         Loop.step = 0
-        for start in filter(None, (getattr(args, name, None) for name in ("model", "adapter"))):
+        starts = [getattr(args, name, None) for name in ("model", "adapter")]
+        for start in filter(None, starts + (getattr(args, "teacher", None) or "").split(",")):
             if self.checkpoint.resolve() in (Path(start).resolve(), (Path(start) / "checkpoint").resolve()):
                 raise UserError(f"--out {self.out}: the run starts from what is there; choose another folder")
         _recover(self.checkpoint)

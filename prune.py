@@ -19,7 +19,8 @@ numbers. The others make the model itself smaller, by as much in every layer, so
 
 A short training afterwards (--recover) makes up for much of the loss. Zeros stay zero in it: LoRA's B A is full of
 numbers, and merged into W it would fill all gaps again, so that what is trained, and merged, is mask * (W + B A). `kd`
-trains all that is left to say what the dense model says, KL(dense, pruned) (1503.02531).
+trains all that is left to say what the dense model says, KL(dense, pruned) (1503.02531). Zeros that a model came with
+are weights like others, to this and to every other script: a training fills those that no mask of this run holds.
 
 Differences from the papers: every layer keeps the same share (FLAP and ShortGPT's follow-ups spread it unevenly), and
 SliceGPT turns all layers by one rotation, so that no layer needs a matrix on its residual connection and what comes out
@@ -55,11 +56,13 @@ from torch import Tensor, nn
 from data import chat, formats, world
 from data.formats import UserError
 from data.tokenizer import Tokenizer
+from distill import n_bytes_of
+from kernels import linear_divergence
 from loop import COUNT, REAL, ROOT, Loop, adamw, clip, compare, fill, parser, run, set_lr
 from lora import Adapter, LoRA, linears, merge, put_at, wide
 from model import Config, Transformer, load, token_logps
 from quantize import MATRICES, Inputs, inverse_factor, layer_by_layer, plant
-from sft import Batch, collate, document, evaluate, fitting, pack, row_losses, sft_loss
+from sft import Batch, collate, document, encode, evaluate, fitting, pack, row_losses, sft_loss
 
 # 1. The objective
 
@@ -330,7 +333,7 @@ def slicegpt(model: Transformer, batches: list[Batch], args: argparse.Namespace)
     """Rotate the stream to its principal components, and cut the last ones off (2401.15024, section 3).
 
     RMSNorm commutes with a rotation Q once its gains are moved into the matrices after it: reading matrices become
-    W diag(gain) Q, writing ones Q^T W. A norm of fewer numbers divides by a smaller root: its gain is sqrt(D / d).
+    W diag(gain) Q, writing ones Q^T W. A norm of fewer numbers divides by a larger root: its gain is sqrt(D / d).
     The head has the gain of the last norm in it, and so is no longer the embedding.
     """
     c = model.config
@@ -437,15 +440,12 @@ def prepare(model: Transformer, masks: dict[str, Tensor], recover: str) -> None:
 
 
 def kd_loss(model: Transformer, teacher: Transformer, batch: Batch) -> Tensor:
-    """The sum over the tokens of completion_mask of KL(teacher, model) = sum_v p (log p - log q), a scalar.
-
-    The logits of the tokens of the batch exist here, of both models: lower --micro-batch-size where they are too many.
-    """
-    wanted = batch.completion_mask.bool()
+    """The sum over the tokens of completion_mask of KL(teacher, model) = sum_v p (log p - log q), a scalar."""
     with torch.no_grad():
-        p = teacher.head(teacher.hidden_before(batch.input_ids, documents=batch.documents)[wanted]).float()
-    q = model.head(model.hidden_before(batch.input_ids, documents=batch.documents)[wanted]).float()
-    return F.kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="sum", log_target=True)
+        said = teacher.hidden_before(batch.input_ids, documents=batch.documents), teacher.head.weight
+    hidden = model.hidden_before(batch.input_ids, documents=batch.documents)
+    return linear_divergence(hidden, model.head.weight, [said], batch.completion_mask, kind="forward_kl", skew=0.0,
+                             temperature=1.0)  # fmt: skip
 
 
 # 2. Data
@@ -470,13 +470,8 @@ def examples(args: argparse.Namespace, tokenizer: Tokenizer, loop: Loop
         return rows[: args.rows], rows[args.rows :], test
     read = partial(formats.read_jsonl, schemas=("text", "chat", "completion"), mapping=formats.parse_map(args.map))
     parts, held_out = formats.split(args.data.split(","), args.eval_data, read, loop.say)
-
-    def encoded(rows: list[dict], what: str) -> list[chat.Row]:
-        made = (document(row["text"], tokenizer) if "text" in row else
-                chat.render(formats.to_messages(row), tokenizer, chat_format=args.chat_format) for row in rows)
-        return fitting(made, what, args, loop)
-
-    rows, test = encoded(sum(parts, []), "rows"), encoded(held_out, "held-out rows")
+    rows, test = (fitting((encode(row, tokenizer, args) for row in some), what, args, loop)
+                  for some, what in ((sum(parts, []), "rows"), (held_out, "held-out rows")))  # fmt: skip
     if not rows or not test:
         raise UserError(f"no row is left to calibrate on or to measure: --max-length is {args.max_length}")
     some = random.Random(args.seed).sample(rows, min(args.rows, len(rows)))
@@ -498,16 +493,10 @@ def code_length(log: str) -> float:
     return bits
 
 
-def n_bytes(row: chat.Row, tokenizer: Tokenizer) -> int:
-    """Of the text of the tokens that count; an ending token has none."""
-    ids = [i for i, counts in zip(row.input_ids, row.completion_mask, strict=True) if counts]
-    return len(tokenizer.decode(ids, skip_special=True).encode())
-
-
 def measured(model: Transformer, tokenizer: Tokenizer, test: dict[str, list], args: argparse.Namespace, loop: Loop
              ) -> dict[str, list[float]]:  # fmt: skip
     """{metric: one number a held-out row}; the mean over rows of bits per byte is that over all bytes."""
-    mean_bytes = statistics.fmean(n_bytes(row, tokenizer) for row in test["rows"])
+    mean_bytes = statistics.fmean(n_bytes_of(row, tokenizer) for row in test["rows"])
     losses = row_losses(model.eval(), test["rows"], args, loop)
     found = {"bits per byte": [nats / math.log(2) / mean_bytes for nats, _ in losses]}
     if "questions" in test:
@@ -732,17 +721,16 @@ def main(args: argparse.Namespace) -> dict:
         merge(model)
 
     # 6. Evaluate
-    for one in (dense, model):
-        one.to(stored_dtype(start))
-    loop.save(total, model=model, tokenizer=tokenizer)
-    speed = speeds((dense, model), args, loop)
-    after = measured(model, tokenizer, test, args, loop)
+    dtype = stored_dtype(start)
+    loop.save(total, model=model.to(dtype), tokenizer=tokenizer)
+    after = measured(model.float(), tokenizer, test, args, loop)  # what was written, in the arithmetic of `before`
+    speed = speeds((dense.to(dtype), model.to(dtype)), args, loop)
     after |= {f"pruned: {name}": values for name, values in pruned.items()} | sizes(model, dense)
     before |= {f"pruned: {name}": before[name] for name in pruned} | sizes(dense, dense)
     before["tokens/s"], after["tokens/s"] = ([x] for x in speed)
     baselines = stored(args)
     if "logs" in test:
-        n_all = sum(n_bytes(row, tokenizer) for row in test["rows"])
+        n_all = sum(n_bytes_of(row, tokenizer) for row in test["rows"])
         baselines["the entropy of these reports, in bits per byte"] = sum(map(code_length, test["logs"])) / n_all
     return loop.finish(before, after, variant=args.variant, baselines=baselines, higher_is_better=False)
 

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 import statistics
 from argparse import Namespace
 from dataclasses import replace
@@ -21,6 +22,7 @@ from data.tokenizer import tiny
 from distill import Batch, Example, collate, get_args, later_tokens, main, objective, taught
 from loop import Loop
 from model import Config, Transformer, generate, load, read_safetensors, save
+from tests.readme import variants_table
 from tests.test_loop import on_two_ranks
 
 CPU = torch.device("cpu")
@@ -258,12 +260,18 @@ def test_minillm_takes_texts_of_the_data_token_by_token():
     tokenwise = of("reverse_kl")
     soft = objective(model, None, mixed, taught([teacher], mixed, 12, tokenwise), 12, tokenwise)["soft"]
     assert terms["soft"].item() == pytest.approx(soft.item(), rel=1e-12)
+    args = of("minillm", "--alpha", 0.4)
+    less = objective(model, None, mixed, taught([teacher], mixed, 12, args), 12, args)
+    for name in ("soft", "later"):
+        assert less[name].item() == pytest.approx(0.6 * terms[name].item(), rel=1e-12)
 
 
-def test_several_teachers_and_the_one_that_expects_the_text():
+def test_several_teachers_and_the_one_that_expects_the_text(monkeypatch):
     model, batch = small(), batch_of()
     teachers = [small(seed=1), small(seed=2, depth=2), small(seed=3)]
-    means = taught(teachers, batch, 12, of("forward_kl"))
+    with monkeypatch.context() as patch:  # for their mean nobody needs to know how probable the text is
+        patch.setattr(distill, "linear_logps", None)
+        means = taught(teachers, batch, 12, of("forward_kl"))
     assert means.mixture is None and len(means.targets) == 3
     args = of("forward_kl", "--fusion", "min_ce")
     best = taught(teachers, batch, 12, args)
@@ -424,6 +432,25 @@ def test_long_rows(data, tmp_path):
     assert distill.fit([lone], "rows", Namespace(**vars(args) | {"too_long": "cut"}), loop) == []
 
 
+def test_no_model_goes_on_from_the_middle_of_a_question(data, tmp_path, capsys):
+    """Of a cut chat the first turns are learned from; where a model is to write its last turn, the row is dropped."""
+    said = [{"role": r, "content": c} for r, c in
+            zip(["user", "assistant"] * 2, ["1?", "one", "2? " * 20, "two"], strict=True)]  # fmt: skip
+    flags = ["--data", str(data), "--teacher", "x", "--max-length", "24", "--too-long", "cut"]
+    args = get_args(flags)
+    loop, chats = loop_of(args, tmp_path), [distill.conversation({"messages": said}, tiny(), args)]
+    (cut,) = distill.fit(chats, "rows", args, loop)
+    assert chats[0].n_prompt > 24 and len(cut.input_ids) == 24 > cut.n_prompt and any(cut.completion_mask)
+    for more in (["--on-policy", "0.1"], ["--loss", "minillm"], ["--loss", "sequence"]):
+        capsys.readouterr()
+        args = get_args([*flags, *more])
+        assert distill.fit(chats, "rows", args, loop) == []
+        assert "24: 1 rows dropped: the turn to be written begins beyond it" in capsys.readouterr().err
+        assert distill.fit(chats, "held-out rows", args, loop) == [cut]
+        fits = chats[0]._replace(n_prompt=23)  # one token of what is to be written is left
+        assert len(distill.fit([fits], "rows", args, loop)) == 1
+
+
 def test_a_batch_is_padded_on_the_right(folders):
     rows = [Example([5, 6, 7], [0, 1, 1], 1, {}), Example([8], [0], 1, {})]
     batch = collate(rows, CPU, 4)
@@ -458,9 +485,13 @@ def test_texts_go_on_from_their_prompts(folders, tmp_path):
     assert [e.input_ids[3:] for (e,) in greedy] == said.completions
     with pytest.raises(UserError, match="--max-new-tokens 254: the longest prompt leaves room for 253"):
         distill.continued(model, tiny(), some, 1, 1.0, ("a",), Namespace(max_new_tokens=254), loop)
+    torch.manual_seed(0)
+    wide = Transformer(replace(model.config, vocab_size=2048)).eval()  # half of its head is padding
+    found = distill.continued(wide, tiny(), some, 4, 1.0, ("a",), args, loop)
+    assert max(i for texts in found for text in texts for i in text.input_ids) < tiny().vocab_size
 
 
-def test_which_answers_are_right():
+def test_which_answers_are_right(tmp_path):
     args = get_args(["--task", "steps", "--loss", "sequence"])
     row = {"prompt": "What is 2 + 3?", "answer": "<think></think>5"}
 
@@ -474,12 +505,20 @@ def test_which_answers_are_right():
     assert right(r"\boxed{5}") and not right(r"\boxed{6}") and not right("5")
     with pytest.raises(UserError, match="have no answer"):
         distill.is_right(Example([1, 2], [0, 1], 1, {"text": "x"}), tiny(), args)
+    (tmp_path / "rule.py").write_text(
+        "def asked(prompt, completion, row):\n    return float((prompt, completion) == ('What is 2 + 3?', '5'))\n"
+    )
+    args.check = f"{tmp_path / 'rule.py'}:asked"
+    assert right("5") and not right("6")
+    row = {"prompt": [{"role": "system", "content": "Add."}, {"role": "user", "content": row["prompt"]}], "answer": "5"}
+    assert right("5")
 
 
-def test_what_the_teacher_writes(folders, tmp_path, monkeypatch):
+def test_what_the_teacher_writes(folders, tmp_path, monkeypatch, capsys):
     """Different texts, or with --check those that are right; of one it is the most probable text."""
-    rows = [Example([i, 7], [0, 1], 1, {"answer": "1"}) for i in range(3)]
-    asked = []
+    rows = [Example([i, 7], [0, 1], 1, {"prompt": f"{i}?", "answer": "1"}) for i in range(3)]
+    asked, judged, is_right = [], [], distill.is_right
+    monkeypatch.setattr(distill, "is_right", lambda e, *rest: judged.append(e) or is_right(e, *rest))
 
     def continued(model, tokenizer, some, samples, temperature, key, args, loop):
         asked.append((model, samples, temperature))
@@ -495,11 +534,12 @@ def test_what_the_teacher_writes(folders, tmp_path, monkeypatch):
     assert len(distill.teacher_written("teacher", tiny(), rows, args, loop)) == 6
     args.check = "exact"
     assert [e.input_ids[0] for e in distill.teacher_written("teacher", tiny(), rows, args, loop)] == [0, 1, 2]
+    assert len(judged) == 9 and "3 of 9 texts of the teacher are right" in capsys.readouterr().err
     args.samples = 1
     distill.teacher_written("teacher", tiny(), rows, args, loop)
     assert asked == [("teacher", 3, 1.0)] * 2 + [("teacher", 1, 0.0)]
     with pytest.raises(UserError, match="passes --check exact"):
-        distill.teacher_written("teacher", tiny(), [e._replace(row={"answer": "2"}) for e in rows], args, loop)
+        distill.teacher_written("teacher", tiny(), [e._replace(row=e.row | {"answer": "2"}) for e in rows], args, loop)
 
 
 def test_what_is_stored_is_what_the_teachers_say(folders, tmp_path):
@@ -514,6 +554,17 @@ def test_what_is_stored_is_what_the_teachers_say(folders, tmp_path):
         best, ids = mean.topk(4)
         assert torch.equal(e.stored.ids[1:], ids)
         torch.testing.assert_close(e.stored.logps[1:].exp(), torch.cat([best, 1 - best.sum(-1, keepdim=True)], -1))
+    args.fusion, chosen = "min_ce", set()
+    found = distill.with_top_k(teachers, rows, 1024, args, loop_of(args, tmp_path))
+    for e in found:  # of the one that expects the row, and not of both
+        with torch.no_grad():
+            logits = [t(torch.tensor([e.input_ids]))[0, :-1] for t in teachers]
+        ids = torch.tensor(e.input_ids[1:])[:, None]
+        expects = [x.log_softmax(-1).gather(-1, ids).sum().item() for x in logits]
+        chosen.add(k := expects.index(max(expects)))
+        best, ids = (logits[k] / 1.5).softmax(-1).topk(4)
+        assert torch.equal(e.stored.ids[1:], ids)
+        torch.testing.assert_close(e.stored.logps[1:, :4].exp(), best)
 
 
 def test_a_share_of_the_rows_is_the_students_own(folders, tmp_path):
@@ -533,6 +584,12 @@ def test_a_share_of_the_rows_is_the_students_own(folders, tmp_path):
             first = sum(new, [])
     assert 0.3 < statistics.fmean(sum(chosen, [])) < 0.7 and len(set(map(tuple, chosen))) > 6
     assert model.training
+    args.on_policy, texts = 1.0, set()
+    for args.seed, step, loop.rank in ((0, 1, 0), (0, 2, 0), (1, 1, 0), (0, 1, 1)):  # each has texts of its own
+        new = distill.partly_own(model, tiny(), [rows], [list(range(8))], step, args, loop)[0]
+        texts.add(tuple(tuple(e.input_ids) for e in new))
+    assert len(texts) == 4
+    args.on_policy, args.seed, loop.rank = 0.5, 0, 0
     with torch.no_grad():
         model.embed.weight += 0.5 * torch.randn_like(model.embed.weight)
     assert sum(distill.partly_own(model, tiny(), [rows], [list(range(8))], 1, args, loop), []) != first
@@ -612,6 +669,8 @@ def test_the_default_student_is_an_eighth_of_the_tiny_teacher():
     assert n[0] * 8 <= n[1]
     config = distill.new_student(tiny(), get_args(["--depth", "3", "--width", "96"])).config
     assert (config.depth, config.width, config.ffn_width, config.vocab_size) == (3, 96, 192, 1024)
+    of_file = get_args(["--data", "x.jsonl", "--teacher", "y"])  # which has rows of up to 1024 tokens
+    assert (config.max_length, distill.new_student(tiny(), of_file).config.max_length) == (512, of_file.max_length)
 
 
 def test_vocabularies_must_be_the_same(folders, tmp_path, stages):
@@ -638,12 +697,14 @@ def test_vocabularies_must_be_the_same(folders, tmp_path, stages):
         train(tmp_path / "out", "--teacher", f"{folders['base']},{odd}", "--steps", 0)
 
 
-def test_padded_heads_are_compared_where_there_are_tokens(folders, tmp_path, stages, capsys):
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_padded_heads_are_compared_where_there_are_tokens(folders, tmp_path, stages, capsys, dtype):
     """As between the small and the large Qwen2.5; what the teacher thinks of the padding is said."""
     torch.manual_seed(0)
     wide = Transformer(replace(Config.from_depth(1, 1024, 256), vocab_size=1088))
     save(wide, tiny(), tmp_path / "wide")
-    result = train(tmp_path / "out", "--teacher", tmp_path / "wide", "--steps", 2, "--rows", 4, "--no-baseline")
+    flags = ("--teacher", tmp_path / "wide", "--steps", 2, "--rows", 4, "--no-baseline", "--dtype", dtype)
+    result = train(tmp_path / "out", *flags)
     said = capsys.readouterr().err
     assert "heads of 1024, 1088 rows: the first 1024" in said
     mass = float(said.split("are compared; ")[1].split()[0])
@@ -655,10 +716,15 @@ def test_teachers_are_frozen_and_in_eval_mode(folders, tmp_path, stages, monkeyp
     kept = []
     real = distill.load_teachers
     monkeypatch.setattr(distill, "load_teachers", lambda *x: kept.append(real(*x)) or kept[-1])
-    train(
-        tmp_path / "out", "--steps", 3, "--rows", 8, "--no-baseline", "--teacher", f"{folders['base']},{folders['sft']}"
-    )
+    flags = ("--steps", 3, "--rows", 8, "--no-baseline", "--teacher", f"{folders['base']},{folders['sft']}")
+    result = train(tmp_path / "out", *flags)
     ((teachers, _),) = kept
+    args = get_args(list(map(str, flags)))
+    loop = loop_of(args, tmp_path)
+    test = distill.examples(args, tiny(), loop)[1]
+    alone = [distill.evaluate(teacher, (), tiny(), test, 1024, args, loop)["bits per byte"] for teacher in teachers]
+    bits = sorted(map(statistics.fmean, alone))
+    assert result["baselines"]["the best teacher"] == pytest.approx(bits[0], rel=1e-6) != pytest.approx(bits[1])
     for teacher, name in zip(teachers, ("base", "sft"), strict=True):
         assert not teacher.training and not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
         assert difference(teacher.state_dict(), weights(folders[name])) == 0
@@ -685,15 +751,21 @@ RUN = (
 )
 
 
-def test_a_run_is_a_plain_loop(folders, data, tmp_path):
+def test_a_run_is_a_plain_loop(folders, data, tmp_path, capsys):
     """Three steps of AdamW on the sum over the tokens of a step divided by their number, on ragged rows."""
-    flags = ("--data", data, "--model", folders["student"], "--teacher", folders["base"], *RUN, "--grad-clip", 0.5)
+    flags = ("--data", data, "--model", folders["student"], "--teacher", folders["base"], *RUN[2:], "--epochs", 0.55,
+             "--schedule", "linear", "--weight-decay", 5, "--grad-clip", 0.5, "--eval-every", 2)  # fmt: skip
     result = train(tmp_path / "run", *flags, "--loss", "jsd:skew=0.3,alpha=0.25")
+    said = capsys.readouterr().err
+    assert "step 2: bits per byte " in said and "step 1: bits" not in said and "step 3: bits" not in said
     args = get_args(["--out", str(tmp_path / "run"), *map(str, flags), "--loss", "jsd:skew=0.3,alpha=0.25"])
     loop = Loop(args, "distill")
     rows, test = distill.examples(args, tiny(), loop)
+    assert len(rows) == 24  # 0.55 of which, 5 at a time, are 3 steps
     model, teacher = load(folders["student"])[0], load(folders["base"])[0]
-    optimizer, lines = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0), []
+    decay = [{"params": [p for p in model.parameters() if (p.ndim == 2) == is_matrix], "weight_decay": 5.0 * is_matrix}
+             for is_matrix in (True, False)]  # fmt: skip
+    optimizer, lines = torch.optim.AdamW(decay, lr=1.0, betas=(0.9, 0.95)), []
     for step in (1, 2, 3):
         total, hard, n = 0.0, 0.0, 0
         for e in (rows[i] for i in loop.batch_indices(len(rows), step)):
@@ -707,6 +779,8 @@ def test_a_run_is_a_plain_loop(folders, data, tmp_path):
         optimizer.zero_grad()
         ((total + hard) / n).backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * (4 - step) / 3
         optimizer.step()
         lines.append((((total + hard) / n).item(), (total / n).item(), (hard / n).item(), norm.item()))
     assert apart(weights(tmp_path / "run"), model.state_dict(), weights(folders["student"])) < 0.01
@@ -819,6 +893,7 @@ def test_the_default_run_says_what_was_closed(folders, stages, tmp_path, capsys)
 def test_the_gap_is_the_way_from_hard_labels_to_the_teacher():
     shares = [distill.gap_closed(value, hard=0.6, teacher=0.4) for value in (0.7, 0.6, 0.55, 0.4, 0.3)]
     assert shares == pytest.approx([-0.5, 0.0, 0.25, 1.0, 1.5])
+    assert str(distill.gap_closed(0.6, hard=0.6, teacher=0.4)) == "0.0"  # a table says 0.000, not -0.000
 
 
 def test_gradients_are_clipped(folders, stages, tmp_path, monkeypatch):
@@ -874,11 +949,21 @@ def test_weak_to_strong_is_three_runs(folders, stages, tmp_path, monkeypatch):
     monkeypatch.setattr(distill, "OF_STRONG", {"rows": 6, "steps": 2, "lr": 1e-4})
     monkeypatch.setattr(distill, "main", lambda args: runs.append(args) or real(args))
     levels = {"weak": [0.0, 1.0, 0.0], "strong": [1.0, 1.0, 0.0], "ceiling": [1.0, 1.0, 1.0]}
-    evaluate = distill.evaluate
-    monkeypatch.setattr(distill, "evaluate", lambda model, teachers, tokenizer, test, n, args, loop: (
-        {"exact match": levels[args.out.name]} if loop.out.name == "w2s" else
-        evaluate(model, teachers, tokenizer, test, n, args, loop)))  # fmt: skip
+    evaluate, measured, devices = distill.evaluate, [], []
+
+    def watched(model, teachers, tokenizer, test, n, args, loop):
+        if loop.out.name != "w2s":
+            return evaluate(model, teachers, tokenizer, test, n, args, loop)
+        measured.append((difference(model.state_dict(), weights(args.out)), test))
+        return {"exact match": levels[args.out.name]}
+
+    monkeypatch.setattr(distill, "evaluate", watched)
+    monkeypatch.setattr(distill, "load", lambda path, **how: devices.append((path, how.get("device"))) or
+                        load(path, **how))  # fmt: skip
     result = real(get_args(["--weak-to-strong", "--out", str(tmp_path / "w2s")]))
+    held_out = distill.examples(runs[0], tiny(), loop_of(runs[0], tmp_path))[1]
+    assert measured == [(0.0, held_out)] * 3
+    assert [(path.name, device) for path, device in devices if device] == [(name, CPU) for name in levels]
     assert [run.loss for run in runs] == ["hard", "sequence", "hard"]
     assert [run.model for run in runs] == [None, str(folders["sft"]), str(folders["sft"])]
     assert runs[1].teacher == str(tmp_path / "w2s" / "weak") and runs[1].check is None and runs[1].samples == 1
@@ -886,6 +971,11 @@ def test_weak_to_strong_is_three_runs(folders, stages, tmp_path, monkeypatch):
     assert result["metric"] == "exact match" and result["variant"] == "weak-to-strong"
     assert result["before"] == pytest.approx(1 / 3) and result["after"] == pytest.approx(2 / 3)
     assert result["baselines"] == {"ceiling: the large model on the truth": 1.0, "gap recovered": pytest.approx(0.5)}
+    one = weights(tmp_path / "w2s" / "strong")
+    shutil.rmtree(tmp_path / "w2s" / "ceiling")  # as if interrupted before the third run
+    again = real(get_args(["--weak-to-strong", "--out", str(tmp_path / "w2s"), "--resume"]))
+    assert [run.resume for run in runs] == [False] * 3 + [True, True, False]
+    assert again["baselines"] == result["baselines"] and difference(one, weights(tmp_path / "w2s" / "strong")) == 0
 
 
 def test_a_table_of_the_losses(folders, stages, tmp_path, monkeypatch, capsys):
@@ -893,6 +983,9 @@ def test_a_table_of_the_losses(folders, stages, tmp_path, monkeypatch, capsys):
     flags = ("--loss", "all", "--steps", 2, "--rows", 4, "--batch-size", 2, "--seeds", 2, "--max-new-tokens", 4)
     rows = train(tmp_path / "all", *flags)["rows"]
     assert json.loads((tmp_path / "all" / "table.json").read_text())["rows"] == rows
+    lines = variants_table(tmp_path / "all" / "table.json").splitlines()  # as in the README
+    assert lines[0] == "| loss | seeds | bits per byte | KL | reverse KL | gap closed | seconds |"
+    assert len(lines) == 2 + len(rows) and lines[2].startswith("| teacher | 1 | ")
     assert [(row["loss"], row["seeds"]) for row in rows] == [
         ("teacher", 1), ("new student", 1), ("hard", 2), ("forward_kl", 2), ("forward_kl:top_k=3", 1)]  # fmt: skip
     bits = [row["bits per byte"]["mean"] for row in rows]
@@ -947,14 +1040,21 @@ def test_defaults_are_those_of_the_loss_the_task_and_the_kind_of_run(folders):
         (["--loss", "skew_kl", "--skew", "1"], "--skew: expected a number between"),
         (["--loss", "hard", "--hidden", "1"], "--hidden: --loss hard has no teacher"),
         (["--loss", "sequence", "--top-k", "3"], "--top-k: --loss sequence has no use"),
-        (["--top-k", "3", "--on-policy", "0.5"], "--top-k lets the teacher go"),
-        (["--loss", "minillm", "--top-k", "3"], "--top-k lets the teacher go"),
-        (["--top-k", "3", "--hidden", "1"], "--top-k lets the teacher go"),
+        (["--top-k", "3", "--on-policy", "0.5"], "--top-k: no step asks"),
+        (["--loss", "minillm", "--top-k", "3"], "--top-k: no step asks"),
+        (["--top-k", "3", "--hidden", "1"], "--top-k: no step asks"),
         (["--width", "40"], "--width: expected a multiple of 32"),
         (["--hidden", "1", "--parallel", "fsdp"], "--hidden: the projection is not sharded"),
         (["--on-policy", "1", "--parallel", "fsdp"], "--on-policy: each rank samples"),
         (["--loss", "minillm", "--fusion", "min_ce"], "--fusion min_ce chooses by the text"),
         (["--loss", "all", "--data", "x.jsonl"], "--loss all makes a table"),
+        (["--loss", "all", "--task", "rank"], "--loss all makes a table"),
+        (["--loss", "all", "--teacher", "a,b"], "--loss all makes a table"),
+        (["--weak-to-strong", "--data", "x.jsonl"], "--weak-to-strong has models and rows of its own"),
+        (["--weak-to-strong", "--model", "x"], "--weak-to-strong has models and rows of its own"),
+        (["--weak-to-strong", "--teacher", "x"], "--weak-to-strong has models and rows of its own"),
+        (["--loss", "sequence", "--teacher", "a,b"], "--loss sequence and --hidden have one teacher"),
+        (["--hidden", "1", "--teacher", "a,b"], "--loss sequence and --hidden have one teacher"),
         (["--check", "nice", "--loss", "sequence"], "nice"),
     ],
 )
@@ -984,7 +1084,11 @@ def test_a_file_needs_a_teacher_and_top_k_a_large_enough_vocabulary(folders, dat
         )["baselines"]
         == {}
     )
+    flags = ("--data", data, "--loss", "hard", "--steps", 1, "--max-length", 128, "--depth", 1)
+    with pytest.raises(UserError, match="--teacher: which model"):
+        train(tmp_path / "none", *flags)
     assert not (tmp_path / "none").exists()
+    assert "the teacher" in train(tmp_path / "out", *flags, "--teacher", folders["base"])["baselines"]
 
 
 def test_the_projection_learns(folders, stages, tmp_path):

@@ -148,7 +148,9 @@ def test_a_wrong_flag_is_one_line_and_exit_2(argv, capsys):
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "--micro-batch-size (now 4)"),
     ],
 )
-def test_exit_codes(raised, code, words, capsys):
+def test_exit_codes(raised, code, words, capsys, monkeypatch):
+    monkeypatch.setattr(Loop, "step", 0)  # whatever ran before
+
     def main(args):
         raise raised
 
@@ -654,11 +656,12 @@ def test_second_signal_stops_at_once(tmp_path):
 # Reporting
 
 
-@pytest.mark.parametrize("flag", ["model", "adapter"])
+@pytest.mark.parametrize("flag", ["model", "adapter", "teacher"])
 @pytest.mark.parametrize("inside", ["", "checkpoint"])
 def test_a_run_does_not_overwrite_what_it_starts_from(tmp_path, flag, inside):
+    """Nor the second of two teachers."""
     args = get_args("--out", tmp_path)
-    setattr(args, flag, str(tmp_path / inside))
+    setattr(args, flag, "other," * (flag == "teacher") + str(tmp_path / inside))
     with pytest.raises(UserError, match="starts from what is there"):
         Loop(args, "toy")
     setattr(args, flag, str(tmp_path / "other"))

@@ -26,6 +26,7 @@ from prune import METHODS, Units, keep
 from quantize import Inputs, inverse_factor
 from sft import collate
 from tests.oracle import oracle
+from tests.readme import variants_table
 
 LLAMA = Config("llama", vocab_size=40, depth=2, width=32, heads=4, kv_heads=2, head_dim=8, ffn_width=48, max_length=64,
                tied=False)  # fmt: skip
@@ -444,6 +445,26 @@ def test_shortgpt_leaves_out_the_layer_of_least_influence():
     torch.testing.assert_close(small(ids(2, 9)), net(ids(2, 9)))
 
 
+def test_layers_may_be_left_out_by_chance():
+    net = random_net("qwen3")
+    for seed in range(6):
+        args = flags("shortgpt", "--score", "random", "--seed", seed, "--sparsity", 0.34)
+        small, _ = prune.shortgpt(net, batches_of(rows_of()), args)
+        chance = torch.rand(3, generator=torch.Generator().manual_seed(seed))
+        kept = [net.blocks[i] for i in range(3) if i != chance.argmin()]
+        for block, wanted in zip(small.blocks, kept, strict=True):
+            assert all(torch.equal(p, q) for p, q in zip(block.parameters(), wanted.parameters(), strict=True))
+
+
+def test_something_is_always_left():
+    net = random_net("qwen3")
+    sizes = {"shortgpt": "depth", "llm-pruner": "ffn_width", "flap": "ffn_width", "slicegpt": "width"}
+    for method, name in sizes.items():
+        small, _ = applied(net, method, "--sparsity", 0.999)
+        assert getattr(small.config, name) == (8 if name == "width" else 1)
+        assert small(ids(2, 9)).isfinite().all()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rotating_the_stream_changes_nothing(family):
     net = random_net(family)
@@ -676,6 +697,7 @@ def test_kd_by_hand():
             if row.completion_mask[t]:
                 wanted += sum(a * math.log(a / b) for a, b in zip(p[t - 1].tolist(), q[t - 1].tolist(), strict=True))
     assert loss.item() == pytest.approx(wanted)
+    assert prune.kd_loss(net, teacher, collate([rows[:2], rows[2:]], CPU)).item() == pytest.approx(wanted)  # packed
     loss.backward()
     assert all(p.grad is None for p in teacher.parameters()) and net.embed.weight.grad.abs().sum() > 0
     assert prune.kd_loss(teacher, teacher, batch).item() == pytest.approx(0.0, abs=1e-9)
@@ -873,6 +895,24 @@ def test_a_narrow_checkpoint_stays_narrow(checkpoint, data, tmp_path):
     assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
     assert result["metrics"]["sparsity"]["after"] == 0.5
     assert result["metrics"]["MB"]["after"] == pytest.approx(sum(t.nbytes for t in tensors) / 1e6)
+    assert result["metrics"]["MB"]["before"] == result["metrics"]["MB"]["after"]
+
+
+def test_a_narrow_checkpoint_is_measured_as_the_dense_one_was(checkpoint, data, tmp_path, monkeypatch):
+    """The numbers that were written, in fp32; what is timed has the type of the checkpoint."""
+    model, tokenizer = load(checkpoint)
+    save(model.bfloat16(), tokenizer, tmp_path / "narrow")
+    measured, speeds, seen, timed = prune.measured, prune.speeds, [], []
+    monkeypatch.setattr(prune, "measured", lambda m, *x: seen.append({p.dtype for p in m.parameters()}) or
+                        measured(m, *x))  # fmt: skip
+    monkeypatch.setattr(prune, "speeds", lambda models, *x: timed.append([m.embed.weight.dtype for m in models]) or
+                        speeds(models, *x))  # fmt: skip
+    args = args_for(tmp_path / "narrow", data, tmp_path / "out", "--method", "wanda")
+    result = prune.main(args)
+    assert seen == [{torch.float32}] * 3 and timed == [[torch.bfloat16] * 2]
+    loop = Loop(args_for(checkpoint, data, tmp_path / "other"), "prune")
+    written = measured(load(tmp_path / "out")[0], tokenizer, prune.examples(args, tokenizer, loop)[2], args, loop)
+    assert sum(written["bits per byte"]) / len(ROWS) == pytest.approx(result["after"], rel=1e-6)
 
 
 def test_rows_of_the_world_are_a_third_of_each_kind():
@@ -884,6 +924,9 @@ def test_rows_of_the_world_are_a_third_of_each_kind():
     assert all(text.startswith("Weather:") for text in texts[2::3])
     others = {tokenizer.decode(row.input_ids) for row in prune.world_rows(8, 1, tokenizer)}
     assert len(others | set(texts)) == 18
+    trained = [chat.render(row["messages"], tokenizer) for row in world.sft_rows(8, 0)]  # by sft.py
+    trained += [sft.document(text, tokenizer) for text in world.base_documents(8, 0)]
+    assert not {tokenizer.decode(row.input_ids) for row in trained} & set(texts)
 
 
 def test_reports_that_are_measured_are_not_those_of_the_training(tmp_path):
@@ -893,6 +936,56 @@ def test_reports_that_are_measured_are_not_those_of_the_training(tmp_path):
     trained = {tuple(row.input_ids) for row in (*some, *rows)}
     assert not trained & {tuple(row.input_ids) for row in test["rows"]}
     assert len(test["questions"]) == 20 * len(world.TEST_PARTS)
+
+
+def test_some_rows_of_a_file_are_calibrated_on(checkpoint, data, tmp_path):
+    """--rows of them; recovery has all."""
+    args = args_for(checkpoint, data, tmp_path / "out", "--rows", 3)
+    some, rows, test = prune.examples(args, tiny(), Loop(args, "prune"))
+    assert len(some) == 3 and len(rows) == len(test["rows"]) == len(ROWS) and all(row in rows for row in some)
+    args.seed = 1
+    assert prune.examples(args, tiny(), Loop(args, "prune"))[0] != some
+
+
+def test_recovery_of_the_dense_model_is_a_baseline(checkpoint, tmp_path, monkeypatch):
+    """From the committed table, where the run is that of the table: --recover lora of the tiny model."""
+    table = tmp_path / "results" / "tables" / "prune.json"
+    table.parent.mkdir(parents=True)
+    rows = [{"method": name, "bits per byte": {"mean": x}, "exact match": {"mean": 2 * x}}
+            for name, x in (("SFT", 0.125), ("dense", 0.25), ("wanda", 0.5))]  # fmt: skip
+    table.write_text(json.dumps({"rows": rows}))
+    monkeypatch.setattr(prune, "ROOT", tmp_path)
+    monkeypatch.setattr(Loop, "require", lambda self, stage: checkpoint)
+    monkeypatch.setattr(prune.world, "sft_test", lambda n: [
+        world.exchange("first", world.rng_for("some", i), "test") for i in range(3)])  # fmt: skip
+    argv = ["--out", tmp_path / "out", "--device", "cpu", "--max-length", 64, "--steps", 0, "--rows", 9, "--batch-size",
+            4, "--max-new-tokens", 4, "--method", "shortgpt", "--sparsity", 0.5]  # fmt: skip
+    said = prune.main(prune.get_args(list(map(str, argv))))["baselines"]
+    words = "of the dense model after the same training (stored, of another run)"
+    assert (said[f"bits per byte {words}"], said[f"exact match {words}"]) == (0.25, 0.5) and len(said) == 3
+    for more in (["--recover", "kd"], ["--recover", "none"], ["--model", "x"], ["--data", "x"], ["--method", "dense"]):
+        assert prune.stored(prune.get_args(more)) == {}
+
+
+def test_rows_are_no_longer_than_the_model_reads(checkpoint, data, tmp_path):
+    with pytest.raises(UserError, match="--max-length 97: the model reads at most 96 tokens"):
+        prune.main(args_for(checkpoint, data, tmp_path / "out", "--max-length", 97))
+
+
+def test_the_chat_format_holds_for_all_that_a_run_renders(checkpoint, data, tmp_path, monkeypatch):
+    class Stop(Exception): ...
+
+    seen = []
+
+    def look(args: Namespace, tokenizer, loop: Loop) -> None:
+        seen.append(tokenizer.decode(chat.render([{"role": "user", "content": "Hello"}], tokenizer).input_ids))
+        raise Stop
+
+    monkeypatch.setattr(prune, "examples", look)
+    for more in ((), ("--chat-format", "qwen2")):
+        with pytest.raises(Stop):
+            prune.main(args_for(checkpoint, data, tmp_path / "out", *more))
+    assert ["system" in text for text in seen] == [False, True]
 
 
 def test_a_run_is_measured_before_after_and_in_between(checkpoint, data, tmp_path, monkeypatch):
@@ -1022,6 +1115,9 @@ def test_the_table_runs_every_row(tmp_path, monkeypatch):
     assert [row["method"] for row in table] == ["SFT", *prune.TABLE]
     assert seen == [(name, seed) for name in prune.TABLE for seed in range(1 + (name in prune.MAIN_METHODS))]
     assert METHODS.keys() == {text.split()[0] for text in prune.TABLE}
+    lines = variants_table(tmp_path / "t" / "table.json").splitlines()  # as in the README
+    assert lines[0] == "| method | seeds | " + " | ".join((*prune.COLUMNS, "seconds")) + " |"
+    assert len(lines) == 3 + len(prune.TABLE)
 
 
 @pytest.mark.slow

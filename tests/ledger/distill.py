@@ -10,11 +10,13 @@ PADS = "test_padding_and_neighbours_change_nothing"
 NOTHING = "test_the_teacher_takes_no_gradient_and_a_student_that_is_its_teacher_learns_nothing"
 HIDDEN = "test_hidden_states_are_matched_through_the_projection"
 LATER = "test_later_tokens_by_hand"
+TOKENWISE = "test_minillm_takes_texts_of_the_data_token_by_token"
 MINILLM = "test_minillm_is_the_gradient_of_the_kl_of_whole_texts"
 SEVERAL = "test_several_teachers_and_the_one_that_expects_the_text"
 PADDED = "test_padding_of_a_head_takes_no_part"
 ROWS = "test_what_is_learned_from"
 WORLD = "test_rows_of_the_world_are_apart_from_the_test"
+CUT = "test_no_model_goes_on_from_the_middle_of_a_question"
 LONG = "test_long_rows"
 BATCH = "test_a_batch_is_padded_on_the_right"
 GO_ON = "test_texts_go_on_from_their_prompts"
@@ -33,6 +35,7 @@ RANKS = "test_two_ranks_equal_one"
 RESUME = "test_resuming_is_exact"
 TOP = "test_all_probabilities_stored_teach_like_the_teacher"
 CLIPPED = "test_gradients_are_clipped"
+STUDENT = "test_the_default_student_is_an_eighth_of_the_tiny_teacher"
 GAP = "test_the_gap_is_the_way_from_hard_labels_to_the_teacher"
 SAYS = "test_the_default_run_says_what_was_closed"
 SEQUENCE = "test_sequence_learns_from_texts_of_the_teacher"
@@ -82,7 +85,8 @@ ROWS_OF_BUGS = [
         "best = logps.sum((0, 1)).argmax(-1).expand(len(logps))",
         SEVERAL,
     ),
-    ("--fusion is not looked at", 'fused(logps) if args.fusion == "min_ce" else None', "None", SEVERAL),
+    ("--fusion is not looked at", 'or args.fusion == "mean"):', "or True):", SEVERAL),
+    ("a vocabulary pass for nothing", '(len(teachers) == 1 or args.fusion == "mean")', "len(teachers) == 1", SEVERAL),
     ("prompts choose the teacher", "IGNORED)\n    logps = torch.stack", "0)\n    logps = torch.stack", SEVERAL),
     (
         "minillm: teachers are their sum",
@@ -112,6 +116,7 @@ ROWS_OF_BUGS = [
         "    if False:\n        logps",
         MINILLM,
     ),
+    ("minillm: its long part at full weight", "(1 - alpha) * later_tokens(", "later_tokens(", TOKENWISE),
     ("later: sign", "return -(after /", "return (after /", (LATER, MINILLM)),
     (
         "later: the token itself counts",
@@ -138,21 +143,10 @@ ROWS_OF_BUGS = [
         "minillm: texts of the data as if sampled",
         '    if args.loss == "minillm":\n',
         '    if args.loss == "minillm":\n        batch = batch._replace(own=mask)\n',
-        "test_minillm_takes_texts_of_the_data_token_by_token",
+        TOKENWISE,
     ),
     # data
-    (
-        "the first token of a text is learned",
-        "[0] + [1] * (len(ids) - 1), min(n_prompt",
-        "[1] * len(ids), min(n_prompt",
-        ROWS,
-    ),
-    (
-        "a text without its end",
-        "*tokenizer.encode(text), tokenizer.eos_ids[0]]\n    return Example",
-        "*tokenizer.encode(text)]\n    return Example",
-        ROWS,
-    ),
+    ("a text is all prompt", "min(n_prompt, len(row.input_ids) - 1), {", "n_prompt, {", ROWS),
     (
         "only the last turn is written from the first",
         "chat.prompt_ids(messages[:-1], tokenizer",
@@ -182,6 +176,27 @@ ROWS_OF_BUGS = [
     ),
     ("long rows are let through", "if len(e.input_ids) > args.max_length:", "if False:", LONG),
     ("a cut row keeps its end", "(x[: args.max_length] for x in", "(x[-args.max_length :] for x in", LONG),
+    (
+        "the prompt of a cut row is beyond it",
+        "n_prompt=min(e.n_prompt, args.max_length - 1))",
+        "n_prompt=e.n_prompt)",
+        CUT,
+    ),
+    (
+        "a model goes on from the middle of a question",
+        'if done == "cut" and written and e.n_prompt >= args.max_length:',
+        "if False:",
+        CUT,
+    ),
+    (
+        "one token that may be written is none",
+        "written and e.n_prompt >= args",
+        "written and e.n_prompt >= -1 + args",
+        CUT,
+    ),
+    ("own texts may begin anywhere", '(args.on_policy or args.loss == "sequence")', 'args.loss == "sequence"', CUT),
+    ("the teacher's texts may begin anywhere", '(args.on_policy or args.loss == "sequence")', "args.on_policy", CUT),
+    ("held-out rows depend on --loss", 'what == "rows" and (args.on_policy', "(args.on_policy", CUT),
     ("rows with nothing to learn", "if any(e.completion_mask):", "if True:", LONG),
     ("padding is learned", "= torch.tensor(e.completion_mask)", "= 1", BATCH),
     (
@@ -223,8 +238,40 @@ ROWS_OF_BUGS = [
         RIGHT,
     ),
     ("the most probable text is sampled", "0.0 if args.samples == 1 else 1.0", "1.0", WRITES),
-    ("the same text many times", "list({tuple(e.input_ids): e for e in some}.values())", "list(some)", WRITES),
-    ("nothing is checked", "    if args.check:\n        kept", "    if False:\n        kept", WRITES),
+    ("the same text many times", "{tuple(e.input_ids): e for e in some}.values()]", "some]", WRITES),
+    ("nothing is checked", "    if args.check:\n        n, texts", "    if False:\n        n, texts", WRITES),
+    ("a rule does not see the prompt", "rule(asked, chat", 'rule("", chat', RIGHT),
+    ("a rule sees the system's words", '"answer")[-2]["content"]', '"answer")[0]["content"]', RIGHT),
+    (
+        "padding of a head is said",
+        "temperature=temperature, vocab_size=tokenizer.vocab_size,",
+        "temperature=temperature,",
+        GO_ON,
+    ),
+    (
+        "what is stored is that of all teachers",
+        "temperature=args.temperature, mixture=said.mixture)",
+        "temperature=args.temperature)",
+        STORED,
+    ),
+    (
+        "the texts of all steps have one seed",
+        '("student", args.seed, step, loop.rank)',
+        '("student", args.seed, loop.rank)',
+        SHARE,
+    ),
+    (
+        "the texts of all runs have one seed",
+        '("student", args.seed, step, loop.rank)',
+        '("student", step, loop.rank)',
+        SHARE,
+    ),
+    (
+        "the texts of all ranks have one seed",
+        '("student", args.seed, step, loop.rank)',
+        '("student", args.seed, step)',
+        SHARE,
+    ),
     (
         "what is stored has another temperature",
         "args.top_k, temperature=args.temperature, mixture",
@@ -290,7 +337,7 @@ ROWS_OF_BUGS = [
         "a student of a fifth",
         'cli.add_argument("--width", type=COUNT, default=64',
         'cli.add_argument("--width", type=COUNT, default=96',
-        "test_the_default_student_is_an_eighth_of_the_tiny_teacher",
+        STUDENT,
     ),
     # the run
     (
@@ -300,6 +347,24 @@ ROWS_OF_BUGS = [
         (LOOP, SPLIT),
     ),
     ("S2: divided once more", "/ n_tokens).backward()", "/ n_tokens / len(batches)).backward()", LOOP),
+    ("no weight decays", "args.lr, args.weight_decay)", "args.lr, 0.0)", LOOP),
+    ("the schedule is not followed", "set_lr(optimizer, args, step, total)", "set_lr(optimizer, args, 1, total)", LOOP),
+    (
+        "the schedule has --steps of its own",
+        "set_lr(optimizer, args, step, total)",
+        "set_lr(optimizer, args, step, 5)",
+        LOOP,
+    ),
+    ("--epochs is not looked at", "math.ceil(args.epochs * len(rows) / args.batch_size)", "1", LOOP),
+    ("an epoch is rounded down", "math.ceil(args.epochs * len", "math.floor(args.epochs * len", LOOP),
+    ("--eval-every does nothing", 'if args.eval_every and loop.due("eval", step)', "if False", LOOP),
+    ("the worst teacher", "best(map(statistics.fmean, found))", "max(map(statistics.fmean, found))", FROZEN),
+    (
+        "the teacher is measured on one row",
+        "evaluate(teacher, (), tokenizer, test, n_words",
+        "evaluate(teacher, (), tokenizer, test[:1], n_words",
+        FROZEN,
+    ),
     ("the logged loss is that of the last micro-batch", "sums.get(name, 0.0) + term.detach()", "term.detach()", LOOP),
     ("no step is taken", "        optimizer.step()\n", "", LOOP),
     ("gradients of the steps before", "        optimizer.zero_grad()\n", "", LOOP),
@@ -343,8 +408,20 @@ ROWS_OF_BUGS = [
         '"hard": (None, {"lr": (3e-3, 1e-5),',
         SAYS,
     ),
+    ("nothing is less than nothing", "(teacher - hard) + 0.0", "(teacher - hard)", GAP),
     ("the gap from nothing", "(value - hard) / (teacher - hard)", "value / teacher", GAP),
     # several runs
+    ("strong and weak are on different machines", "load(home / name, device=loop.device,", "load(home / name,", WEAK),
+    ("the weak one is measured three times", "load(home / name, device", 'load(home / "weak", device', WEAK),
+    (
+        "measured on what was learned",
+        "rows = examples(one, tokenizer, loop)[1]",
+        "rows = examples(one, tokenizer, loop)[0]",
+        WEAK,
+    ),
+    ("three runs cannot be resumed", '{"out": home, "resume": False}', '{"out": home}', WEAK),
+    ("a run that never began is resumed", 'args.resume and (home / name / "checkpoint").exists()', "args.resume", WEAK),
+    ("three runs begin anew", 'args.resume and (home / name / "checkpoint").exists()', "False", WEAK),
     ("the strong one sees the truth", '"strong": {"loss": "sequence"', '"strong": {"loss": "hard"', WEAK),
     (
         "weak and strong see the same rows",
@@ -386,7 +463,26 @@ ROWS_OF_BUGS = [
         FLAGS,
     ),
     ("a rule that is not known", "    if args.check:\n        checkers", "    if False:\n        checkers", FLAGS),
-    ("a table of a file", 'if args.loss == "all" and args.data:', "if False:", FLAGS),
+    ("a table of a file", '(args.data or args.task != "weather" or ","', '(args.task != "weather" or ","', FLAGS),
+    ("a table of another task", '(args.data or args.task != "weather" or ","', '(args.data or ","', FLAGS),
+    ("a table of two teachers", ' or "," in (args.teacher or "")):', "):", FLAGS),
+    ("weak and strong of a file", "args.weak_to_strong and (args.data or", "args.weak_to_strong and (", FLAGS),
+    ("weak and strong are given", "(args.data or args.model or args.teacher):", "args.data:", FLAGS),
+    ("one of several teachers writes", '((args.hidden or name == "sequence") and', "(args.hidden and", FLAGS),
+    (
+        "the states of one of several teachers",
+        '((args.hidden or name == "sequence") and',
+        '(name == "sequence" and',
+        FLAGS,
+    ),
+    ("hard labels without a vocabulary", " or not (args.data and args.model)", " or not args.data", FILE),
+    ("a student that cannot read --max-length", "max(512, args.max_length))", "512)", STUDENT),
+    (
+        "the mass of a narrow teacher",
+        "    with loop.autocast():\n        hidden = teachers[0]",
+        "    if True:\n        hidden = teachers[0]",
+        WIDE,
+    ),
     ("any teacher for a file", "    if args.data and not args.teacher:\n", "    if False:\n", FILE),
     ("more probabilities than tokens", "if args.top_k > n_words:", "if False:", FILE),
 ]

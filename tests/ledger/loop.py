@@ -520,8 +520,20 @@ MUTANTS = [
         ),
         (
             "an adapter may overwrite its base",
-            "for name in (\"model\", \"adapter\"))):",
-            "for name in (\"adapter\",))):",
+            "for name in (\"model\", \"adapter\")]",
+            "for name in (\"adapter\",)]",
+            "test_a_run_does_not_overwrite_what_it_starts_from",
+        ),
+        (
+            "a student may overwrite its teacher",
+            "starts + (getattr(args, \"teacher\", None) or \"\").split(\",\")",
+            "starts",
+            "test_a_run_does_not_overwrite_what_it_starts_from",
+        ),
+        (
+            "a student may overwrite its second teacher",
+            "(getattr(args, \"teacher\", None) or \"\").split(\",\")",
+            "[getattr(args, \"teacher\", None)]",
             "test_a_run_does_not_overwrite_what_it_starts_from",
         ),
         (

@@ -43,10 +43,14 @@ ENTROPY = "test_the_code_length_of_a_report_is_that_of_its_chain"
 SIZES = "test_sizes_by_hand"
 SPEED = "test_speed_is_tokens_over_the_median_second"
 NARROW = "test_a_narrow_checkpoint_stays_narrow"
+ALIKE = "test_a_narrow_checkpoint_is_measured_as_the_dense_one_was"
 KINDS = "test_rows_of_the_world_are_a_third_of_each_kind"
 APART = "test_reports_that_are_measured_are_not_those_of_the_training"
 WHOLE = "test_a_run_is_measured_before_after_and_in_between"
 FLAGS = "test_flags_that_do_not_fit_are_refused"
+LEFT = "test_something_is_always_left"
+SOME = "test_some_rows_of_a_file_are_calibrated_on"
+STORED = "test_recovery_of_the_dense_model_is_a_baseline"
 PATTERNS = "test_patterns_that_are_none_are_refused"
 BRINGS = "test_a_method_brings_its_flags"
 TABLE = "test_the_table_runs_every_row"
@@ -166,6 +170,12 @@ IN_PRUNE = [
      "kept = scores.topk(n).indices.sort(descending=True).values.tolist()", LAYERS),
     ("the first layers are kept", "name, p in model.blocks[old].named_parameters()",
      "name, p in model.blocks[new].named_parameters()", LAYERS),
+    ("chance is not looked at", '    if args.score == "random":\n        scores', "    if False:\n        scores",
+     "test_layers_may_be_left_out_by_chance"),
+    ("no layer is left", "model.config, max(1, round((1 - args.sparsity)",
+     "model.config, max(0, round((1 - args.sparsity)", LEFT),
+    ("no channel is left", "m = max(1, round((1 - of_channels)", "m = max(0, round((1 - of_channels)", LEFT),
+    ("no direction is left", "width = max(8, round(", "width = max(0, round(", LEFT),
     # SliceGPT
     ("gains are not moved into matrices", "(wide(linear.weight) * wide(norm.weight) @ q)", "(wide(linear.weight) @ q)",
      ROTATED),
@@ -220,14 +230,16 @@ IN_PRUNE = [
     ("zeros learn under kd", "lambda grad, mask=mask: grad * mask)", "lambda grad, mask=mask: grad)", (GRADIENT, ZERO)),
     ("all masks are the last one", "lambda grad, mask=mask: grad * mask", "lambda grad: grad * mask", GRADIENT),
     ("weights decay under kd", "adamw(model, args.lr, 0.0)", "adamw(model, args.lr, 0.1)", LOOP),
-    ("K1: KL(pruned, dense)", "F.kl_div(q.log_softmax(-1), p.log_softmax(-1),",
-     "F.kl_div(p.log_softmax(-1), q.log_softmax(-1),", KD),
-    ("K2: divided by the vocabulary", 'reduction="sum", log_target=True)', 'reduction="mean", log_target=True)', KD),
-    ("K4: prompt and padding count", "wanted = batch.completion_mask.bool()",
-     "wanted = torch.ones_like(batch.completion_mask).bool()", KD),
-    ("K5: teacher and teacher", "q = model.head(model.hidden_before(", "q = model.head(teacher.hidden_before(", KD),
-    ("K8: the teacher learns", "    with torch.no_grad():\n        p = teacher", "    if True:\n        p = teacher",
-     KD),
+    ("K1: KL(pruned, dense)", 'kind="forward_kl", skew=0.0,', 'kind="reverse_kl", skew=0.0,', KD),
+    ("K2: at temperature 2", "temperature=1.0)", "temperature=2.0)", KD),
+    ("K4: prompt and padding count", "[said], batch.completion_mask,", "[said], batch.completion_mask * 0 + 1,", KD),
+    ("K5: teacher and teacher", " hidden = model.hidden_before(batch", " hidden = teacher.hidden_before(batch", KD),
+    ("K5: the teacher is the model", "said = teacher.hidden_before(", "said = model.hidden_before(", KD),
+    ("K5: the teacher has the model's head", "documents=batch.documents), teacher.head.weight",
+     "documents=batch.documents), model.head.weight", KD),
+    ("documents see each other under kd",
+     " hidden = model.hidden_before(batch.input_ids, documents=batch.documents)\n    return linear",
+     " hidden = model.hidden_before(batch.input_ids)\n    return linear", KD),
     ("kd from the pruned model itself", "kd_loss(model, dense, batch)", "kd_loss(model, model, batch)", LOOP),
     ("kd learns the text", 'if args.recover == "kd" else sft_loss', 'if args.recover == "none" else sft_loss', LOOP),
     ("lora learns from the dense model", 'if args.recover == "kd" else sft_loss', "if True else sft_loss", TEXT),
@@ -240,13 +252,9 @@ IN_PRUNE = [
     ("what was trained is not merged", 'if total and args.recover == "lora":\n        merge(model)',
      'if False:\n        merge(model)', ZERO),
     # data and measurement
-    ("Q17: bits per token", "len(tokenizer.decode(ids, skip_special=True).encode())", "len(ids)", BITS),
-    ("Q17: the bytes of the prompt count", "zip(row.input_ids, row.completion_mask, strict=True) if counts]",
-     "zip(row.input_ids, row.completion_mask, strict=True)]", BITS),
-    ("Q17: special tokens have bytes", "decode(ids, skip_special=True)", "decode(ids)", BITS),
     ("nats", "nats / math.log(2) / mean_bytes", "nats / mean_bytes", BITS),
-    ("the mean of the rows' own rates", "statistics.fmean(n_bytes(row, tokenizer) for row in test[\"rows\"])",
-     "statistics.median(n_bytes(row, tokenizer) for row in test[\"rows\"])", BITS),
+    ("the mean of the rows' own rates", "statistics.fmean(n_bytes_of(row, tokenizer) for row in test[\"rows\"])",
+     "statistics.median(n_bytes_of(row, tokenizer) for row in test[\"rows\"])", BITS),
     ("the first two days are free", "bits = math.log2(len(world.WEATHER)) + math.log2(len(world.WEATHER) - 1)",
      "bits = 0.0", ENTROPY),
     ("the chain runs backwards", "world.WEATHER_CHAIN[before, yesterday]", "world.WEATHER_CHAIN[yesterday, before]",
@@ -262,10 +270,24 @@ IN_PRUNE = [
     ("one model after the other",
      "    for _ in range(8):\n        for model, times in zip(models, found, strict=True):\n",
      "    for model, times in zip(models, found, strict=True):\n        for _ in range(8):\n", SPEED),
-    ("what is written is fp32", "        one.to(stored_dtype(start))\n", "        one.float()\n", NARROW),
+    ("what is written is fp32", "model=model.to(dtype), tokenizer", "model=model.float(), tokenizer", NARROW),
+    ("after is measured in less than before", "measured(model.float(), tokenizer", "measured(model, tokenizer", ALIKE),
+    ("after is what was not yet rounded", "model=model.to(dtype), tokenizer=tokenizer)",
+     "model=copy.deepcopy(model).to(dtype), tokenizer=tokenizer)", ALIKE),
+    ("what is timed is fp32", "(dense.to(dtype), model.to(dtype))", "(dense, model)", ALIKE),
     ("one kind is twice as frequent", "for i in range(n // 3 + 1):\n", "for i in range(n // 3 + 2):\n", KINDS),
     ("always the same rows", "world.sft_rows(n, 1_000_000 + seed), world.base_documents(n, 1_000_000 + seed)",
      "world.sft_rows(n, 0), world.base_documents(n, 0)", KINDS),
+    ("rows that sft.py has seen", "world.sft_rows(n, 1_000_000 + seed), world.base_documents(n, 1_000_000 + seed)",
+     "world.sft_rows(n, seed), world.base_documents(n, seed)", KINDS),
+    ("documents that sft.py has seen", "world.base_documents(n, 1_000_000 + seed)", "world.base_documents(n, seed)",
+     KINDS),
+    ("all rows of a file are calibrated on", "sample(rows, min(args.rows, len(rows)))", "sample(rows, len(rows))",
+     SOME),
+    ("always the same rows of a file", "random.Random(args.seed).sample", "random.Random(0).sample", SOME),
+    ("the dense model is not trained alike", "    baselines = stored(args)\n", "    baselines = {}\n", STORED),
+    ("the dense model before any training", 'rows["dense"][name]["mean"]', 'rows["SFT"][name]["mean"]', STORED),
+    ("a baseline of another training", ' or args.recover != "lora" or', " or", STORED),
     ("what is measured was trained on", 'world.rng_for("test weather", i)', 'world.rng_for("prune weather", 0, i)',
      APART),
     ("before is the pruned one", "before |= {f\"pruned: {name}\": before[name] for name in pruned}",
@@ -276,6 +298,10 @@ IN_PRUNE = [
      "test_an_interrupted_run_leaves_nothing"),
     ("outliers are not planted", "        plant(dense, args.plant, args.seed)\n", "        pass\n",
      "test_planted_outliers_leave_the_dense_model_as_it_is"),
+    ("rows may be longer than the model reads", "    loop.check_length(dense)\n", "",
+     "test_rows_are_no_longer_than_the_model_reads"),
+    ("--chat-format is not looked at", "    if args.chat_format:\n", "    if False:\n",
+     "test_the_chat_format_holds_for_all_that_a_run_renders"),
     ("a quantized model is taken", "if dense.config.ranks or dense.config.quantization:", "if dense.config.ranks:",
      "test_a_quantized_model_is_refused"),
     # flags
@@ -315,6 +341,10 @@ ELSEWHERE = [
      "if not isinstance(ranks, dict):", "test_ranks_that_are_none_are_refused"),
     ("model.py", "ranks of 0", "config.ffn_width, config.max_length, *ranks.values())",
      "config.ffn_width, config.max_length)", "test_ranks_that_are_none_are_refused"),
+    ("distill.py", "Q17: bits per token", "len(tokenizer.decode(ids, skip_special=True).encode())", "len(ids)", BITS),
+    ("distill.py", "Q17: the bytes of the prompt count", "zip(e.input_ids, e.completion_mask, strict=True) if trained]",
+     "zip(e.input_ids, e.completion_mask, strict=True)]", BITS),
+    ("distill.py", "Q17: special tokens have bytes", "decode(ids, skip_special=True)", "decode(ids)", BITS),
     ("quantize.py", "the mean is that of the sizes", "self.sum = self.sum + x.sum(0)",
      "self.sum = self.sum + x.abs().sum(0)",
      FLAP),
