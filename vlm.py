@@ -408,9 +408,9 @@ def top1(pairs: Tensor, same: Tensor) -> Tensor:
 
 
 STAGES = {  # steps of the default run; rate of (the tiny model, a --model of your own); what it trains
-    "contrast": {"steps": 500, "lr": (2e-3, 5e-4), "trains": ("encoder", "contrast")},
+    "contrast": {"steps": 800, "lr": (2e-3, 5e-4), "trains": ("encoder", "contrast")},
     "align": {"steps": 60, "lr": (1e-3, 3e-4), "trains": ("connector",)},
-    "instruct": {"steps": 600, "lr": (1e-3, 2e-5), "trains": ("connector", "model")},
+    "instruct": {"steps": 500, "lr": (1.5e-3, 2e-5), "trains": ("connector", "model")},
     "prefer": {"steps": 30, "lr": (1e-4, 5e-7), "trains": ("connector", "model")},
 }
 
@@ -547,14 +547,14 @@ def world_data(vlm: VLM, tokenizer: Tokenizer, args: Namespace) -> Data:
     n = min(args.pictures, max(1, args.steps) * args.batch_size)
     made = [pictures.example(args.seed, i) for i in tqdm(range(n), "drawing", disable=None, leave=False)]
 
-    def row(question: str, answer: str, e: pictures.Example, captions: Sequence[str] = ()) -> Row:
-        messages, slots = conversation([(question, answer)]), vlm.connector.slots
-        return encode(messages, [e.picture], tokenizer, slots, args.chat_format, captions=captions)
+    def row(turns: Sequence[tuple[str, str]], e: pictures.Example, captions: Sequence[str] = ()) -> Row:
+        slots = vlm.connector.slots
+        return encode(conversation(turns), [e.picture], tokenizer, slots, args.chat_format, captions=captions)
 
     captions = [[pictures.describe(e.things), *pictures.nearly(e.things, f"{args.seed} {i}")]
                 for i, e in enumerate(made)]  # fmt: skip
-    described = [row(pictures.DESCRIBE, said[0], e, said) for e, said in zip(made, captions, strict=True)]
-    asked = [described[i] if i % 2 else row(e.question, e.answer, e) for i, e in enumerate(made)]
+    described = [row([(pictures.DESCRIBE, said[0])], e, said) for e, said in zip(made, captions, strict=True)]
+    asked = [row(pictures.turns(e, f"{args.seed} {i}"), e) if i % 4 else described[i] for i, e in enumerate(made)]
     texts = world.sft_rows(round(n * args.replay / (1 - args.replay)), 10**6 + args.seed)
     asked += [Row(*chat.render(text["messages"], tokenizer, chat_format=args.chat_format)) for text in texts]
     scenes = [pictures.example(f"prefer {args.seed}", i) for i in range(plan.get("prefer", 0) * args.batch_size)]

@@ -238,6 +238,24 @@ def example(seed: object, i: int) -> Example:
     return Example(draw(things, rng.getrandbits(32)), things, ask(kind, cell), answer, kind)
 
 
+def turns(e: Example, seed: object) -> list[tuple[str, str]]:
+    """Questions about the picture of `e` with their answers, its own among them, for one conversation.
+
+    A question tells what it names, so that the order is what keeps the eyes on the picture: after "Is there a red
+    circle?" come others of the kind, of which at most one is answered by yes; before what names the shape, half of the
+    time, the question for the shape.
+    """
+    rng, t, own = world.rng_for("turns", seed), e.things[0], (e.question, e.answer)
+    if e.kind == "existence":
+        wrong = [cells_for(rng, "existence", (t.colour, t.shape), "no")[0] for _ in range(4)]
+        more = [(ask("existence", cell), "no") for cell in wrong] + [(ask("existence", (t.colour, t.shape)), "yes")]
+        more = [pair for pair in dict.fromkeys(more) if pair != own]
+        return [own, *rng.sample(more, len(more))]
+    if e.kind in ("colour", "size", "position", "count") and rng.random() < 0.5:
+        return [(ask("shape", (t.colour, t.shape)), t.shape), own]
+    return [own]
+
+
 REPEATS = {"colour": 30, "shape": 36, "size": 64, "count": 8, "existence": 14, "position": 32, "digit": 50}
 
 

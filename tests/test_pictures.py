@@ -19,7 +19,7 @@ EXAM = {kind: exam(kind) for kind in KINDS}
 
 
 def truth(question: str, things: list[Thing]) -> str:
-    """The answer, found anew from the things in the picture; "" where the question has none or several."""
+    """The answer, found anew from the things in the picture; "" where the question has none, or several that differ."""
     words = question.rstrip("?").split()
     plain = [t for t in things if not t.shape.isdigit()]
     if question.startswith("What colour"):
@@ -39,7 +39,7 @@ def truth(question: str, things: list[Thing]) -> str:
         dx, dy = t.x - 24, t.y - 24
         assert min(abs(dx), abs(dy)) < 0.7 * max(abs(dx), abs(dy)) and max(abs(dx), abs(dy)) > 5, "not clearly so"
         found = [max((-dx, "left"), (dx, "right"), (-dy, "top"), (dy, "bottom"))[1]] * (t.shape == words[-1])
-    return found[0] if len(found) == 1 else ""
+    return found[0] if len({*found}) == 1 else ""
 
 
 @pytest.mark.parametrize("rows", [TRAIN, [e for rows in EXAM.values() for e in rows]], ids=["train", "exam"])
@@ -119,6 +119,27 @@ def test_no_is_asked_near_and_far():
             near[t.colour == colour, t.shape == shape] += 1
     assert near.keys() == {(True, False), (False, True), (False, False)}
     assert 0.35 < near[False, False] / sum(near.values()) < 0.65 and min(near.values()) > 10
+
+
+def test_turns_are_true_and_keep_the_eyes_on_the_picture():
+    """The question of the row is among them; what is asked before it tells nothing of its answer."""
+    kinds, firsts = defaultdict(list), Counter()
+    for i, e in enumerate(TRAIN):
+        turns = pictures.turns(e, i)
+        kinds[e.kind].append(len(turns))
+        assert all(truth(question, e.things) == answer for question, answer in turns)
+        assert (e.question, e.answer) in turns and len({question for question, _ in turns}) == len(turns)
+        if e.kind == "existence":
+            firsts[turns[0][1]] += 1
+            assert [answer for _, answer in turns].count("yes") == 1
+            asked = {tuple(question.rstrip("?").split()[3:]) for question, _ in turns}
+            assert asked <= {*SEEN}
+        elif len(turns) == 2:
+            assert turns[0][0].startswith("What shape") and e.kind not in ("shape", "digit")
+    assert turns == pictures.turns(e, i) and max(kinds["existence"]) == 6
+    assert abs(firsts["yes"] - firsts["no"]) < 60
+    assert all(0.3 < kinds[kind].count(2) / len(kinds[kind]) < 0.7 for kind in ("colour", "size", "count", "position"))
+    assert {*kinds["shape"], *kinds["digit"]} == {1}
 
 
 def test_exams_and_training_share_no_picture():

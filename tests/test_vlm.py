@@ -1145,7 +1145,10 @@ def test_what_is_measured_is_not_trained_on(start):
     assert not {(t.colour, t.shape) for e in trained for t in e.things} & {*pictures.UNSEEN}
     asked = [row for row in data.asked if row.pictures]
     questions = [tiny().decode(row.input_ids) for row in asked]
-    assert len(asked) == 44 and sum(pictures.DESCRIBE in q for q in questions) == 22
+    assert len(asked) == 44 and sum(pictures.DESCRIBE in q for q in questions) == 11
+    for i, (words, e) in enumerate(zip(questions, trained, strict=False)):
+        turns = pictures.turns(e, f"{args.seed} {i}") if i % 4 else [(pictures.DESCRIBE, pictures.describe(e.things))]
+        assert all(f"{question}" in words and answer in words for question, answer in turns)
     assert len(data.asked) == 88, "half of the rows are conversations without pictures"
     texts = {tuple(row.input_ids) for row in data.asked if not row.pictures}
     of_sft = {tuple(chat.render(row["messages"], tiny()).input_ids) for row in world.sft_rows(44, args.seed)}

@@ -41,6 +41,7 @@ ANSWERS = "test_the_language_model_answers_about_a_file"
 ROWS = "test_rows_of_files"
 BAD = "test_bad_rows_are_refused"
 PLAN = "test_default_plan_and_rates"
+TURNS = "test_turns_are_true_and_keep_the_eyes_on_the_picture"
 HELD_OUT = "test_what_is_measured_is_not_trained_on"
 
 IN_VLM = [
@@ -48,7 +49,7 @@ IN_VLM = [
     ("scenes of the exam are trained on", 'example(f"exam {seed}", i)', "example(0, i)", HELD_OUT),
     ("unseen pairs are seen", "exam(kind, seed, pictures.UNSEEN, n)", "exam(kind, seed, pictures.SEEN, n)", HELD_OUT),
     ("another --exam is the same", "for e in pictures.exam(kind, seed)]", "for e in pictures.exam(kind)]", HELD_OUT),
-    ("questions are not trained on", "described[i] if i % 2 else", "described[i] if True else", HELD_OUT),
+    ("questions are not trained on", "if i % 4 else described[i]", "if False else described[i]", HELD_OUT),
     ("the share of text of the pictures", "n * args.replay / (1 - args.replay)", "n * args.replay", HELD_OUT),
     ("text that the model has read", "10**6 + args.seed", "args.seed", HELD_OUT),
     ("prefer sees the exam", 'f"prefer {args.seed}"', 'f"exam {args.exam}"', HELD_OUT),
@@ -719,6 +720,12 @@ IN_VLM = [
 ]
 
 IN_PICTURES = [
+    # several questions about a picture
+    ("turns: no is said to what is there", '(t.colour, t.shape)), "yes")]', '(t.colour, t.shape)), "no")]', TURNS),
+    ("turns: the question of the row comes last", "[own, *rng.sample(more, len(more))]", "[*more, own]", TURNS),
+    ("turns: the same question twice", "for pair in dict.fromkeys(more) if pair != own]", "for pair in more]", TURNS),
+    ("turns: the shape is asked after it was named", "t.shape), own]", "t.shape), own][::-1]", TURNS),
+    ("turns: the shape is always asked", '"count") and rng.random() < 0.5:', '"count"):', TURNS),
     (
         "right is left",
         'PLACES = ("left", "right", "top", "bottom")',
