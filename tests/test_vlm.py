@@ -1029,6 +1029,7 @@ def test_rows_of_files(start, tmp_path, monkeypatch):
     file = jsonl(tmp_path, chats(40))
     text = [{"prompt": f"Say {i}.", "completion": str(i)} for i in range(40)]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps(r) + "\n" for r in text))
+    monkeypatch.setattr(vlm_module, "STAGES", {name: s | {"steps": 2} for name, s in STAGES.items()})
     result = run(start, tmp_path / "out", "--data", f"{file},{tmp_path / 'text.jsonl'}")
     assert result["metric"] == "loss" and not result["higher_is_better"] and result["n"] == 32
     assert {line["stage"] for line in logged(tmp_path / "out")} == {1, 2, 3}

@@ -41,7 +41,7 @@ ANSWERS = "test_the_language_model_answers_about_a_file"
 ROWS = "test_rows_of_files"
 BAD = "test_bad_rows_are_refused"
 PLAN = "test_default_plan_and_rates"
-TURNS = "test_turns_are_true_and_keep_the_eyes_on_the_picture"
+TURNS = "test_turns_are_true_and_balanced"
 HELD_OUT = "test_what_is_measured_is_not_trained_on"
 
 IN_VLM = [
@@ -721,9 +721,9 @@ IN_VLM = [
 
 IN_PICTURES = [
     # several questions about a picture
-    ("turns: no is said to what is there", '(t.colour, t.shape)), "yes")]', '(t.colour, t.shape)), "no")]', TURNS),
-    ("turns: the question of the row comes last", "[own, *rng.sample(more, len(more))]", "[*more, own]", TURNS),
-    ("turns: the same question twice", "for pair in dict.fromkeys(more) if pair != own]", "for pair in more]", TURNS),
+    ("turns: no is said to what is there", 'here if answer == "yes" else cells_for', "here if 1 else cells_for", TURNS),
+    ("turns: always no", 'rng.choice(("yes", "no"))', 'rng.choice(("no", "no"))', TURNS),
+    ("turns: the question of the row twice", "return [own, *((ask(", "return [own, own, *((ask(", TURNS),
     ("turns: the shape is asked after it was named", "t.shape), own]", "t.shape), own][::-1]", TURNS),
     ("turns: the shape is always asked", '"count") and rng.random() < 0.5:', '"count"):', TURNS),
     (
