@@ -410,7 +410,7 @@ def top1(pairs: Tensor, same: Tensor) -> Tensor:
 STAGES = {  # steps of the default run; rate of (the tiny model, a --model of your own); what it trains
     "contrast": {"steps": 800, "lr": (2e-3, 5e-4), "trains": ("encoder", "contrast")},
     "align": {"steps": 60, "lr": (1e-3, 3e-4), "trains": ("connector",)},
-    "instruct": {"steps": 600, "lr": (1.2e-3, 2e-5), "trains": ("connector", "model")},
+    "instruct": {"steps": 740, "lr": (1.2e-3, 2e-5), "trains": ("connector", "model")},
     "prefer": {"steps": 30, "lr": (1e-4, 5e-7), "trains": ("connector", "model")},
 }
 
@@ -925,7 +925,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--chat-format", help="chatml, qwen2.5, qwen3 or llama3, where the checkpoint does not say")
     cli.add_argument("--too-long", choices=("refuse", "drop", "cut"), default="refuse",
                      help="rows of more than --max-length tokens; cut: from the end, a picture only as a whole")
-    cli.add_argument("--exam", default="test", metavar="NAME", help="another name measures on others, to choose "
+    cli.add_argument("--exam", default="held-out", metavar="NAME", help="another name measures on others, to choose "
                      "settings on (default: %(default)s)")  # fmt: skip
     cli.add_argument("--seeds", type=COUNT, default=1, help="runs of each connector in --connector all")
     args = cli.parse_args(argv)

@@ -39,7 +39,7 @@ from data.world import COLOURS, NUMBERS, SHAPES, SIZES
 
 SIDE = 48  # pixels
 KINDS = ("colour", "shape", "size", "count", "existence", "position", "digit")
-ASKED = (*KINDS, "shape", *["existence"] * 5)  # in training: the hard ones more often
+ASKED = (*KINDS, "colour", "shape", *["existence"] * 5)  # in training: the hard ones more often
 PLACES = ("left", "right", "top", "bottom")  # of the picture
 UNSEEN = (("red", "star"), ("green", "square"), ("blue", "triangle"))  # never a circle, nor a black or a white thing
 SEEN = [(colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in UNSEEN]

@@ -14,7 +14,7 @@ from data.formats import UserError
 from data.pictures import KINDS, PLACES, SEEN, SHAPES, SIDE, UNSEEN, Thing, draw, exam, example, read_image, resized
 from data.world import COLOURS, NUMBERS
 
-TRAIN = [example(0, i) for i in range(780)]
+TRAIN = [example(0, i) for i in range(840)]
 EXAM = {kind: exam(kind) for kind in KINDS}
 
 
