@@ -758,7 +758,7 @@ def test_resuming_is_exact(start, tmp_path, monkeypatch, after, flags):
 
 def test_a_step_is_a_plain_one(start, tmp_path):
     """instruct: mean of -log p over the answers' tokens, AdamW; as somebody would write it with one row at a time."""
-    run(start, tmp_path, "--stages", "instruct", "--steps", 2, "--grad-clip", 0.5, "--weight-decay", 0.3)
+    run(start, tmp_path, "--stages", "instruct", "--steps", 2, "--grad-clip", 1e-6, "--weight-decay", 0.3)
     torch.manual_seed(0)
     args = get_args(["--model", str(start), "--out", str(tmp_path / "x"), *map(str, SHORT), "--stages", "instruct",
                      "--steps", "2"])  # fmt: skip
@@ -776,12 +776,12 @@ def test_a_step_is_a_plain_one(start, tmp_path):
         loss = sum(-answer_logps(net, collate([r], 48, CPU)).sum() for r in some) / n
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(list(named.values()), 0.5)
+        norm = torch.nn.utils.clip_grad_norm_(list(named.values()), 1e-6)  # so small that AdamW notices
         assert line["loss"] == pytest.approx(loss.item(), rel=1e-4)
         assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
         optimizer.step()
     found = weights(tmp_path)
-    assert max((found[name] - p).abs().max() for name, p in named.items()) < 1e-3
+    assert max((found[name] - p).abs().max() for name, p in named.items()) < 1e-4
 
 
 def test_two_steps_of_prefer_by_hand(start, tmp_path, monkeypatch):
