@@ -5,7 +5,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- results -->", "<!-- /results -->"
-TABLES = ("dpo", "grpo", "lora", "quantize")  # of --loss or --method all, in results/tables, each between its marks
+# of --loss or --method all, in results/tables, each between its marks
+TABLES = ("dpo", "grpo", "lora", "distill", "quantize", "prune")
 BENCH_START, BENCH_END = "<!-- bench -->", "<!-- /bench -->"
 ORDER = ("sft", "reward", "dpo", "ppo", "grpo", "lora", "distill", "quantize", "prune", "reason", "merge", "edit",
          "rag", "vlm")  # fmt: skip
