@@ -281,7 +281,7 @@ IN_VLM = [
         "queries are one",
         "self.queries.expand(len(features), -1, -1)",
         "self.queries[:1].expand(len(features), len(self.queries), -1)",
-        "test_replies_of_a_batch_are_those_of_single_rows[query]",
+        "test_tokens_of_a_picture[query]",
     ),
     (
         "new tokens are as loud as they come",
@@ -512,7 +512,7 @@ IN_VLM = [
         'with learning(vlm, ("encoder", *STAGES[name]["trains"])):',
         STAGES,
     ),
-    ("no gradient is forgotten", "            optimizer.zero_grad()\n        with", "        with", PLAIN),
+    ("no gradient is forgotten", "            optimizer.zero_grad()\n        with", "        with", BY_HAND_DPO),
     ("the connector at the rate of the language model", "p.lr_times = 3.0  # it", "p.lr_times = 1.0  # it", PLAIN),
     ("no clipping", "grad_norm = clip(vlm, args.grad_clip)", "grad_norm = clip(vlm, 0.0)", PLAIN),
     (
