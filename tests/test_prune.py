@@ -600,8 +600,10 @@ def test_a_saved_pruned_model_is_itself_when_it_is_loaded(tmp_path, family, text
     torch.testing.assert_close(again(ids(2, 9)), pruned(ids(2, 9)), atol=0, rtol=0)
     for path, mask in masks.items():
         assert (again.get_submodule(path).weight[~mask] == 0).all()
-    n = sum(tensor.numel() for tensor in read_safetensors(tmp_path / "model.safetensors").values())
-    assert n == sum(p.numel() for p in pruned.parameters())
+    tensors = read_safetensors(tmp_path / "model.safetensors")
+    assert sum(tensor.numel() for tensor in tensors.values()) == sum(p.numel() for p in pruned.parameters())
+    for end in ("o_proj.bias", "down_proj.bias"):
+        assert any(name.endswith(end) for name in tensors) == pruned.config.out_bias
 
 
 @pytest.mark.parametrize("family", FAMILIES)

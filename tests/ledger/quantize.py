@@ -555,13 +555,6 @@ ELSEWHERE = [
     ),
     (
         "kernels.py",
-        "dequantized in half precision",
-        "* q.scales[..., None].float()).flatten(1).to(dtype)",
-        "* q.scales[..., None]).flatten(1).to(dtype)",
-        NEAREST,
-    ),
-    (
-        "kernels.py",
         "a quantized product loses its bias",
         "return lora_linear(x, functools.partial(dequantize, q, x.dtype), bias,",
         "return lora_linear(x, functools.partial(dequantize, q, x.dtype), None,",
