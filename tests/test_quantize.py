@@ -476,7 +476,7 @@ def test_awq_scales_are_the_best_of_twenty():
     torch.testing.assert_close(found, best)
     assert (found > 0).all() and found.argmax() == 2
     dead = awq_scales(weight, sizes * torch.tensor([1, 0, 1, 1, 1, 1, 1, 1]), x.T @ x, c)
-    assert dead.isfinite().all() and (dead > 0).all()
+    assert dead.isfinite().all() and (dead > 0).all() and dead[2] > 1.5 * dead[0], "and the others are still scaled"
 
 
 def test_awq_looks_at_sizes_not_at_signs():
@@ -753,6 +753,9 @@ def test_the_bias_of_the_cache_is_that_of_all_columns():
     assert together.completions == exact.completions
     twice = generate(net, prompts[:1], samples=2, max_new_tokens=30, eos_ids=(7, 11, 23), temperature=1.0, seed=3)
     assert twice.completions[0] == together.completions[0]
+    net.cache = lambda *args: QuantizedCache(*args, bits=2, keys_by="channel")
+    coarse = generate(net, prompts, max_new_tokens=30, eos_ids=(7, 11, 23), temperature=1.0, seed=3)
+    assert coarse.completions != exact.completions, "the cache is the one that is asked for"
 
 
 def test_padding_widens_no_grid():
