@@ -36,7 +36,7 @@ after the last stage; `yes to what is absent` (POPE, 2305.10355); `text skills`,
 the best constant answer to each kind, and what the model says to a blank picture and to that of another row with the
 same question: who does not look is right no more often. out/vlm/samples.svg shows pictures, questions and answers.
 
-The last lines begin with `exact match: 0.000 before, 0.9.. after`.
+The last lines begin with `exact match: 0.0.. before, 0.8.. after`.
 """
 
 import argparse

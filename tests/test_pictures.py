@@ -141,6 +141,19 @@ def test_turns_are_true_and_balanced():
     assert {*kinds["shape"], *kinds["digit"]} == {1}
 
 
+def test_what_is_nearly_right_is_wrong_in_the_shape_alone():
+    """Of pairs that are seen: what no picture shows is not taught to be wrong either."""
+    for i, e in enumerate(TRAIN):
+        right, t = pictures.describe(e.things), e.things[0]
+        wrong = pictures.nearly(e.things, i)
+        assert len({right, *wrong}) == 3 and pictures.nearly(e.things, i) == wrong
+        for text in wrong:
+            ((colour, shape),) = pictures.named(text)
+            assert colour == t.colour and text.replace(shape, t.shape) == right
+            assert shape.isdigit() == t.shape.isdigit() and (colour, shape) not in UNSEEN
+    assert len({pictures.nearly(TRAIN[1].things, i)[0] for i in range(20)}) > 1
+
+
 def test_exams_and_training_share_no_picture():
     seen = {e.picture.tobytes() for e in TRAIN}
     held_out = [e.picture.tobytes() for rows in (*EXAM.values(), exam("digit", "dev")) for e in rows]

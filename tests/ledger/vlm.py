@@ -42,6 +42,7 @@ ROWS = "test_rows_of_files"
 BAD = "test_bad_rows_are_refused"
 PLAN = "test_default_plan_and_rates"
 TURNS = "test_turns_are_true_and_balanced"
+NEARLY = "test_what_is_nearly_right_is_wrong_in_the_shape_alone"
 HELD_OUT = "test_what_is_measured_is_not_trained_on"
 
 IN_VLM = [
@@ -720,6 +721,11 @@ IN_VLM = [
 ]
 
 IN_PICTURES = [
+    # captions that are nearly right
+    ("nearly: of pairs that are unseen", "[shape for colour, shape in SEEN if colour == t.colour]", "SHAPES", NEARLY),
+    ("nearly: right", "[shape for shape in others if shape != t.shape]", "[*others]", NEARLY),
+    ("nearly: always the same", 'rng_for("nearly", seed)', 'rng_for("nearly")', NEARLY),
+    ("nearly: one of several", "for t in things]) for shape", "for t in things[:1]]) for shape", NEARLY),
     # several questions about a picture
     ("turns: no is said to what is there", 'here if answer == "yes" else cells_for', "here if 1 else cells_for", TURNS),
     ("turns: always no", 'rng.choice(("yes", "no"))', 'rng.choice(("no", "no"))', TURNS),
