@@ -579,7 +579,7 @@ def sampled_rows(model: Transformer, tokenizer: Tokenizer, prompts: list[tuple[l
 
 def judged(model: Transformer, tokenizer: Tokenizer, prompts: list[tuple[list[int], dict]],
            answers: list[list[chat.Row]], args: argparse.Namespace, loop: Loop) -> list[list[float]]:  # fmt: skip
-    """The score of each answer by --judge: the annotator, the policy itself (ai) or a reward model.
+    """The score of each answer by --judge: the annotator, a chat model's opinion (ai) or a reward model.
 
     The annotator's is its utility plus Gumbel noise: of two answers, one then comes first with the chance of its coin.
     """
@@ -592,7 +592,8 @@ def judged(model: Transformer, tokenizer: Tokenizer, prompts: list[tuple[list[in
     if args.judge == "ai":
         texts = [[chat.completion_text(ids, tokenizer) for ids, _ in some] for some in answers]
         rules = reward.CONSTITUTION
-        said = reward.opinions(model, tokenizer, [text for some in texts for text in some], rules, args, loop)
+        judge = reward.judge_of(model, args, loop)
+        said = reward.opinions(judge, tokenizer, [text for some in texts for text in some], rules, args, loop)
         return [[reward.worth(said[text], rules) for text in some] for some in texts]
     path = loop.require("reward") if args.judge == "reward" else args.judge
     judge, found = reward.load_reward_model(path, tokenizer, loop.device), []
@@ -817,7 +818,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                      help="reference: the model at the start of the run, or at the start of each round")
     cli.add_argument("--online", action="store_true", help="the rows of a round are ranked samples of the policy")
     cli.add_argument("--judge", default="annotator", metavar="WHO",
-                     help="who ranks them: annotator, ai (the policy itself), reward (of reward.py) or such a folder")
+                     help="who ranks them: annotator, ai (the policy itself, or out/judge), reward (of reward.py) or "
+                     "such a folder")
     cli.add_argument("--credit", action="store_true", help="show held-out answers, each token coloured")
     cli.add_argument("--seeds", type=COUNT, default=1, help=f"runs of {', '.join(MAIN_LOSSES)} in --loss all")
     args = cli.parse_args(argv)

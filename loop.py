@@ -75,6 +75,8 @@ ROOT = Path(__file__).resolve().parent
 STAGES = {  # stage: the command that makes it, and how long that takes on two CPU cores
     "base": ("sft.py --stage base", "4 minutes"),
     "sft": ("sft.py", "2 minutes"),
+    "judge": ("sft.py --model out/sft/checkpoint --max-length 160 --micro-batch-size 16 --optimizer muon --lr 2e-3 "
+              "--mix judge=40 --steps 140", "half a minute"),
     "reward": ("reward.py", "1 minute"),
     "prm": ("reward.py --feedback steps", "1 minute"),
 }

@@ -24,12 +24,12 @@ An answer that is cut off ends there like any other, and its reward is --eos-pen
     Adam's eps 1e-5                                            1e-8, as in all scripts here
 
     --reward model     the reward model of reward.py, or --reward-model DIR (such as one of --labels ai)
-    --reward judge     the SFT model's own opinion by the constitution (direct RLAIF, 2309.00267, section 3.2)
+    --reward judge     a chat model's opinion by the constitution (direct RLAIF, 2309.00267, section 3.2)
     --reward exact     or another rule of data/checkers.py, or FILE.py:function; --preset reft: SFT, then PPO on the
                        same questions with a rule's reward (ReFT, 2401.08967)
     --rm-pairs N       comparisons of the start's own answers that the reward model learns from first
     --refresh-rm N     and every N steps it learns from comparisons of new answers (2204.05862)
-    --judge ai         the start itself compares them, by the constitution (RLAIF, 2309.00267)
+    --judge ai         a chat model compares them, by the constitution (RLAIF, 2309.00267)
     --kl-target X      kl_coef follows the KL (1909.08593, section 2.2)      --loss a2c   one pass, no clip (1602.01783)
 
 In the generated world the annotator's true utility is known, and OUT/overoptimisation.svg draws it and the learned
@@ -63,7 +63,16 @@ from kernels import IGNORED, linear_logps
 from loop import COUNT, REAL, WHOLE, Loop, RunFailed, adamw, clip, curve, fill, parser, run, set_lr
 from lora import adapt, rates_of
 from model import Generation, Transformer, frozen, generate, load
-from reward import CONSTITUTION, bradley_terry, load_reward_model, opinions, rewards_of, with_scalar_head, worth
+from reward import (
+    CONSTITUTION,
+    bradley_terry,
+    judge_of,
+    load_reward_model,
+    opinions,
+    rewards_of,
+    with_scalar_head,
+    worth,
+)
 from sft import collate, sft_loss
 
 # 1. The objective
@@ -343,7 +352,7 @@ def measured(found: Generation, texts: list[str], tasks: Sequence[Task], scores:
     return dict(zip(names, values, strict=True)) | ratio_and_mismatch(largest, loop)
 
 
-def lesson(reward_model: Transformer, model: Transformer, judge: Transformer, tasks: Sequence[Task],
+def lesson(reward_model: Transformer, model: Transformer, judge: Transformer | None, tasks: Sequence[Task],
            tokenizer: Tokenizer, step: int, args: argparse.Namespace, loop: Loop) -> None:  # fmt: skip
     """One pass of Bradley-Terry over two answers of the policy to each task, labelled by --judge, in place.
 
@@ -544,7 +553,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                      "for the reward model before PPO (default: 6000; 0 with --data)")  # fmt: skip
     cli.add_argument("--refresh-rm", type=WHOLE, default=0, help="steps between further lessons of it; 0: none")
     cli.add_argument("--judge", choices=("annotator", "ai"), default="annotator", help="who compares in these lessons; "
-                     "ai: the start itself, by the constitution of reward.py (RLAIF)")  # fmt: skip
+                     "ai: --model itself, or out/judge, by the constitution of reward.py")  # fmt: skip
     cli.add_argument("--rm-lr", type=REAL, default=1e-3, help="learning rate of these lessons (default: %(default)s)")
     cli.add_argument("--sft-steps", type=WHOLE, help="supervised steps before PPO (default: 0; reft 30)")
     cli.add_argument("--sft-lr", type=REAL, default=1e-3, help="their learning rate (default: %(default)s)")
@@ -600,7 +609,7 @@ def main(args: argparse.Namespace) -> dict:
     if args.reward == "model":
         reward_model = load_reward_model(args.reward_model or loop.require("reward"), tokenizer, loop.device)
     elif args.reward == "judge":
-        reward_model = frozen(model)
+        reward_model = frozen(judge_of(model, args, loop))
     loop.say(f"--loss {args.loss}: " + ", ".join(f"{name} {getattr(args, name)}" for name in LOSSES[args.loss]))
     if not args.resume:
         loop.say(LOGGED.rstrip())
@@ -609,6 +618,7 @@ def main(args: argparse.Namespace) -> dict:
         rows = [chat.render(task.row["messages"], tokenizer, chat_format=args.chat_format) for task in tasks]
         imitate(model, rows, args, loop, steps=args.sft_steps)
     ref_model = frozen(model)
+    judge = judge_of(ref_model, args, loop) if args.judge == "ai" else None
     loop.seed(0)  # the critic's head is the same whatever was drawn before it
     critic = new_critic(model, reward_model if args.reward == "model" else None, args.critic)
     for p in critic.parameters():
@@ -625,7 +635,7 @@ def main(args: argparse.Namespace) -> dict:
         mine = range(loop.rank, args.rm_pairs, loop.world_size)
         rows = (world_row(("lesson", args.seed, i), "train", args) for i in mine)
         own = [task_of(row, tokenizer, args) for row in rows]
-        lesson(reward_model, model, ref_model, own, tokenizer, 0, args, loop)
+        lesson(reward_model, model, judge, own, tokenizer, 0, args, loop)
     before = extra.get("before") or evaluate(model, None, reward_model, test, tokenizer, args, loop)
     scale = {"mean": 0.0, "std": 1.0}  # of the scores of the start
     if args.reward in LEARNED:
@@ -642,7 +652,7 @@ def main(args: argparse.Namespace) -> dict:
         # rollout and reward
         some = [tasks[i] for i in loop.batch_indices(len(tasks), step)[loop.rank :: loop.world_size]]
         if args.refresh_rm and step % args.refresh_rm == 0:
-            lesson(reward_model, model, ref_model, some, tokenizer, step, args, loop)
+            lesson(reward_model, model, judge, some, tokenizer, step, args, loop)
         found, texts = answers_to(model, some, tokenizer, 1, args.temperature, (args.seed, step, loop.rank), args, loop)
         scores = scores_of(found, texts, some, tokenizer, reward_model, args, loop)
         reward = final_reward(scores, found.finished.to(loop.device), clip_at=args.reward_clip,

@@ -13,12 +13,13 @@ generated world tosses a known coin, so that the best possible accuracy is known
     --feedback steps        right or wrong at the end of each step of a sum: a process reward model (Lightman et al.
                             2023, 2305.20050), its labels made by finishing each step often (Math-Shepherd, 2312.08935)
 
-`--labels ai` puts the SFT model in the annotator's place (RLAIF, 2309.00267; constitutional AI, 2212.08073): it answers
+`--labels ai` puts a chat model in the annotator's place (RLAIF, 2309.00267; constitutional AI, 2212.08073): it answers
 a list of questions about each answer, the constitution, and the weighted difference is the label; `--judge DIR` asks a
-chat model which of two answers is better. `--revise` is the supervised half of constitutional AI: answers are
-criticised, revised and written as SFT data. Not here: rewards along the way other than steps, and the distances between
-rewards that need them (DARD, STARC); training on easy and ranking hard problems (2403.09472) is `--feedback steps` with
-files of your own.
+chat model which of two answers is better. In the tiny world it is the SFT model after more of those of its lessons that
+ask about an answer (evaluation fine-tuning, 2401.10020, section 2.1): it never saw a preference. `--revise` is the
+supervised half of constitutional AI: answers are criticised, revised and written as SFT data. Not here: rewards along
+the way other than steps, and the distances between rewards that need them (DARD, STARC); training on easy and ranking
+hard problems (2403.09472) is `--feedback steps` with files of your own.
 
     python reward.py                                                         the annotator's comparisons, tiny model
     python reward.py --model DIR --data preferences.jsonl                    a real model, real rows
@@ -345,6 +346,11 @@ def odds(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], wor
     return found
 
 
+def judge_of(model: Transformer, args: argparse.Namespace, loop: Loop) -> Transformer:
+    """Who is asked for opinions: a --model of your own itself, in the tiny world its copy that learned to judge."""
+    return model if args.model else load(loop.require("judge"), device=loop.device)[0].eval()
+
+
 def opinions(model: Transformer, tokenizer: Tokenizer, answers: Iterable[str], rules: list[tuple[str, float]],
              args: argparse.Namespace, loop: Loop) -> dict[str, list[float]]:  # fmt: skip
     """{answer: P(yes) to each question of the constitution}, as the model says when it is asked."""
@@ -379,7 +385,8 @@ def ai_labels(model: Transformer, tokenizer: Tokenizer, rows: list[dict], args: 
         alike = ((first > 0.5) != (second > 0.5)).float().mean()
         loop.say(f"--judge: prefers the same answer in both orders of {alike:.1%}")
     else:
-        yes = opinions(model, tokenizer, (answer for pair in pairs for answer in pair), rules, args, loop)
+        judge = judge_of(model, args, loop)
+        yes = opinions(judge, tokenizer, (answer for pair in pairs for answer in pair), rules, args, loop)
         better = [1 / (1 + math.exp(worth(yes[b], rules) - worth(yes[a], rules))) for a, b in pairs]
     ties = sum(abs(p - 0.5) < 0.05 for p in better) / len(better)
     judged = [(p, row) for p, row in zip(better, rows, strict=True) if abs(p - 0.5) >= 0.05 and "asker" in row]
@@ -426,68 +433,47 @@ def sampled(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], 
 def revise(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace, loop: Loop) -> dict:
     """Constitutional AI, supervised phase (arXiv 2212.08073, section 3): answer, criticise, revise; write SFT data.
 
-    Revision, in rounds: where the judge misses something, the model goes on writing from each beginning of what is
-    kept, and the sentence that raises the judge's score most is put in there. What the judge sees in an answer is all
-    that it knows: not who asked, nor whether a fact is true.
+    In each of eight rounds every sentence is taken out once, and at every place the model goes on writing and its next
+    sentence is put in; of all these changes the one that raises the judge's score most is made. What the judge sees in
+    an answer is all that it knows: not who asked, nor whether a fact is true.
     """
-    rules = read_constitution(args)
-    seen = {"": [0.0] * len(rules)}  # text: P(yes) to each question
+    rules, judge = read_constitution(args), judge_of(model, args, loop)
     requests = [manners.draw_request(world.rng_for("revise", args.seed, i), "train") for i in range(args.pairs)]
     prompts = [chat.prompt_ids(request["prompt"], tokenizer, args.chat_format) for request in requests]
+    seen: dict[str, list[float]] = {}  # text: P(yes) to each question
 
-    def judge(texts: Iterable[str]) -> None:
-        if new := sorted(set(texts) - seen.keys()):
-            seen.update(opinions(model, tokenizer, new, rules, args, loop))
-
-    def score(sentences: list[str]) -> float:
-        return worth(seen[" ".join(sentences)], rules)
+    def scores_of(answers: list[list[str]]) -> list[float]:
+        texts = [" ".join(sentences) for sentences in answers]
+        seen.update(opinions(judge, tokenizer, sorted(set(texts) - seen.keys()), rules, args, loop))
+        return [worth(seen[text], rules) for text in texts]
 
     said = sampled(model, tokenizer, prompts, args.max_new_tokens, 1, 1.0, args.seed)
     drafts = [manners.sentences_of(chat.completion_text(ids, tokenizer)) for (ids,) in said]
-    judge(text for draft in drafts for text in (*draft, " ".join(draft)))
-    kept = criticised(drafts, seen, rules)
-    for turn in range(6):
-        judge(" ".join(sentences) for sentences in kept)
-        ideas = additions(model, tokenizer, prompts, kept, lacking(seen, rules), args.seed + turn + 1)
-        judge(" ".join(sentences) for _, sentences in ideas)
-        for i, sentences in ideas:
-            if score(sentences) > score(kept[i]) + 0.25:  # by more than the judge wavers
-                kept[i] = sentences
-    better = [bool(after) and score(after) > score(before) for before, after in zip(drafts, kept, strict=True)]
-    final = [after if rose else before for before, after, rose in zip(drafts, kept, better, strict=True)]
-    write_revised(requests, drafts, final, [i for i, rose in enumerate(better) if rose], loop)
+    final, scores = list(drafts), scores_of(drafts)
+    for turn in range(8):
+        needed = [score + 0.25 for score in scores]  # more than the judge wavers
+        ideas = changes(model, tokenizer, prompts, final, args.seed + turn + 1)
+        for (i, sentences), score in zip(ideas, scores_of([sentences for _, sentences in ideas]), strict=True):
+            if score > max(scores[i], needed[i]):
+                final[i], scores[i] = sentences, score
+    write_revised(requests, drafts, final, loop)
     return conclude(*(kept_rules(answers, requests, rules) for answers in (drafts, final)), {}, args, loop)
 
 
-def criticised(drafts: list[list[str]], seen: dict[str, list[float]], rules: list[tuple[str, float]]
-               ) -> list[list[str]]:  # fmt: skip
-    """Of each draft the sentences that have something that is wanted and nothing that is not, as the judge has `seen`.
-
-    Critique: the constitution's questions about every sentence.
-    """
-    has = [(text, w) for text, yes in seen.items() for p, (_, w) in zip(yes, rules, strict=True) if p > 0.5]
-    good = {text for text, w in has if w > 0} - {text for text, w in has if w < 0}
-    return [[sentence for sentence in draft if sentence in good] for draft in drafts]
-
-
-def lacking(seen: dict[str, list[float]], rules: list[tuple[str, float]]) -> set[str]:
-    """The texts in which the judge misses something that is wanted."""
-    return {text for text, yes in seen.items() for p, (_, w) in zip(yes, rules, strict=True) if p < 0.5 and w > 0}
+def changes(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], answers: list[list[str]], seed: int
+            ) -> list[tuple[int, list[str]]]:  # fmt: skip
+    """(i, answers[i] with a sentence less, or with one more): at every place three that the model would say there."""
+    places = [(i, at) for i, sentences in enumerate(answers) for at in range(len(sentences) + 1)]
+    starts = [prompts[i] + tokenizer.encode(" ".join(answers[i][:at])) for i, at in places]
+    said = sampled(model, tokenizer, starts, 24, 3, 0.5, seed)
+    more = [(i, answers[i][:at] + manners.sentences_of(chat.completion_text(ids, tokenizer))[:1] + answers[i][at:])
+            for (i, at), some in zip(places, said, strict=True) for ids in some]  # fmt: skip
+    return more + [(i, answers[i][:at] + answers[i][at + 1 :]) for i, at in places if 1 < len(answers[i]) != at]
 
 
-def additions(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], kept: list[list[str]],
-              short: set[str], seed: int) -> list[tuple[int, list[str]]]:  # fmt: skip
-    """(i, kept[i] with one more sentence) for those among `short`: two of the model's own at every place."""
-    places = [(i, at) for i, s in enumerate(kept) if " ".join(s) in short for at in range(len(s) + 1)]
-    starts = [prompts[i] + tokenizer.encode(" ".join(kept[i][:at])) for i, at in places]
-    said = sampled(model, tokenizer, starts, 24, 2, 0.7, seed)
-    return [(i, kept[i][:at] + manners.sentences_of(chat.completion_text(ids, tokenizer))[:1] + kept[i][at:])
-            for (i, at), both in zip(places, said, strict=True) for ids in both]  # fmt: skip
-
-
-def write_revised(requests: list[dict], drafts: list[list[str]], final: list[list[str]], improved: list[int],
-                  loop: Loop) -> None:  # fmt: skip
-    """Write the `improved` ones to revised.jsonl, rows of SFT, and say the first."""
+def write_revised(requests: list[dict], drafts: list[list[str]], final: list[list[str]], loop: Loop) -> None:
+    """Write what became better to revised.jsonl, rows of SFT, and say the first."""
+    improved = [i for i, draft in enumerate(drafts) if final[i] != draft]
     write_jsonl(loop, "revised.jsonl", [
         {"messages": [{"role": "user", "content": requests[i]["prompt"]},
                       {"role": "assistant", "content": " ".join(final[i])}]} for i in improved])  # fmt: skip
