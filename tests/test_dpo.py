@@ -831,11 +831,9 @@ def test_other_judges(one, tmp_path, monkeypatch):
         ]
     ]
     model, prompts = small(tiny().vocab_size), requests(1)
-    one.args.judge = "ai"
-    rules, opinions = (
-        reward.CONSTITUTION,
-        reward.opinions(model, tiny(), ["Hi!", "Go away now."], reward.CONSTITUTION, one.args, one),
-    )
+    one.args.judge, asked, rules = "ai", small(tiny().vocab_size), reward.CONSTITUTION
+    monkeypatch.setattr(reward, "judge_of", lambda policy, args, loop: asked if policy is model else None)
+    opinions = reward.opinions(asked, tiny(), ["Hi!", "Go away now."], rules, one.args, one)
     wanted = [reward.worth(opinions[text], rules) for text in ("Hi!", "Go away now.")]
     assert dpo.judged(model, tiny(), prompts, answers, one.args, one) == [pytest.approx(wanted, abs=1e-4)]
     judge = reward.with_scalar_head(model)

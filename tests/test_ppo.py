@@ -694,6 +694,25 @@ def test_the_reward_model_learns_from_new_answers(checkpoint, tmp_path, monkeypa
     assert agree.float().mean() > 0.8 and not any(p.requires_grad for p in judge.parameters())
 
 
+@pytest.mark.parametrize("flags", [("--reward", "judge"), ("--judge", "ai", "--rm-pairs", 16, "--refresh-rm", 1)])
+def test_the_judge_is_the_start_and_does_not_learn(checkpoint, tmp_path, monkeypatch, flags):
+    """--reward judge and --judge ai of a --model of one's own."""
+    start, asked = load(checkpoint / "policy")[0], []
+    monkeypatch.setattr(ppo, "opinions_of", lambda judge, tokenizer, texts, args, loop: asked.append(
+        difference(dict(judge.named_parameters()), dict(start.named_parameters()))) or [0.5] * len(texts))  # fmt: skip
+    run(checkpoint, tmp_path / "out", *flags, "--lr", 1e-2)
+    assert len(asked) > 3 and not any(asked)
+    assert difference(weights(tmp_path / "out"), dict(start.named_parameters())) > 1e-4
+
+
+@pytest.mark.parametrize("flags, wanted", [(("--reward", "judge"), 1), (("--judge", "ai"), 1), ((), 0)])
+def test_the_tiny_worlds_judge_is_asked(checkpoint, tmp_path, monkeypatch, flags, wanted):
+    asked, judge = [], load(checkpoint / "policy")[0]
+    monkeypatch.setattr(ppo, "judge_of", lambda *_: asked.append(1) or judge)
+    run(checkpoint, tmp_path / "out", *flags, "--steps", 1)
+    assert len(asked) == wanted
+
+
 def test_a_reward_model_of_another_tokenizer_is_refused(checkpoint, tmp_path):
     """Two ids exchanged: everything would run, on other words."""
     shutil.copytree(checkpoint, tmp_path / "model")

@@ -544,10 +544,11 @@ def test_odds_are_of_the_first_token_after_each_prompt(tmp_path):
     )
 
 
-def knows_the_truth(requests: dict[str, tuple[str, str]], noise: float = 0.0):
-    """A stand-in for `odds`: answers the world's questions with what is true, sure by 3 nats."""
+def knows_the_truth(requests: dict[str, tuple[str, str]]):
+    """A stand-in for `odds` of the model "judge": answers the world's questions with what is true, sure by 3 nats."""
 
     def odds(model, tokenizer, prompts, words, loop):
+        assert model == "judge"
         found = []
         for ids in prompts:
             text = tokenizer.decode(ids).split("user\n")[1].split("<|im_end|>")[0]
@@ -564,6 +565,7 @@ def test_the_ai_label_is_the_weighted_difference_of_its_opinions(tmp_path, monke
     rows = list(manners.preferences(60, 5))
     told = {row[side]: (row["asker"], row["name"]) for row in rows for side in ("chosen", "rejected")}
     monkeypatch.setattr(reward, "odds", knows_the_truth(told))
+    monkeypatch.setattr(reward, "judge_of", lambda *_: "judge")
     rules = [["Does it greet?", 1.0], ["Is it rude?", -2.5], ["Does it thank?", 0.1]]
     (tmp_path / "rules.json").write_text(json.dumps(rules))
     args, loop = a_loop(tmp_path, "--labels", "ai", "--constitution", str(tmp_path / "rules.json"))
@@ -644,8 +646,7 @@ def test_a_constitution_is_a_list_of_questions_and_weights(tmp_path):
 
 def test_revision_drops_what_is_held_against_an_answer_and_adds_what_it_lacks(tmp_path, monkeypatch):
     """The judge knows the truth and the model writes one of everything: what is kept keeps the whole constitution."""
-    tokenizer, args_loop = tiny(), a_loop(tmp_path, "--revise", "--pairs", "6")
-    args, loop = args_loop
+    tokenizer, (args, loop) = tiny(), a_loop(tmp_path, "--revise", "--pairs", "6")
     requests = [manners.draw_request(world.rng_for("revise", 0, i), "train") for i in range(6)]
     who = {request["prompt"]: (request["asker"], request["name"]) for request in requests}
     rng, turns = random.Random(0), []
@@ -656,57 +657,79 @@ def test_revision_drops_what_is_held_against_an_answer_and_adds_what_it_lacks(tm
         for ids in prompts:
             text = tokenizer.decode(ids)
             asker, name = next(pair for prompt, pair in who.items() if prompt in text)
-            fact, others = (
-                world.fact_sentence(rng, name, "job"),
-                (manners.THANKS[0], manners.FAREWELLS[0], manners.RUDE[0]),
-            )
-            for _ in range(samples):
-                if len(turns) == 1:
-                    more = f"{manners.RUDE[1]} Blue is it."
-                else:
-                    more = (
-                        manners.GREETINGS[0].format(asker=asker) if text.endswith("assistant\n") else rng.choice(others)
-                    )
-                found.append(tokenizer.encode(f"{more} {fact}"))
-            found[-samples:] = [found[-samples:]]
+            fact = world.fact_sentence(rng, name, "job")
+            others = (manners.THANKS[0], manners.FAREWELLS[0], manners.RUDE[0])
+            more = [manners.GREETINGS[0].format(asker=asker) if text.endswith("assistant\n") else rng.choice(others)
+                    for _ in range(samples)]  # fmt: skip
+            more = [f"{manners.RUDE[1]} Blue is it."] if len(turns) == 1 else more
+            found.append([tokenizer.encode(f"{first} {fact}") for first in more])
         return found
 
     def opinions(model, tokenizer, answers, rules, args, loop):
-        """Of sentences, too: each names nobody but its own people, so that any request will do that makes it true.
-
-        It takes the rude sentence for a fact as well.
-        """
-        found = {}
-        for a in answers:
-            found[a] = [float(any(manners.has(a, q, *pair) for pair in who.values())) for q in manners.QUESTIONS]
-            found[a][4] = max(found[a][4], float(a == manners.RUDE[1]))
-        return found
+        """An answer names nobody but its own people, so that any request will do that makes it true."""
+        assert model == "judge"
+        return {a: [float(any(manners.has(a, q, *pair) for pair in who.values())) for q in manners.QUESTIONS]
+                for a in answers}  # fmt: skip
 
     monkeypatch.setattr(reward, "sampled", sampled)
     monkeypatch.setattr(reward, "opinions", opinions)
-    result = reward.revise(None, tokenizer, args, loop)
+    monkeypatch.setattr(reward, "judge_of", lambda *_: "judge")
+    result = reward.revise("model", tokenizer, args, loop)
     assert result["metric"] == "answers that keep the constitution" and result["before"] == 0 and result["n"] == 6
     rows = formats.read_jsonl(tmp_path / "out" / "revised.jsonl", "chat")
     assert [row["messages"][0]["content"] for row in rows] == [request["prompt"] for request in requests]
     keeps = 0
     for row in rows:
         text, pair = row["messages"][1]["content"], who[row["messages"][0]["content"]]
-        assert not manners.has(text, "rude", *pair) and "Blue" not in text and manners.utility(text, *pair) > 0
+        assert not manners.has(text, "rude", *pair) and manners.utility(text, *pair) > 0
         keeps += all(manners.has(text, q, *pair) == (q != "rude") for q in manners.QUESTIONS)
-    assert result["after"] == keeps / 6 and result["after"] > 0.6 and len(turns) == 7
+    assert result["after"] == keeps / 6 and result["after"] > 0.6 and len(turns) == 9
     assert result["metrics"]["utility"]["after"] > result["metrics"]["utility"]["before"] + 2
     rule = result["metrics"]["rules kept: rude"]
     assert (rule["before"], rule["after"]) == (0.0, 1.0) and len(result["metrics"]) == 1 + len(manners.QUESTIONS)
 
 
-def test_a_revision_that_the_judge_likes_no_better_is_not_kept(tmp_path, monkeypatch):
-    args, loop = a_loop(tmp_path, "--revise", "--pairs", "3")
-    tokenizer = tiny()
+def revised(tmp_path, monkeypatch, draft: str, additions: list[str], worth: dict[str, float]) -> list[str]:
+    """What --revise writes for two requests, with the draft and the additions of a model, by a judge's one question."""
+    (tmp_path / "rules.json").write_text('[["Is it good?", 1.0]]')
+    args, loop = a_loop(tmp_path, "--revise", "--pairs", "2", "--constitution", str(tmp_path / "rules.json"))
+    monkeypatch.setattr(reward, "judge_of", lambda *_: None)
     monkeypatch.setattr(reward, "sampled", lambda model, tokenizer, prompts, new, samples, *_: [
-        [tokenizer.encode("Hello. Go on.")] * samples for _ in prompts])  # fmt: skip
-    monkeypatch.setattr(reward, "opinions", lambda model, tokenizer, answers, *_: {a: [0.0] * 5 for a in answers})
-    result = reward.revise(None, tokenizer, args, loop)
-    assert (tmp_path / "out" / "revised.jsonl").read_text() == "" and result["before"] == result["after"] == 0
+        [tokenizer.encode(text) for text in ([draft] if samples == 1 else additions)] for _ in prompts])  # fmt: skip
+    monkeypatch.setattr(reward, "opinions", lambda model, tokenizer, answers, *_: {a: [worth.get(a, 0.0)]
+                                                                                   for a in answers})  # fmt: skip
+    result = reward.revise(None, tiny(), args, loop)
+    assert "utility" in result["metrics"]
+    rows = map(json.loads, (tmp_path / "out" / "revised.jsonl").read_text().splitlines())
+    return [row["messages"][1]["content"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    "worth, wanted",
+    [
+        ({"A.": 0.2, "A. B.": 0.9, "A. C.": 0.6}, ["A. B."] * 2),  # the best change, not the last that helps
+        ({"A.": 0.2, "A. B.": 0.9, "A. C. B.": 1.0}, ["A. B."] * 2),  # one sentence of what is written, no more
+        ({"A.": 0.2, "A. B.": 0.5, "C. A. B.": 0.8, "C. B.": 1.2}, ["C. B."] * 2),  # in its place; a sentence goes
+        ({"A.": 0.2, "A. B.": 0.4}, []),  # too little to be sure of
+        ({"A.": 0.2, "": 1.0}, []),  # an answer says something
+    ],
+)
+def test_each_round_of_revision_makes_the_best_change(tmp_path, monkeypatch, worth, wanted):
+    assert revised(tmp_path, monkeypatch, "A.", ["B. D.", "C. B.", "D."], worth) == wanted
+
+
+def test_the_tiny_worlds_judge_is_a_stage_of_its_own(tmp_path, monkeypatch):
+    """A --model of one's own is asked itself."""
+    other = small(tiny().vocab_size, seed=1)
+    save(other, tiny(), tmp_path / "judge")
+    asked = []
+    monkeypatch.setattr(loop_module.Loop, "require", lambda loop, stage: asked.append(stage) or tmp_path / "judge")
+    model = small(tiny().vocab_size)
+    assert reward.judge_of(model, *a_loop(tmp_path, "--model", "x")) is model and not asked
+    judge = reward.judge_of(model, *a_loop(tmp_path))
+    assert asked == ["judge"] and not judge.training and torch.equal(judge.head.weight, other.head.weight)
+    script, *flags = loop_module.STAGES["judge"][0].split()
+    assert script == "sft.py" and {"out/sft/checkpoint", "judge=40"} <= set(flags)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

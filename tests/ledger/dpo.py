@@ -690,6 +690,7 @@ MUTANTS = [
             "return [[reward.worth(said[text], rules) for text in some[::-1]] for some in texts]",
             "test_other_judges",
         ),
+        ("the policy judges itself", "reward.opinions(judge,", "reward.opinions(model,", "test_other_judges"),
         # the loop
         (
             "S2: the mean of each micro-batch's mean",

@@ -18,6 +18,8 @@ LOOP = "test_a_run_is_a_plain_loop"
 SPLIT = "test_splitting_a_batch_changes_nothing[own]"
 RANKS = "test_two_ranks_are_one_batch"
 RESUME = "test_resuming_is_exact"
+STAYS = "test_the_judge_is_the_start_and_does_not_learn"
+ASKED = "test_the_tiny_worlds_judge_is_asked"
 LESSON = "test_the_reward_model_learns_from_new_answers"
 TEACH = "test_two_ranks_teach_one_model"
 OWN = "test_a_function_of_the_users_sees_its_columns_and_is_the_metric"
@@ -297,6 +299,10 @@ MUTANTS = [
         ),
         ("the annotator labels whoever is asked to", 'if args.judge == "ai":\n', 'if args.judge == "":\n', LESSON),
         ("the policy judges itself", "for x in opinions_of(judge,", "for x in opinions_of(model,", LESSON),
+        ("the judge learns too", "frozen(judge_of(model, args, loop))", "judge_of(model, args, loop)", STAYS),
+        ("the judge of lessons learns too", "judge = judge_of(ref_model,", "judge = judge_of(model,", STAYS),
+        ("the judge is the start", "frozen(judge_of(model, args, loop))", "frozen(model)", ASKED),
+        ("the judge of lessons is the start", "judge_of(ref_model, args, loop) if", "ref_model if", ASKED),
         (
             "the critic learns as fast as an adapter",
             "p.lr_times = 1 / times",
@@ -369,8 +375,8 @@ MUTANTS = [
         ),
         (
             "the reference is the policy",
-            "    ref_model = frozen(model)\n    loop.seed(0)",
-            "    ref_model = model\n    loop.seed(0)",
+            "    ref_model = frozen(model)\n    judge =",
+            "    ref_model = model\n    judge =",
             LOOP,
         ),
         ("the divisor of a micro-batch", ".sum() / n_tokens).backward()", ".mean()).backward()", SPLIT),

@@ -33,7 +33,8 @@ AI = "test_the_ai_label_is_the_weighted_difference_of_its_opinions"
 JUDGE = "test_a_judge_that_prefers_a_place_says_nothing"
 RULES = "test_a_constitution_is_a_list_of_questions_and_weights"
 REVISE = "test_revision_drops_what_is_held_against_an_answer_and_adds_what_it_lacks"
-NO_BETTER = "test_a_revision_that_the_judge_likes_no_better_is_not_kept"
+CHANGE = "test_each_round_of_revision_makes_the_best_change"
+STAGE = "test_the_tiny_worlds_judge_is_a_stage_of_its_own"
 ENDINGS = "test_steps_are_labelled_by_where_their_endings_arrive"
 CHECKER = "test_the_checker_of_steps_wants_all_before_them_right"
 BEST = "test_best_of_eight"
@@ -338,13 +339,46 @@ MUTANTS = [
                 RULES,
             ),
             ("a constitution without questions", "if not rules or not all(", "if not all(", RULES),
-            ("rude sentences stay", " - {text for text, w in has if w < 0}", "", REVISE),
-            ("idle sentences stay", "good = {text for text, w in has if w > 0} -", "good = seen.keys() -", REVISE),
-            ("nothing is added", "if score(sentences) > score(kept[i]) + 0.25:", "if False:", REVISE),
-            ("whatever comes last is added", "if score(sentences) > score(kept[i]) + 0.25:", "if True:", REVISE),
-            ("added where it was not written", "[:1] + kept[i][at:])", "[:1] + kept[i])", REVISE),
-            ("whole continuations are put in", "tokenizer))[:1] +", "tokenizer)) +", REVISE),
-            ("revised or not, all is kept", "bool(after) and score(after) > score(before) for", "True for", NO_BETTER),
+            ("no sentence goes", "if 1 < len(answers[i]) != at]", "if False]", REVISE),
+            ("an answer may say nothing", "if 1 < len(answers[i]) != at]", "if len(answers[i]) != at]", CHANGE),
+            ("two sentences go", "answers[i][at + 1 :]) for", "answers[i][at + 2 :]) for", CHANGE),
+            ("nothing is added", "return more + [", "return [", REVISE),
+            (
+                "the last change that helps is made",
+                "if score > max(scores[i], needed[i]):",
+                "if score > needed[i]:",
+                CHANGE,
+            ),
+            ("any gain will do", "needed = [score + 0.25 for", "needed = [score for", CHANGE),
+            ("added where it was not written", "[:1] + answers[i][at:])", "[:1] + answers[i])", CHANGE),
+            ("whole continuations are put in", "tokenizer))[:1] +", "tokenizer)) +", CHANGE),
+            (
+                "the model revises its drafts alone",
+                "prompts, final, args.seed + turn",
+                "prompts, drafts, args.seed + turn",
+                CHANGE,
+            ),
+            ("scores of the drafts stay", "final[i], scores[i] = sentences, score", "final[i] = sentences", CHANGE),
+            ("what stayed is written, too", "enumerate(drafts) if final[i] != draft]", "enumerate(drafts)]", CHANGE),
+            (
+                "the model that answers judges",
+                "opinions(judge, tokenizer, sorted",
+                "opinions(model, tokenizer, sorted",
+                REVISE,
+            ),
+            (
+                "the model that is to learn labels",
+                "opinions(judge, tokenizer, (answer",
+                "opinions(model, tokenizer, (answer",
+                AI,
+            ),
+            (
+                "the tiny world's judge is the SFT model",
+                "return model if args.model else",
+                "return model if model else",
+                STAGE,
+            ),
+            ("a model of one's own is not asked", "return model if args.model else", "return", STAGE),
             ("rude is good", "*who) == is_wanted)", "*who))", REVISE),
             ("one rule is enough", "[min(row) for row in zip([1.0] *", "[max(row) for row in zip([0.0] *", REVISE),
             # process supervision
