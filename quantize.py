@@ -737,6 +737,8 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
     fill(args, {"bits": (4, 8), "group_size": (64, 0), "symmetric": (False, True)}, whole)
     if whole and (args.bits, args.group_size, args.symmetric) != (8, 0, True):
         raise UserError(f"--method {method} is a product of integers: --bits 8 --group-size 0 --symmetric")
+    if method == "nf4" and (args.bits, args.group_size, args.symmetric) != (4, 64, False):
+        raise UserError("--method nf4 has 4 bits and blocks of 64: no other --bits or --group-size, no --symmetric")
     if method == "none" and not args.kv:
         raise UserError("--method none leaves the weights alone: choose what else, such as --kv 4")
     return args

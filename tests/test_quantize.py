@@ -1077,7 +1077,9 @@ def test_flags_and_their_defaults():
     assert (row.method, row.bits, row.plant, row.group_size, row.rows, row.symmetric) == ("rtn", 2, 8.0, 64, 7, False)
     for words, wrong in ((["--method", "fp8"], "fp8"), (["--method", "w8a8", "--bits", "4"], "8 --group-size 0"),
                          (["--method", "none"], "--kv"), (["--resume"], "--method all"),
-                         (["--method", "all", "--group-size", "32"], "w8a8 is a product")):  # fmt: skip
+                         (["--method", "nf4", "--bits", "3"], "nf4 has 4 bits"),
+                         (["--method", "nf4", "--symmetric"], "nf4 has 4 bits"),
+                         (["--method", "all", "--group-size", "32"], "nf4 has 4 bits")):  # fmt: skip
         with pytest.raises(UserError, match=wrong):
             get_args(words)
 

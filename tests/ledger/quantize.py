@@ -500,6 +500,8 @@ IN_QUANTIZE = [
         RUN,
     ),
     ("w8a8 of 4 bits", '"bits": (4, 8)', '"bits": (4, 4)', FLAGS),
+    ("nf4 of other bits", "!= (4, 64, False):", "!= (args.bits, 64, False):", FLAGS),
+    ("nf4 with zeros at will", "!= (4, 64, False):", "!= (4, 64, args.symmetric):", FLAGS),
     ("w8a8 in groups", '"group_size": (64, 0)', '"group_size": (64, 64)', FLAGS),
     (
         "tokens stay as they are",
