@@ -14,7 +14,8 @@ The weights come in four stages, of which one command does all.
     instruct   the connector and the language model, on questions and answers, with conversations without pictures
                between them (--replay), or what the model could do before is forgotten
     prefer     the same two, by the loss of dpo.py: of the model's own descriptions the one that names only what is
-               there is chosen, the one that names what is not is rejected (RLHF-V, 2312.00849)
+               there is chosen, the one that names what is not is rejected (RLHF-V, 2312.00849), and likewise of its
+               answers to "Is there a ...?"
 
 What a stage does not name is frozen in it, to the byte. A batch is split by the two passes of GradCache (2101.06983),
 so that in `contrast`, too, --micro-batch-size and the number of ranks change nothing. Left out: the image-text matching
@@ -635,13 +636,15 @@ def replies(vlm: VLM, tokenizer: Tokenizer, prompts: Sequence[Row], args: Namesp
     return [found[i : i + samples] for i in range(0, len(found), samples)]
 
 
+def prompts_of(vlm: VLM, tokenizer: Tokenizer, asked: Sequence[tuple[str, np.ndarray]], args: Namespace) -> list[Row]:
+    return [encode(conversation([(question, "")]), [picture], tokenizer, vlm.connector.slots, args.chat_format,
+                   ask=True) for question, picture in asked]  # fmt: skip
+
+
 def answers(vlm: VLM, tokenizer: Tokenizer, asked: Sequence[tuple[str, np.ndarray]], args: Namespace, loop: Loop,
             longest: int = 12) -> list[str]:  # fmt: skip
     """What the model says, greedily, to each (question, picture)."""
-    slots = vlm.connector.slots
-    prompts = [encode(conversation([(question, "")]), [picture], tokenizer, slots, args.chat_format, ask=True)
-               for question, picture in asked]  # fmt: skip
-    said = replies(vlm, tokenizer, prompts, args, loop, longest=longest)
+    said = replies(vlm, tokenizer, prompts_of(vlm, tokenizer, asked, args), args, loop, longest=longest)
     return [chat.completion_text(ids, tokenizer).strip() for (ids,) in said]
 
 
@@ -649,15 +652,11 @@ def exact(said: Sequence[str], rows: Sequence[pictures.Example]) -> list[float]:
     return [float(text == row.answer) for text, row in zip(said, rows, strict=True)]
 
 
-def describing(vlm: VLM, tokenizer: Tokenizer, scenes: Sequence[pictures.Example], args: Namespace) -> list[Row]:
-    return [encode(conversation([(pictures.DESCRIBE, "")]), [e.picture], tokenizer, vlm.connector.slots,
-                   args.chat_format, ask=True) for e in scenes]  # fmt: skip
-
-
 def hallucinations(vlm: VLM, tokenizer: Tokenizer, test: dict[str, list], args: Namespace, loop: Loop
                    ) -> dict[str, list[float]]:  # fmt: skip
     """Of descriptions of held-out pictures, and of the questions for what is absent (see the top of this file)."""
-    prompts, found = describing(vlm, tokenizer, test["scenes"], args), {}
+    prompts = prompts_of(vlm, tokenizer, [(pictures.DESCRIBE, e.picture) for e in test["scenes"]], args)
+    found = {}
     for name, temperature in (("hallucination", 1.0), ("hallucination, greedy", 0.0)):
         said = replies(vlm, tokenizer, prompts, args, loop, temperature=temperature, seed=1)
         pairs = [(chat.completion_text(ids, tokenizer), e.things)
@@ -670,32 +669,44 @@ def hallucinations(vlm: VLM, tokenizer: Tokenizer, test: dict[str, list], args: 
     return found
 
 
+def tempted(vlm: VLM, tokenizer: Tokenizer, scenes: Sequence[pictures.Example], args: Namespace) -> list[Row]:
+    """What `prefer` asks: where the scene comes with a question for existence that one, else for a description."""
+    asked = [(e.question if e.kind == "existence" else pictures.DESCRIBE, e.picture) for e in scenes]
+    return prompts_of(vlm, tokenizer, asked, args)
+
+
+def faults(text: str, e: pictures.Example) -> tuple[int, int]:
+    """(What an answer to `tempted` says falsely, what it leaves out.)"""
+    if e.kind == "existence":
+        return int(text.strip() != e.answer), 0
+    return len(pictures.invented(text, e.things)), pictures.missing(text, e.things)
+
+
 def sampled_pairs(vlm: VLM, tokenizer: Tokenizer, scenes: Sequence[pictures.Example], args: Namespace, loop: Loop
                   ) -> list[list]:  # fmt: skip
-    """[place in `scenes`, ids of a description of what is there, ids of one that names what is not], of 4 samples each.
+    """[place in `scenes`, ids of an answer that is true, ids of one that is not], of 4 samples each.
 
-    Chosen is one that names what is there and nothing else (to say nothing would invent nothing, too), rejected the one
-    that invents most.
+    Chosen is a description that names what is there and nothing else (to say nothing would invent nothing, too),
+    rejected the one that invents most; or the right answer to a question for existence and the wrong one.
     """
-    prompts = describing(vlm, tokenizer, scenes, args)
+    prompts = tempted(vlm, tokenizer, scenes, args)
     said, found = replies(vlm, tokenizer, prompts, args, loop, samples=4, temperature=1.0, seed=args.seed + 2), []
+    false = 0
     for i, (some, e) in enumerate(zip(said, scenes, strict=True)):
-        texts = [chat.completion_text(ids, tokenizer) for ids in some]
-        worse = [(len(pictures.invented(text, e.things)), pictures.missing(text, e.things)) for text in texts]
+        worse = [faults(chat.completion_text(ids, tokenizer), e) for ids in some]
+        false += sum(invented > 0 for invented, _ in worse)
         best, worst = min(range(4), key=worse.__getitem__), max(range(4), key=worse.__getitem__)
         shows = vlm.image_id in (*some[best], *some[worst])  # a sampled `<image>` stands for no picture
         if worse[best] == (0, 0) and worse[worst][0] and not shows:
             found.append([i, some[best], some[worst]])
-    n = sum(len(pictures.invented(chat.completion_text(ids, tokenizer), e.things)) > 0
-            for some, e in zip(said, scenes, strict=True) for ids in some)  # fmt: skip
-    loop.say(f"prefer: {4 * len(scenes)} descriptions sampled, {n} name what is not there; {len(found)} pairs")
+    loop.say(f"prefer: {4 * len(scenes)} answers sampled, {false} say what is not so; {len(found)} pairs")
     return found
 
 
 def pairs_of(found: list[list], vlm: VLM, tokenizer: Tokenizer, scenes: Sequence[pictures.Example], args: Namespace
              ) -> list[tuple[Row, Row]]:  # fmt: skip
     """(chosen, rejected) of what sampled_pairs found: the completion is trained on, its ending token included."""
-    prompts = describing(vlm, tokenizer, [scenes[i] for i, *_ in found], args)
+    prompts = tempted(vlm, tokenizer, [scenes[i] for i, *_ in found], args)
     return [tuple(Row(prompt.input_ids + ids, [0] * len(prompt.input_ids) + [1] * len(ids), prompt.pictures)
                   for ids in said) for prompt, (_, *said) in zip(prompts, found, strict=True)]  # fmt: skip
 

@@ -828,13 +828,15 @@ def test_two_steps_of_prefer_by_hand(start, tmp_path, monkeypatch):
     assert max((found[name] - p).abs().max() for name, p in named.items()) < 1e-3
 
 
-def test_pairs_for_dpo(start, tmp_path, monkeypatch):
-    """Chosen: all that is there and nothing else; rejected: most that is absent; their log-probs by the start."""
+def test_pairs_for_dpo(start, tmp_path, monkeypatch, capsys):
+    """Chosen: all that is there and nothing else, or the right answer; rejected: what is most wrong; and log-probs."""
     net = load_vlm(start, CPU, vlm_module.Vision("mlp", "clip", "conv"))[0]
     loop = a_loop(tmp_path)
     a = pictures.Thing("red", "star", "small", 10, 10, 4)
     b = pictures.Thing("blue", "circle", "small", 30, 30, 4)
-    scenes = [pictures.Example(picture(i), [a, b], "", "", "") for i in range(8)]
+    asked = [("How many?", "1", "count")] * 8 + [("Is there a red star?", "yes", "existence")]
+    asked += [("Is there a red circle?", "no", "existence")] * 2
+    scenes = [pictures.Example(picture(i), [a, b], *row) for i, row in enumerate(asked)]
     texts = [
         ["a red star", "a red star and a blue circle", "a red circle", "a red circle and a green star"],
         ["a red star"] * 4,
@@ -844,18 +846,23 @@ def test_pairs_for_dpo(start, tmp_path, monkeypatch):
         ["a red star and a blue circle and a green star"] * 3 + ["a black star and a green star and a red circle"],
         ["a red star and a blue circle"] * 3 + ["a red star"],
         ["a red star and a blue circle"] * 3 + ["a black star"],
+        ["no", "no", "yes", "no"],
+        ["yes", "yes", "yes", "no"],
+        ["no"] * 4,
     ]
     ids = [[tiny().encode(text) + [tiny().eos_ids[0]] for text in some] for some in texts]
     ids[7][3].insert(0, net.image_id)  # sampled, it stands for no picture
     monkeypatch.setattr(vlm_module, "replies", lambda *x, **y: ids)
     found = vlm_module.sampled_pairs(net, tiny(), scenes, loop.args, loop)
-    assert found == [[0, ids[0][1], ids[0][3]], [3, ids[3][0], ids[3][3]]]
+    assert found == [[0, ids[0][1], ids[0][3]], [3, ids[3][0], ids[3][3]], [8, ids[8][2], ids[8][0]],
+                     [9, ids[9][3], ids[9][0]]]  # fmt: skip
+    assert "44 answers sampled, 19 say what is not so; 4 pairs" in capsys.readouterr().err
     pairs = vlm_module.pairs_of(found, net, tiny(), scenes, loop.args)
     for (place, *said), pair in zip(found, pairs, strict=True):
         for completion, r in zip(said, pair, strict=True):
             spoken = [i for i, m in zip(r.input_ids, r.completion_mask, strict=True) if m]
             assert spoken == completion and r.pictures[0] is scenes[place].picture
-            assert pictures.DESCRIBE in tiny().decode(r.input_ids)
+            assert (asked[place][0] if place >= 8 else pictures.DESCRIBE) in tiny().decode(r.input_ids)
     with torch.no_grad():
         logps = vlm_module.scored(net, pairs, loop.args, loop)
         wanted = [[answer_logps(net, collate([r], 48, CPU)).item() for r in pair] for pair in pairs]
@@ -863,9 +870,9 @@ def test_pairs_for_dpo(start, tmp_path, monkeypatch):
 
 
 def test_a_model_that_invents_nothing_has_nothing_to_prefer(start, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pictures, "invented", lambda *a: [])
+    monkeypatch.setattr(vlm_module, "faults", lambda text, e: (0, 0))
     run(start, tmp_path, "--stages", "instruct", "prefer", "--steps", 30)
-    assert "0 name what is not there; 0 pairs" in capsys.readouterr().err
+    assert "0 say what is not so; 0 pairs" in capsys.readouterr().err
     lines = [line for line in logged(tmp_path) if line["stage"] == 4]
     assert lines and all(line["loss"] == 0 and line["grad_norm"] == 0 for line in lines)
 

@@ -440,8 +440,7 @@ IN_VLM = [
     (
         "V6: padding is trained on",
         "input_ids, completion_mask = torch.zeros(2, len(rows), length, dtype=torch.long)\n",
-        "input_ids, completion_mask = torch.zeros(2, len(rows), length, dtype=torch.long)\n"
-        "    completion_mask += 1\n",
+        "input_ids, completion_mask = torch.zeros(2, len(rows), length, dtype=torch.long)\n    completion_mask += 1\n",
         PADDING,
     ),
     (
@@ -580,6 +579,31 @@ IN_VLM = [
         "Row(prompt.input_ids + ids, [1] * len(prompt.input_ids) + [1] * len(ids), prompt.pictures)",
         PREFER,
     ),
+    (
+        "DPO: no question for existence",
+        'e.question if e.kind == "existence" else pictures.DESCRIBE',
+        "pictures.DESCRIBE",
+        PREFER,
+    ),
+    (
+        "DPO: every scene's question",
+        'e.question if e.kind == "existence" else pictures.DESCRIBE',
+        "e.question or pictures.DESCRIBE",
+        PREFER,
+    ),
+    (
+        "DPO: the wrong answer is chosen",
+        "return int(text.strip() != e.answer), 0",
+        "return int(text.strip() == e.answer), 0",
+        PREFER,
+    ),
+    (
+        "DPO: answers are judged as descriptions",
+        '    if e.kind == "existence":\n        return int',
+        "    if False:\n        return int",
+        PREFER,
+    ),
+    ("DPO: how much is false is not counted", "false += sum(invented > 0 for", "false += sum(invented for", PREFER),
     ("DPO: without its picture's place", "[scenes[i] for i, *_ in found]", "scenes[: len(found)]", PREFER),
     (
         "--steps: all to one stage",
