@@ -831,7 +831,7 @@ def test_other_judges(one, tmp_path, monkeypatch):
         ]
     ]
     model, prompts = small(tiny().vocab_size), requests(1)
-    one.args.judge, asked, rules = "ai", small(tiny().vocab_size), reward.CONSTITUTION
+    one.args.judge, asked, rules = "ai", small(tiny().vocab_size, seed=1), reward.CONSTITUTION
     monkeypatch.setattr(reward, "judge_of", lambda policy, args, loop: asked if policy is model else None)
     opinions = reward.opinions(asked, tiny(), ["Hi!", "Go away now."], rules, one.args, one)
     wanted = [reward.worth(opinions[text], rules) for text in ("Hi!", "Go away now.")]
