@@ -457,6 +457,7 @@ def test_verdict():
     assert bench.verdict(bench.row("sampling, 2 prompts", 1.9, 1.0, "tokens/s", True)) == "better  goal 2.0 missed"
     assert bench.verdict(bench.row("sampling, 2 prompts", 2.0, 1.0, "tokens/s", True)) == "better  goal 2.0 met"
     assert bench.verdict(bench.row("sampling at width 512, 1 prompt", 0.5, 1.0, "tokens/s", True)) == "worse"
+    assert "goal 1.6 missed" in bench.verdict(bench.row("trl.GRPOTrainer, 8 prompts x 8 answers", 1.5, 1.0, "", True))
 
 
 def test_every_goal_belongs_to_a_row(monkeypatch):
@@ -465,7 +466,9 @@ def test_every_goal_belongs_to_a_row(monkeypatch):
     monkeypatch.setattr(bench, "installed", lambda name: True)
     monkeypatch.setattr(bench, "twins", lambda *x: (None, None))
     for function in ("sampling", "training", "sft_trainer", "dpo_trainer", "grpo_trainer"):
-        monkeypatch.setattr(bench, function, lambda name, *x, **options: named.append(name.split(",")[0]))
+        whole = function == "grpo_trainer"  # a goal for each of its rows
+        monkeypatch.setattr(bench, function, lambda name, *x, whole=whole, **options: named.append(
+            name if whole else name.split(",")[0]))  # fmt: skip
     monkeypatch.setattr(bench, "our_step", lambda *x: None)
     monkeypatch.setattr(bench, "floor", lambda *x: [])
     monkeypatch.setattr(bench, "dpo_memory", lambda *x: 1.0)

@@ -812,11 +812,11 @@ SPLITS = (
 
 @pytest.mark.parametrize("flags", SPLITS, ids=lambda flags: flags[1])
 def test_splitting_a_batch_changes_nothing(checkpoint, tmp_path, mine, flags):
-    """G8: ragged rows in one forward pass, five at a time and one by one."""
+    """G8: ragged rows in one forward pass and five at a time."""
     found = []
-    for size in (12, 5, 1):
+    for size in (12, 5):
         out = tmp_path / str(size)
-        run(checkpoint, out, *flags, "--reward", mine, "--micro-batch-size", size)
+        run(checkpoint, out, *flags, "--reward", mine, "--micro-batch-size", size, "--steps", 2)
         found.append((logged(out), weights(out)))
     for lines, found_weights in found[1:]:
         for a, b in zip(found[0][0], lines, strict=True):
@@ -880,11 +880,13 @@ def stopping(after: int):
 
 
 @pytest.mark.parametrize("flags", [
-    (), ("--loss", "reinforce", "--passes", 2, "--minibatches", 2), ("--loss", "dapo", "--overlong-buffer", 6),
-    ("--preset", "reft"), ("--kl-coef", 0.1, "--preset", "cold"), ("--tools", "--beta", 0.1),
+    (), ("--loss", "reinforce", "--passes", 2, "--minibatches", 2),
+    pytest.param(("--loss", "dapo", "--overlong-buffer", 6), marks=pytest.mark.slow),
+    ("--preset", "reft"), ("--kl-coef", 0.1, "--preset", "cold"),
+    pytest.param(("--tools", "--beta", 0.1), marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_resuming_is_exact(checkpoint, tmp_path, mine, monkeypatch, flags):
-    flags = (*flags, "--steps", 4, "--save-every", 1, "--reward", mine, "--sft-steps", 2 * ("--preset" in flags))
+    flags = (*flags, "--steps", 3, "--save-every", 1, "--reward", mine, "--sft-steps", 2 * ("--preset" in flags))
     whole = run(checkpoint, tmp_path / "whole", *flags)
     monkeypatch.setattr(grpo, "Loop", stopping(2))
     with pytest.raises(Stop):
@@ -895,7 +897,7 @@ def test_resuming_is_exact(checkpoint, tmp_path, mine, monkeypatch, flags):
     timing = {"seconds", "tokens_per_second", "rollout_seconds", "update_seconds"}
     lines = [[{k: v for k, v in line.items() if k not in timing} for line in logged(tmp_path / name)]
              for name in ("whole", "parts")]  # fmt: skip
-    assert lines[0] == lines[1] and [line["step"] for line in lines[0]] == [1, 2, 3, 4]
+    assert lines[0] == lines[1] and [line["step"] for line in lines[0]] == [1, 2, 3]
     assert all(parts[name] == whole[name] for name in ("before", "after", "metrics"))
 
 
