@@ -1028,7 +1028,7 @@ def test_an_interrupted_run_saves_no_half_model(start, tmp_path, monkeypatch, me
     assert not (tmp_path / "out" / "checkpoint").exists()
 
 
-@pytest.mark.parametrize("words", [("--method", "nf4"), ("--method", "none", "--kv", 4)])
+@pytest.mark.parametrize("words", [("--method", "nf4", "--group-size", 64), ("--method", "none", "--kv", 4)])
 def test_a_narrow_checkpoint_stays_narrow(start, tmp_path, words):
     save(copy.deepcopy(start).bfloat16(), tiny(), tmp_path / "narrow")
     metrics = run(tmp_path, "--model", tmp_path / "narrow", *words, "--dtype", "bf16")["metrics"]
