@@ -763,7 +763,10 @@ def batches_of(monkeypatch) -> list:
     return seen
 
 
-@pytest.mark.parametrize("name", ["grpo", "rloo", "dr_grpo"])
+SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("rloo", "dr_grpo")]
+
+
+@pytest.mark.parametrize("name", ["grpo", *SLOWER])
 def test_a_run_is_a_plain_loop(checkpoint, tmp_path, mine, monkeypatch, name):
     """Loss, clipping, schedule and AdamW, as somebody would write it who scores one answer at a time."""
     seen = batches_of(monkeypatch)
@@ -805,8 +808,10 @@ def test_a_run_is_a_plain_loop(checkpoint, tmp_path, mine, monkeypatch, name):
 
 
 SPLITS = (
-    ("--loss", "grpo"), ("--loss", "dapo", "--beta", "0.1", "--overlong-buffer", "6"), ("--loss", "reinforce++"),
-    ("--loss", "dr_grpo", "--passes", "2"), ("--loss", "gspo", "--entropy-coef", "0.1"),
+    ("--loss", "grpo"), ("--loss", "dapo", "--beta", "0.1", "--overlong-buffer", "6"),
+    pytest.param(("--loss", "reinforce++"), marks=pytest.mark.slow),
+    pytest.param(("--loss", "dr_grpo", "--passes", "2"), marks=pytest.mark.slow),
+    pytest.param(("--loss", "gspo", "--entropy-coef", "0.1"), marks=pytest.mark.slow),
 )  # fmt: skip
 
 
