@@ -9,7 +9,7 @@ itself. --loss picks a variant among the functions below, each with its paper; t
 
     --rounds N --ref last   the policy after a round is the reference of the next (sDPO, 2403.19270)
     --online                a round learns from samples of the policy, ranked by --judge (iterative DPO, 2312.16682;
-                            with --judge ai self-rewarding, 2401.10020)
+                            with --judge ai, of a --model of your own, self-rewarding, 2401.10020)
     --sft-weight W          adds -W * mean log pi(best answer) to any loss (RPO, 2404.19733)
     --credit                shows held-out answers, each token coloured by beta * log pi / ref (2404.12358)
 

@@ -468,7 +468,8 @@ def changes(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], 
     said = sampled(model, tokenizer, starts, 24, 3, 0.5, seed)
     more = [(i, answers[i][:at] + manners.sentences_of(chat.completion_text(ids, tokenizer))[:1] + answers[i][at:])
             for (i, at), some in zip(places, said, strict=True) for ids in some]  # fmt: skip
-    return more + [(i, answers[i][:at] + answers[i][at + 1 :]) for i, at in places if 1 < len(answers[i]) != at]
+    return more + [(i, answers[i][:at] + answers[i][at + 1 :]) for i, at in places
+                   if len(answers[i]) > 1 and at < len(answers[i])]
 
 
 def write_revised(requests: list[dict], drafts: list[list[str]], final: list[list[str]], loop: Loop) -> None:

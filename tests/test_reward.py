@@ -652,7 +652,7 @@ def test_revision_drops_what_is_held_against_an_answer_and_adds_what_it_lacks(tm
     rng, turns = random.Random(0), []
 
     def sampled(model, tokenizer, prompts, new, samples, temperature, seed):
-        turns.append(prompts)
+        turns.append(seed)
         found = []
         for ids in prompts:
             text = tokenizer.decode(ids)
@@ -683,7 +683,7 @@ def test_revision_drops_what_is_held_against_an_answer_and_adds_what_it_lacks(tm
         text, pair = row["messages"][1]["content"], who[row["messages"][0]["content"]]
         assert not manners.has(text, "rude", *pair) and manners.utility(text, *pair) > 0
         keeps += all(manners.has(text, q, *pair) == (q != "rude") for q in manners.QUESTIONS)
-    assert result["after"] == keeps / 6 and result["after"] > 0.6 and len(turns) == 9
+    assert result["after"] == keeps / 6 and result["after"] > 0.6 and len(turns) == len(set(turns)) == 9
     assert result["metrics"]["utility"]["after"] > result["metrics"]["utility"]["before"] + 2
     rule = result["metrics"]["rules kept: rude"]
     assert (rule["before"], rule["after"]) == (0.0, 1.0) and len(result["metrics"]) == 1 + len(manners.QUESTIONS)

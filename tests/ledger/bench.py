@@ -116,6 +116,12 @@ MUTANTS = [
             'if r["higher_is_better"] else r["ratio"] >= goal)',
             "test_verdict",
         ),
+        (
+            "a goal of all that begins alike",
+            'f"{r[\'name\']},".startswith(f"{name},")',
+            "r['name'].startswith(name)",
+            "test_verdict",
+        ),
         # gpu
         (
             "a lookup is a product",

@@ -339,8 +339,14 @@ MUTANTS = [
                 RULES,
             ),
             ("a constitution without questions", "if not rules or not all(", "if not all(", RULES),
-            ("no sentence goes", "if 1 < len(answers[i]) != at]", "if False]", REVISE),
-            ("an answer may say nothing", "if 1 < len(answers[i]) != at]", "if len(answers[i]) != at]", CHANGE),
+            ("no sentence goes", "if len(answers[i]) > 1 and at < len(answers[i])]", "if False]", REVISE),
+            (
+                "every round draws the same",
+                "prompts, final, args.seed + turn + 1)",
+                "prompts, final, args.seed + 1)",
+                REVISE,
+            ),
+            ("an answer may say nothing", "if len(answers[i]) > 1 and at <", "if at <", CHANGE),
             ("two sentences go", "answers[i][at + 1 :]) for", "answers[i][at + 2 :]) for", CHANGE),
             ("nothing is added", "return more + [", "return [", REVISE),
             (
