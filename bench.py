@@ -10,7 +10,8 @@ Areas
               of value and gradient against the reference in float64
     sft       training and sampling against transformers, and training against trl, if that is installed: same weights,
               same batch, both in fp32, on a CPU with denormals flushed for both; there also where our time goes, and
-              rows "floor: ..." of what it would be if only the products with the weights, or these and attention, did
+              rows "floor: ..." of what it would be if only the products with the weights, or these and attention, did,
+              and rows "..., compiled" of what torch.compile makes of our blocks
     dpo       the training step of dpo.py against trl's DPOTrainer, and its peak memory: the same in weights, pairs and
               precision
     lora      the training step of lora.py against peft's LoRA, and its peak memory: same base, same rank, same matrices
@@ -299,7 +300,24 @@ def bench_sft(args: argparse.Namespace) -> list[dict]:
     if seen:
         input_ids = torch.tensor(random_ids(512, [64] * 64))
         rows += floor(rows[-1], our_step(narrow[0], input_ids, torch.float32), args)
+        rows += compiled(equal, args)
     return rows + ([sft_trainer("trl.SFTTrainer, 256 short rows a step", args)] if installed("trl") else [])
+
+
+def compiled(prompts: list[list[int]], args: argparse.Namespace) -> list[dict]:
+    """Sampling and the training step again, our blocks fused by torch.compile: what their small operations cost.
+
+    No script decodes like that: to compile a shape takes longer than a short run saves. [] without a compiler.
+    """
+    if not kernels.use_compile(True):
+        return []
+    pair, args = twins(128, 512, args.device), argparse.Namespace(**vars(args) | {"compile": True})
+    for block in pair[0].blocks:
+        block.compile(dynamic=True)  # one for all lengths
+    rows = [sampling("sampling, 64 prompts x 64 tokens, compiled", pair, prompts, args, decode=generate.__wrapped__),
+            training("training step, 64 x 64 tokens, compiled", twins(128, 512, args.device), (64, 64), args)]
+    kernels.use_compile(False)
+    return rows
 
 
 KINDS = ("products", "attention", "norms", "other operations")
@@ -428,7 +446,8 @@ def our_step(model: Transformer, input_ids: Tensor, dtype: torch.dtype) -> Calla
 
 
 def sampling(name: str, pair: tuple[Transformer, nn.Module], prompts: list[list[int]], args: argparse.Namespace, *,
-             samples: int = 1, eos_ids: Sequence[int] = (), new: int = 64) -> dict:  # fmt: skip
+             samples: int = 1, eos_ids: Sequence[int] = (), new: int = 64, decode: Callable = generate
+             ) -> dict:  # fmt: skip
     """Tokens a second of a whole call, prefill included: up to `new` for each prompt and sample, at temperature 1.
 
     Both draw from the whole vocabulary; ours also returns log-probs. Their prompts are padded on the left beforehand.
@@ -445,7 +464,7 @@ def sampling(name: str, pair: tuple[Transformer, nn.Module], prompts: list[list[
     made, their_made, seeds = [], [], itertools.count()
 
     def ours() -> None:
-        found = generate(model, prompts, max_new_tokens=new, eos_ids=eos_ids, samples=samples, seed=next(seeds))
+        found = decode(model, prompts, max_new_tokens=new, eos_ids=eos_ids, samples=samples, seed=next(seeds))
         made.append(sum(map(len, found.completions)))
 
     def theirs() -> None:

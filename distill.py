@@ -3,8 +3,9 @@
     loss = alpha * CE(y, q) + (1 - alpha) * T^2 * D(p, q) + hidden * |P h_student - h_teacher|^2 / width,    a token
 
 (Hinton et al. 2015, arXiv 1503.02531.) p and q are softmax(logits / T) of the teacher and of the student, CE is that of
-the tokens y of the text, T^2 keeps the size of D's gradient as T grows, P is a learned projection of the state before
-the head. One token of text says one thing; p says how likely all others were. --loss picks D, or a loss of its own:
+the tokens y of the text and has T = 1, T^2 keeps the size of D's gradient as T grows, P is a learned projection of the
+state before the head. One token of text says one thing; p says how likely all others were. --loss picks D, or a loss of
+its own:
 
     hard              alpha = 1: the text alone, what every other loss must beat
     forward_kl        KL(p || q), which covers all that the teacher may say (Hinton)
@@ -181,7 +182,7 @@ def document(text: str, tokenizer: Tokenizer, n_prompt: int) -> Example:
 
 def conversation(row: dict, tokenizer: Tokenizer, args: argparse.Namespace) -> Example:
     """All that the assistant says is learned from; a model that writes itself is given all but its last turn."""
-    messages = formats.to_messages(row, "answer" if "answer" in row and "messages" not in row else "completion")
+    messages = formats.to_messages(row, "completion" if "completion" in row else "answer")
     ids, mask = chat.render(messages, tokenizer, chat_format=args.chat_format)
     prompt = chat.prompt_ids(messages[:-1], tokenizer, args.chat_format)
     if ids[: len(prompt)] != prompt:
@@ -243,8 +244,10 @@ def examples(args: argparse.Namespace, tokenizer: Tokenizer, loop: Loop) -> tupl
     """The rows to learn from, and the held-out ones."""
     if args.data:
         read = partial(formats.read_jsonl, schemas=("text", "chat", "completion", "answer"),
-                       mapping=formats.parse_map(args.map))  # fmt: skip
+                       mapping=formats.parse_map(args.map), keep=":" in (args.check or ""))  # fmt: skip
         (rows,), held_out = formats.split([args.data], args.eval_data, read, loop.say)
+        if args.check and args.loss == "sequence" and not all(isinstance(row.get("answer"), str) for row in rows):
+            raise UserError("--check: the rows of --data have no answer to compare with")
         both = ([file_row(row, tokenizer, args) for row in some] for some in (rows, held_out))
     else:
         keys = [("train", args.seed, i) for i in range(args.rows)], [("test", i) for i in range(HELD_OUT)]
@@ -274,10 +277,8 @@ def collate(examples: Sequence[Example], device: torch.device, multiple_of: int 
 def continued(model: Transformer, tokenizer: Tokenizer, some: Sequence[Example], samples: int, temperature: float,
               key: Sequence, args: argparse.Namespace, loop: Loop) -> list[list[Example]]:  # fmt: skip
     """For each of `some`, `samples` texts that begin with its prompt and go on as `model` says; `key` seeds them."""
+    check_room(model, some, args)
     prompts, texts = [e.input_ids[: e.n_prompt] for e in some], []
-    room = model.config.max_length - max(map(len, prompts), default=0)
-    if room < args.max_new_tokens:
-        raise UserError(f"--max-new-tokens {args.max_new_tokens}: the longest prompt leaves room for {room}")
     with loop.autocast():
         starts = range(0, len(prompts), 256)
         for start in tqdm(starts, "writing", disable=None if len(starts) > 1 else True, leave=False):
@@ -292,6 +293,13 @@ def continued(model: Transformer, tokenizer: Tokenizer, some: Sequence[Example],
                       completion_mask=e.completion_mask[: e.n_prompt] + [1] * len(ids))
            for e, ids in zip(owners, texts, strict=True)]  # fmt: skip
     return [new[i : i + samples] for i in range(0, len(new), samples)]
+
+
+def check_room(model: Transformer, some: Sequence[Example], args: argparse.Namespace) -> None:
+    """UserError if a prompt leaves no room for --max-new-tokens tokens of `model`."""
+    room = model.config.max_length - max((e.n_prompt for e in some), default=0)
+    if room < args.max_new_tokens:
+        raise UserError(f"--max-new-tokens {args.max_new_tokens}: the longest prompt leaves room for {room}")
 
 
 def teacher_written(teacher: Transformer, tokenizer: Tokenizer, rows: list[Example], args: argparse.Namespace,
@@ -315,8 +323,6 @@ def teacher_written(teacher: Transformer, tokenizer: Tokenizer, rows: list[Examp
 def is_right(e: Example, tokenizer: Tokenizer, args: argparse.Namespace) -> bool:
     """Whether what follows the prompt of `e` ends by itself and comes to the answer of its row, by --check."""
     said = e.input_ids[e.n_prompt :]
-    if "answer" not in e.row:
-        raise UserError("--check: the rows of --data have no answer to compare with")
     row = e.row | {"answer": world.final_answer(e.row["answer"])}
     asked, rule = formats.to_messages(e.row, "answer")[-2]["content"], checkers.load_reward(args.check)
     return said[-1] in tokenizer.eos_ids and rule(asked, chat.completion_text(said, tokenizer), row) >= 1
@@ -489,8 +495,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.loss == "all" and (args.data or args.task != "weather" or "," in (args.teacher or "")):
         raise UserError("--loss all makes a table of the generated world's weather: it takes no --data, no other "
                         "--task and one --teacher")
-    if args.weak_to_strong and (args.data or args.model or args.teacher):
-        raise UserError("--weak-to-strong has models and rows of its own: it takes no --data, --model or --teacher")
+    own = (name for name in ("data", "model", "teacher", "steps", "rows", "loss", "task")
+           if getattr(args, name) not in (cli.get_default(name), "rank"))  # fmt: skip
+    if args.weak_to_strong and (name := next(own, None)):
+        raise UserError(f"--weak-to-strong has models, rows, steps and losses of its own: it takes no --{name}")
     return args if args.loss == "all" or args.weak_to_strong else resolved(args)
 
 
@@ -530,7 +538,7 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
         (args.skew is not None and not 0 < args.skew < 1, "--skew: expected a number between 0 and 1, neither of them"),
         (args.hidden and kind is None, f"--hidden: --loss {name} has no teacher at hand"),
         (args.top_k and kind is None, f"--top-k: --loss {name} has no use for probabilities"),
-        (args.top_k and (args.on_policy or args.hidden),
+        (args.top_k and (args.on_policy or args.hidden or name == "minillm"),
          "--top-k: no step asks the teacher again, and so no --on-policy, minillm or --hidden"),
         (args.width % 32, "--width: expected a multiple of 32"),
         (args.hidden and args.parallel == "fsdp", "--hidden: the projection is not sharded, no --parallel fsdp"),
@@ -600,14 +608,6 @@ def common_words(model: Transformer, teachers: Sequence[Transformer], tokenizer:
     return n
 
 
-def entropy(test: list[Example], tokenizer: Tokenizer) -> float:
-    """Bits per byte of the weather: no model can do better on average, the ends of the texts being known."""
-    n, rate = len(world.WEATHER), world.weather_entropy()
-    days = (len(e.row["text"].split()) - 1 for e in test)
-    bits = sum(math.log2(n * (n - 1)) + (d - 2) * rate for d in days)  # the first two days are any two that differ
-    return bits / sum(n_bytes_of(e, tokenizer) for e in test)
-
-
 def gap_closed(value: float, hard: float, teacher: float) -> float:
     """The share of the way from hard labels to the teacher; 1 is as good as the teacher.
 
@@ -625,14 +625,15 @@ def conclude(teachers: Sequence[Transformer], tokenizer: Tokenizer, test: list[E
     if args.baseline and args.loss != "hard" and teachers and not args.data and not args.model:
         loop.say("\nthe same student on hard labels:")
         changes = {"loss": "hard", "out": loop.out / "hard", "resume": False, "hidden": 0.0}
-        changes |= dict.fromkeys((*HYPER, "top_k", "steps"))
+        changes |= dict.fromkeys((*HYPER, "top_k")) | {"steps": min(args.steps, HARD_STEPS.get(args.task, args.steps))}
         hard = main(resolved(argparse.Namespace(**vars(args) | changes)))["after"]
         baselines["the same student on hard labels"] = hard
     if teachers:
         found = (evaluate(teacher, (), tokenizer, test, n_words, args, loop)[metric] for teacher in teachers)
         baselines["the teacher" if len(teachers) == 1 else "the best teacher"] = best(map(statistics.fmean, found))
     if args.task == "weather" and not args.data:
-        baselines["entropy of the text"] = entropy(test, tokenizer)
+        bits = sum(world.code_length(e.row["text"]) for e in test)  # no model can do better on average
+        baselines["entropy of the text"] = bits / sum(n_bytes_of(e, tokenizer) for e in test)
     result = loop.finish(before, after, variant=args.loss, baselines=baselines,
                          higher_is_better=best is max)  # fmt: skip
     if hard is not None:
@@ -670,7 +671,8 @@ def weak_to_strong(args: argparse.Namespace) -> dict:
     means = {name: statistics.fmean(values["exact match"]) for name, values in found.items()}
     gap, baselines = means["ceiling"] - means["weak"], {"ceiling: the large model on the truth": means["ceiling"]}
     if gap > 0:
-        baselines["gap recovered"] = (means["strong"] - means["weak"]) / gap
+        found["weak"]["gap recovered"] = [0.0]
+        found["strong"]["gap recovered"] = [(means["strong"] - means["weak"]) / gap]
     else:
         loop.say("the weak model is as good as the ceiling: there is no gap to recover")
     return loop.finish(found["weak"], found["strong"], variant="weak-to-strong", baselines=baselines)
@@ -710,6 +712,8 @@ def main(args: argparse.Namespace) -> dict:
     values = (f"{name} {value:g}" for name in (*HYPER, "hidden", "top_k") if (value := getattr(args, name)))
     loop.say(f"--loss {args.loss}: {', '.join(values)}")
     rows, test = examples(args, tokenizer, loop)
+    if args.on_policy:
+        check_room(model, rows, args)
     n_words = common_words(model, teachers, tokenizer, test, loop)
     if teachers:
         sizes = [sum(p.numel() for p in m.parameters()) for m in (teachers[0], model)]

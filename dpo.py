@@ -12,6 +12,7 @@ itself. --loss picks a variant among the functions below, each with its paper; t
                             with --judge ai, of a --model of your own, self-rewarding, 2401.10020)
     --sft-weight W          adds -W * mean log pi(best answer) to any loss (RPO, 2404.19733)
     --credit                shows held-out answers, each token coloured by beta * log pi / ref (2404.12358)
+    --eval-data world       a run on --data is measured in the generated world, like one without
 
 Logged. `margin`: the implicit reward of the best answer minus that of the worst; it is beta * log pi / ref, or what
 stands in its place (LOSSES). `accuracy`: how often it is above 0. `chosen_reward`, `rejected_reward`: its two parts.
@@ -618,11 +619,14 @@ def sampled(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], 
             seed: int, args: argparse.Namespace, loop: Loop) -> list[list[chat.Row]]:  # fmt: skip
     """`samples` answers of the model to each prompt."""
     rows = []
+    if (room := model.config.max_length - max(map(len, prompts))) < args.max_new_tokens:
+        raise UserError(f"--max-new-tokens {args.max_new_tokens}: the longest prompt leaves room for {room}")
     with loop.autocast():
         for start in tqdm(range(0, len(prompts), 256), "answering", disable=None, leave=False):
             found = generate(
                 model, prompts[start : start + 256], max_new_tokens=args.max_new_tokens, eos_ids=tokenizer.eos_ids,
                 samples=samples, temperature=temperature, seed=10**6 * seed + start, vocab_size=tokenizer.vocab_size,
+                rollout_batch=args.rollout_batch,
             )  # fmt: skip
             rows += [chat.Row(ids, [1] * len(ids)) for ids in found.completions]
     return [rows[i : i + samples] for i in range(0, len(rows), samples)]
@@ -702,11 +706,15 @@ def evaluate(model: Transformer, ref_model: Transformer | None, tokenizer: Token
         theirs = utility if before is None else before["utility"]  # of the SFT model, sampled independently
         found["win rate"] = [(a > b) + 0.5 * (a == b) for a, b in zip(utility, theirs, strict=True)]
         found["utility"], found["KL"] = utility, [0.0] * len(utility)
-        if before is not None:
+        if before is not None and ref_model is not None:
             rows = [Example(ids, some, [1.0]) for ids, some in zip(prompts, answers, strict=True)]
-            as_dpo = argparse.Namespace(loss="dpo")
-            groups = scored(model, ref_model, in_groups(rows, args.micro_batch_size), as_dpo, loop)
-            found["KL"] = [x for s in groups for x in log_ratio(s)[:, 0].tolist()]
+            kls = []
+            for some in in_groups(rows, args.micro_batch_size):
+                batch = collate(some, loop.device, 64 if loop.compiled else 1)
+                with torch.no_grad(), loop.autocast():
+                    now, then = (answer_logps(m, batch) for m in (model, ref_model))
+                kls += (now - then).tolist()
+            found["KL"] = kls
         found["length"] = [float(len(answer.input_ids)) for (answer,) in answers]
         asked = [chat.prompt_ids(row["messages"][:1], tokenizer, args.chat_format) for row in test["skills"]]
         said = sampled(model, tokenizer, asked, 1, 0.0, 0, args, loop)
@@ -804,6 +812,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--desirable-weight", type=REAL, help="kto: of good answers")
     cli.add_argument("--undesirable-weight", type=REAL, help="kto: of bad answers")
     cli.add_argument("--sft-weight", type=REAL, help="of the SFT term on the best answer, beside any loss")
+    cli.add_argument("--rollout-batch", type=COUNT, help="answers decoded at a time, to save memory (default: all)")
     cli.add_argument("--answers", type=COUNT, help="sampled to each prompt (default: 2; of lipo, rrhf, pro and nn 4)")
     cli.add_argument("--pairs", choices=("sampled", "written"), default="sampled",
                      help="of the world: answers of the model that the run begins with, or written by data/manners.py")
@@ -854,6 +863,9 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
         (args.adapter and args.parallel == "fsdp", "--adapter: too small to shard; choose --parallel replicas"),
         (args.online and args.pairs == "written", "--online samples its answers: no --pairs written"),
         (args.online and args.data and args.judge == "annotator", "--judge annotator knows the generated world only"),
+        (args.judge != "annotator" and not args.online and (args.data or args.pairs == "written"),
+         "--judge ranks sampled answers: it needs --online or --pairs sampled"),
+        (args.pairs == "written" and args.data, "--pairs is of the generated world: it takes no --data"),
     ):
         if is_wrong:
             raise UserError(text)
@@ -940,7 +952,7 @@ def main(args: argparse.Namespace) -> dict:
             loop.save(step, model=model, optimizer=optimizer, tokenizer=tokenizer, extra=kept)
 
     # 6. Evaluate
-    if ("requests" in test or args.credit) and (ref_model is None or args.ref == "last"):
+    if args.ref == "last" or (ref_model is None and ("requests" in test or args.credit)):
         ref_model = load(start)[0].to(loop.device)  # the model that the run began with
         loop.seed(0)  # with what is random in an adapter
         if args.adapter:

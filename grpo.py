@@ -66,7 +66,7 @@ from ppo import (
     scored,
     task_of,
 )
-from reward import load_reward_model, token_rewards
+from reward import load_reward_model, running_rewards
 
 # 1. The objective
 
@@ -311,7 +311,7 @@ def world_task(args: argparse.Namespace, tokenizer: Tokenizer, key: Sequence, sp
         sum_of, answer = " + ".join(map(str, numbers)), str(sum(numbers))
         question = f"The sum of {sum_of}" if args.preset == "zero" else f"What is {sum_of}?"
     if args.preset == "zero":
-        return Task(tokenizer.encode(question), {"prompt": question, "answer": answer})
+        return Task(tokenizer.begin(question), {"prompt": question, "answer": answer})
     return task_of({"prompt": question, "answer": answer}, tokenizer, args)
 
 
@@ -366,11 +366,11 @@ def with_tool_turn(model: Transformer, tokenizer: Tokenizer, rollout: Rollout, s
     for r in rows:
         result = world.calculator(calls[r])  # it parses
         said[r] += [{"role": "assistant", "content": rollout.answers[r]}, {"role": "tool", "content": result}]
-        mask = chat.render(said[r][:-1], tokenizer, chat_format=args.chat_format).completion_mask
+        # not without the tool's turn: there are formats that write the last turn of all otherwise
+        ids, mask = chat.render(said[r], tokenizer, add_generation_prompt=True, chat_format=args.chat_format)
         end = len(mask) - mask[::-1].index(1)  # behind the token that ended the model's turn
-        whole = chat.render(said[r], tokenizer, add_generation_prompt=True, chat_format=args.chat_format).input_ids
         n = int(rollout.completion_mask[r].nonzero()[-1]) + 1
-        prompts.append(rollout.input_ids[r, :n].tolist() + whole[end:])
+        prompts.append(rollout.input_ids[r, :n].tolist() + ids[end:])
     found = generate(model, prompts, max_new_tokens=args.max_new_tokens, seed=seed, **common)
     width = max(found.input_ids.shape[1], rollout.input_ids.shape[1])
     ids, mask, logps, new_ids, new_mask, new_logps = (
@@ -402,19 +402,10 @@ def reward_of(rollout: Rollout, tasks: Sequence[Task], tokenizer: Tokenizer, prm
     G = len(rollout.completions) // len(tasks)
     unshaped, passed, steps = torch.zeros(len(tasks), G, dtype=torch.float64), None, None
     finished, lengths = rollout.finished.view(-1, G).cpu(), rollout.completion_mask.sum(-1).view(-1, G).cpu()
-    groups = [rollout.answers[i : i + G] for i in range(0, len(rollout.answers), G)]
     for name, weight in args.rewards:
-        if name == "majority":
-            values = [majority([world.final_answer(text) if ended else "" for text, ended in zip(*group, strict=True)])
-                      for group in zip(groups, finished, strict=True)]  # fmt: skip
-        elif name == "prm":
-            steps = step_scores(prm, rollout, tokenizer, G, loop)
-            values = torch.where(steps[1], steps[0], 1.0).amin(-1).cpu() * steps[1].any(-1).cpu()
-        else:
-            rule = checkers.load_reward(name)
-            values = [[rule(prompt_text(task), text, task.row) for text in texts]
-                      for task, texts in zip(tasks, groups, strict=True)]  # fmt: skip
-        values = torch.as_tensor(values, dtype=torch.float64)
+        if name == "prm":
+            steps = step_scores(prm, rollout, tokenizer, G, args, loop)
+        values = values_of(name, rollout, tasks, steps)
         passed = finished & (values >= (1.0 if name != "prm" else 0.5)) if passed is None else passed
         unshaped += withheld(weight * values, finished, loop)
     reward = unshaped - args.length_penalty * lengths / args.max_new_tokens
@@ -423,12 +414,29 @@ def reward_of(rollout: Rollout, tasks: Sequence[Task], tokenizer: Tokenizer, prm
     return Judged(reward, unshaped, passed, steps)
 
 
+def values_of(name: str, rollout: Rollout, tasks: Sequence[Task], steps: tuple[Tensor, Tensor] | None) -> Tensor:
+    """(P, G): what one of --reward thinks of each answer; of prm the least of its `steps`."""
+    G = len(rollout.answers) // len(tasks)
+    groups = [rollout.answers[i : i + G] for i in range(0, len(rollout.answers), G)]
+    if name == "majority":
+        values = [majority([world.final_answer(text) if ended else "" for text, ended in zip(*group, strict=True)])
+                  for group in zip(groups, rollout.finished.view(-1, G).cpu(), strict=True)]  # fmt: skip
+    elif name == "prm":
+        values = torch.where(steps[1], steps[0], 1.0).amin(-1).cpu() * steps[1].any(-1).cpu()
+    else:
+        rule = checkers.load_reward(name)
+        values = [[rule(prompt_text(task), text, task.row) for text in texts]
+                  for task, texts in zip(tasks, groups, strict=True)]  # fmt: skip
+    return torch.as_tensor(values, dtype=torch.float64)
+
+
 @torch.no_grad()
-def step_scores(prm: Transformer, rollout: Rollout, tokenizer: Tokenizer, G: int, loop: Loop
+def step_scores(prm: Transformer, rollout: Rollout, tokenizer: Tokenizer, G: int, args: argparse.Namespace, loop: Loop
                 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """P(step is right) at the last token of each step, and where these are, (P, G, T); a step ends with a full stop."""
     with loop.autocast():
-        scores = token_rewards(prm, rollout.input_ids).float().sigmoid()
+        parts = [running_rewards(prm, ids) for ids in rollout.input_ids.split(args.micro_batch_size)]
+    scores = torch.cat(parts).float().sigmoid()
     stops = [i for i in range(tokenizer.vocab_size) if tokenizer.decode([i]).endswith(".")]
     said = rollout.completion_mask.bool()
     last = said & (rollout.completion_mask.flip(-1).cumsum(-1).flip(-1) == 1)
@@ -455,7 +463,8 @@ def sampled_step(model: Transformer, tokenizer: Tokenizer, tasks: list[Task], st
 
     With --dynamic-sampling N (DAPO, 2503.14476, equation 11), groups whose answers are all right or all wrong make room
     for the next prompts, up to N times; what is still missing then is filled up with such groups, so that a step keeps
-    its size. Rewards of several values count before the penalties of length, with which no group would be alike.
+    its size. Rewards of several values count before the penalties of length, with which no group would be alike, and of
+    --mask-unfinished the finished answers only.
     """
     G, wanted, drawn = args.group_size, args.batch_size // loop.world_size, []
     for turn in range(max(1, args.dynamic_sampling)):
@@ -465,7 +474,9 @@ def sampled_step(model: Transformer, tokenizer: Tokenizer, tasks: list[Task], st
             rollout = rollout_of(model, tokenizer, some, G, args.temperature, (args.seed, step, turn, loop.rank), args)
         drawn.append((some, rollout, reward_of(rollout, some, tokenizer, prm, args, loop)))
         unshaped = torch.cat([judged.unshaped for _, _, judged in drawn])
-        alike = (unshaped - unshaped[:, :1]).abs().amax(-1) < 1e-9
+        finished = torch.cat([rollout.finished.view(-1, G).cpu() for _, rollout, _ in drawn])
+        _, _, spread = moments(unshaped, finished | (not args.mask_unfinished))
+        alike = spread[:, 0] < 1e-9
         if not loop.sum_over_ranks(int((~alike).sum() < wanted)):  # all ranks go on, or none
             break
     groups, rollouts, judged = zip(*drawn, strict=True)
@@ -573,16 +584,17 @@ def annotation(args: argparse.Namespace, tokenizer: Tokenizer, n: int) -> list[c
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, ref_model: Transformer | None, tokenizer: Tokenizer, test: dict[str, list[Task]],
-             args: argparse.Namespace, loop: Loop) -> dict[str, list[float]]:  # fmt: skip
+def evaluate(model: Transformer, ref_model: Transformer | None, prm: Transformer | None, tokenizer: Tokenizer,
+             test: dict[str, list[Task]], args: argparse.Namespace, loop: Loop) -> dict[str, list[float]]:  # fmt: skip
     """{metric: one number a held-out question}; the first is what the run is for. ref_model None: this is the start.
 
     Right is an answer that ended by itself and to which the rule gives 1 or more; of a function of the user's the mean
-    reward comes first.
+    reward comes first. Where no answer is known, the first of --reward is all there is, the mean over eight samples.
     """
     model.eval()
-    name = next((name for name, _ in args.rewards if name not in ("majority", "prm", "format")), "exact")
+    name = next((name for name, _ in args.rewards if name not in NEED_NO_ANSWER), "exact")
     rule, own = checkers.load_reward(name), ":" in name
+    known = own or all("answer" in task.row for task in test["test"])
 
     def ask(tasks: list[Task], samples: int, temperature: float) -> tuple[list[Rollout], Tensor, Tensor]:
         """Rollouts, what the rule pays for the greedy or sampled answers and whether they are right, (n, samples)."""
@@ -593,10 +605,10 @@ def evaluate(model: Transformer, ref_model: Transformer | None, tokenizer: Token
                                         (args.seed, 0, start, samples), args))  # fmt: skip
         asked = zip((task for task in tasks for _ in range(samples)), (a for part in parts for a in part.answers),
                     strict=True)  # fmt: skip
-        value = torch.tensor([rule(prompt_text(task), text, task.row) if own or "answer" in task.row else math.nan
-                              for task, text in asked], dtype=torch.float64)  # fmt: skip
+        value = torch.tensor([rule(prompt_text(task), text, task.row) if known else 0.0 for task, text in asked],
+                             dtype=torch.float64)  # fmt: skip
         finished = torch.cat([part.finished for part in parts]).cpu()
-        right = (finished & (value >= 1)).double().masked_fill(value.isnan(), math.nan)
+        right = (finished & (value >= 1)).double()
         return parts, withheld(value, finished, loop).view(-1, samples), right.view(-1, samples)
 
     greedy, value, right = ask(test["test"], 1, 0.0)
@@ -604,6 +616,11 @@ def evaluate(model: Transformer, ref_model: Transformer | None, tokenizer: Token
     found = dict(both[::-1] if own else both)
     parts, _, eights = ask(test["test"], 8, 1.0)
     found["pass@1"], found["pass@8"] = eights.mean(-1).tolist(), eights.amax(-1).tolist()
+    if not known:
+        found, first, whole = {}, args.rewards[0][0], joined(parts)
+        steps = step_scores(prm, whole, tokenizer, 8, args, loop) if first == "prm" else None
+        value = values_of(first, whole, test["test"], steps)
+        found["reward"] = withheld(value, whole.finished.view(-1, 8).cpu(), loop).mean(-1).tolist()
     found["length"] = [float(n) for part in greedy for n in part.completion_mask.sum(-1).tolist()]
     if "longer" in test:
         found["accuracy with 6 to 8 terms"] = ask(test["longer"], 1, 0.0)[2][:, 0].tolist()
@@ -622,7 +639,9 @@ def conclude(model: Transformer, ref_model: Transformer, tokenizer: Tokenizer, t
              args: argparse.Namespace, loop: Loop) -> dict:  # fmt: skip
     """Print three answers before and after, write result.json."""
     if loop.main:
-        said = [rollout_of(m, tokenizer, test["test"][:3], 1, 0.0, (0,), args).completions for m in (ref_model, model)]
+        with loop.autocast():
+            said = [rollout_of(m, tokenizer, test["test"][:3], 1, 0.0, (0,), args).completions
+                    for m in (ref_model, model)]  # fmt: skip
         for task, a, b in zip(test["test"], *said, strict=False):
             print(f"\n  user    {prompt_text(task)}\n  before  {a}\n  after   {b}")
     variant = args.loss + f" {args.preset}" * bool(args.preset) + " tools" * args.tools
@@ -669,6 +688,7 @@ def pipeline(args: argparse.Namespace) -> dict:
 
 # 3. Config
 
+NEED_NO_ANSWER = ("majority", "prm", "format")  # rewards that know of no right answer
 STEPS = (25, 200)  # (the generated world), (--data)
 DEFAULTS = {  # flag: (the tiny model), (a --model of your own)
     "batch_size": (128, 32),
@@ -766,6 +786,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
             setattr(args, name, value)
     args.rewards = [(name, float(weight)) if math.isfinite(weight := number_or_nan(tail)) else (text, 1.0)
                     for text in args.reward for name, _, tail in [text.rpartition("=")]]  # fmt: skip
+    if args.loss == "all" and args.preset == "r1":
+        raise UserError("--preset r1 is several runs, each with a result of its own: no --loss all")
+    if args.loss == "all" and args.data and all(name in NEED_NO_ANSWER for name, _ in args.rewards):
+        raise UserError("--loss all compares how often answers are right: name a rule, such as exact=0, in --reward")
     return args if args.loss == "all" else resolved(args)
 
 
@@ -800,6 +824,13 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
         (args.tools and (args.preset or args.baseline), "--tools takes no --preset and no --baseline"),
         (args.process_weight and "prm" not in names, "--process-weight needs --reward prm"),
         (args.dynamic_sampling and args.process_weight, "--process-weight takes no --dynamic-sampling"),
+        (args.sft_steps and (args.data or args.tools) and args.sft_data in ("worked", "annotation"),
+         "--sft-steps: --data and --tools have no annotation of the world; give --sft-data FILE"),
+        (args.sft_data != PRESETS[args.preset]["sft_data"] and not (args.sft_steps or args.baseline),
+         "--sft-data needs --sft-steps or --baseline"),
+        (args.prm and "prm" not in names, "--prm needs --reward prm"),
+        (args.kl_weighted and not args.beta, "--kl-weighted needs --beta"),
+        (args.entropy_adapt and not args.entropy_coef, "--entropy-adapt needs --entropy-coef"),
     ):
         if is_wrong:
             raise UserError(text)
@@ -821,6 +852,8 @@ def main(args: argparse.Namespace) -> dict:
     loop = Loop(args, "grpo", out="-".join(["grpo", *filter(None, [args.preset, "tools" * args.tools])]))
     if args.batch_size % loop.world_size:
         raise UserError(f"--batch-size {args.batch_size}: expected a multiple of the {loop.world_size} ranks")
+    if args.minibatches > (n := args.batch_size // loop.world_size * args.group_size):
+        raise UserError(f"--minibatches {args.minibatches}: a step has {n} answers on each rank")
     start = args.model or loop.require(args.start)
     model, tokenizer = load(start, with_tokenizer=True)
     model.to(loop.device)
@@ -838,13 +871,15 @@ def main(args: argparse.Namespace) -> dict:
     if args.sft_steps and not args.resume:
         imitate(model, annotation(args, tokenizer, len(tasks)), args, loop, steps=args.sft_steps)
     ref_model = frozen(model)
+    if not model.adapter:  # else the base is kept so already
+        loop.narrow(ref_model)
     optimizer = adamw(model, args.lr, args.weight_decay)
     loop.compile(model, dynamic=True)
     extra = loop.restore(model, optimizer)
     for name, p in ref_model.named_parameters():
         p.copy_(extra.get(f"ref.{name}", p))
     loop.describe(model)
-    before = extra.get("before") or evaluate(model, None, tokenizer, test, args, loop)
+    before = extra.get("before") or evaluate(model, None, prm, tokenizer, test, args, loop)
     baseline = extra.get("baseline")  # of --loss reinforce: the running mean of rewards
 
     # 5. Train
@@ -872,9 +907,10 @@ def main(args: argparse.Namespace) -> dict:
             kl_to_go = (log_ratios * rollout.completion_mask).flip(-1).cumsum(-1).flip(-1)
         advantages = advantages_of(rollout, reward, counted, judged.steps, kl_to_go, baseline or 0.0, args, loop)
         rewards = everybodys(reward, loop)  # of all ranks
-        if args.loss == "reinforce":
-            baseline = rewards.mean().item() if baseline is None else 0.9 * baseline + 0.1 * rewards.mean().item()
-        entropy_coef = entropy_coefficient(args.entropy_coef, args.entropy_adapt, rewards)
+        earned = rewards[everybodys(counted.double(), loop) > 0]
+        if args.loss == "reinforce" and len(earned):
+            baseline = earned.mean().item() if baseline is None else 0.9 * baseline + 0.1 * earned.mean().item()
+        entropy_coef = entropy_coefficient(args.entropy_coef, args.entropy_adapt, earned) if len(earned) else 0.0
         batch = Batch(rollout.input_ids, mask, rollout.sampled_logps, advantages, old_logps, ref_logps)
 
         # updates: forward -> loss -> backward -> clip -> step
@@ -907,7 +943,7 @@ def main(args: argparse.Namespace) -> dict:
             tokens=loop.sum_over_ranks(n_read),
         )  # fmt: skip
         if args.eval_every and loop.due("eval", step) and step < args.steps:
-            name, values = next(iter(evaluate(model, None, tokenizer, test, args, loop).items()))
+            name, values = next(iter(evaluate(model, None, prm, tokenizer, test, args, loop).items()))
             loop.say(f"step {step}: {name} {statistics.fmean(values):.3f}")
         if loop.due("save", step):
             kept = {"before": before, "baseline": baseline}
@@ -915,14 +951,15 @@ def main(args: argparse.Namespace) -> dict:
             loop.save(step, model=model, optimizer=optimizer, tokenizer=tokenizer, extra=kept)
 
     # 6. Evaluate
-    after = evaluate(model, ref_model, tokenizer, test, args, loop)
+    after = evaluate(model, ref_model, prm, tokenizer, test, args, loop)
     baselines = {}
     if args.baseline:
         other = load(start)[0].to(loop.device)
         if args.adapter:
             adapt(other, args.adapter, start)
         imitate(other, annotation(args, tokenizer, len(tasks)), args, loop, seconds=loop.seconds)
-        baselines[BASELINE] = statistics.fmean(next(iter(evaluate(other, None, tokenizer, test, args, loop).values())))
+        found = evaluate(other, None, prm, tokenizer, test, args, loop)
+        baselines[BASELINE] = statistics.fmean(next(iter(found.values())))
     elif args.rewards == [("exact", 1.0)] and not (args.data or args.preset or args.tools):
         stored = ROOT / "results" / "grpo.json"
         figures = json.loads(stored.read_text())["baselines"] if stored.exists() else {}

@@ -347,6 +347,7 @@ class NF4(NamedTuple):
 
 
 @functools.cache
+@torch.inference_mode(False)  # what is first asked for while generating must serve training too
 def nf4_levels(device: torch.device | str = "cpu") -> Tensor:
     """(16,): quantiles of a normal distribution, 0 among them, from -1 to 1 (2305.14314, section 3 and appendix E).
 
@@ -511,6 +512,7 @@ def int8_linear(x: Tensor, q: Packed, bias: Tensor | None = None) -> Tensor:
 
 
 @functools.cache
+@torch.inference_mode(False)  # as above
 def rotation(n: int, seed: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Random orthogonal matrices (p, p) and (n / p, n / p), p the largest divisor of n up to its root (2307.13304).
 

@@ -80,6 +80,7 @@ STAGES = {  # stage: the command that makes it, and how long that takes on two C
     "reward": ("reward.py", "1 minute"),
     "prm": ("reward.py --feedback steps", "1 minute"),
 }
+NEEDS = {"sft": "base", "judge": "sft", "reward": "sft", "prm": "sft"}  # what the command of a stage starts from
 FILES = ("data", "eval_data", "prompts", "constitution")  # flags whose content counts, not only their path
 
 
@@ -148,11 +149,18 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message}\n")
 
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        found = super().parse_args(args, namespace)
+        if getattr(found, "eval_data", None) and not found.data:
+            self.error("--eval-data stands in for held-out rows of --data: name that, too")
+        return found
+
 
 def parser(doc: str, *, flags: tuple[str, ...], defaults: dict[str, object]) -> argparse.ArgumentParser:
     """A parser with the common `flags` ("--lr", ...) in their one order; the script adds its own afterwards.
 
-    `defaults` ({"lr": 1e-3, ...}) must hold those that COMMON leaves open and may replace the others.
+    `defaults` ({"lr": 1e-3, ...}) must hold those that COMMON leaves open and may replace the others. A dictionary,
+    {kind of run: value}, is told by --help; the flag itself is None and left to `fill`.
     """
     made = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for flag in sorted(flags, key=list(COMMON).index):
@@ -163,6 +171,9 @@ def parser(doc: str, *, flags: tuple[str, ...], defaults: dict[str, object]) -> 
             made.add_argument(flag, action="store_true", default=default, help=text)
             continue
         typed = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": name.split("_")[-1].upper()}
+        if isinstance(default, dict):
+            text += f" (default: {', '.join(f'{value} {kind}'.strip() for kind, value in default.items())})"
+            default = None
         text += "" if default is None else " (default: %(default)s)"
         made.add_argument(flag, default=default, help=text, **typed)
     return made
@@ -419,10 +430,10 @@ class Loop:
     def compile(self, model: nn.Module, *, dynamic: bool = False) -> None:
         """Compile kernels.py and the blocks of `model`, in place, if --compile says so; auto means on CUDA.
 
-        Each padded length has a graph of its own; dynamic: a few serve all (B, T), of which rollouts have too many.
+        Each padded length is compiled on its own. With `dynamic`, a few graphs serve every (B, T): rollouts come in too
+        many shapes for one each.
 
-        On a CPU the eager kernels are faster than what torch.compile makes of their references: 19,000 tokens a second
-        of sft.py --stage base were 14,500 compiled.
+        On a CPU the eager kernels are faster: sft.py --stage base reads 19,000 tokens a second, compiled 14,500.
         """
         wanted = self.args.compile == "on" or (self.args.compile == "auto" and self.device.type == "cuda")
         self.compiled = kernels.use_compile(wanted)  # says so, and stays off, where there is no compiler
@@ -442,6 +453,9 @@ class Loop:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)  # of a DTensor: the whole
         n, c, a = sum(p.numel() for p in model.parameters()), model.config, self.args
         state = 16 * trained + self.dtype.itemsize * (n - trained)  # trained: weight, gradient and two moments in fp32
+        packed = [m for m in model.modules() if hasattr(m, "codes")]  # 4 bits and the like, which are no parameters
+        n += sum(math.prod(m.shape) for m in packed)
+        state += sum(b.numel() * b.element_size() for b in model.buffers())
         state /= self.world_size if isinstance(model, FSDPModule) else 1
         rows = a.micro_batch_size or a.batch_size
         kept = rows * a.max_length * c.depth * (16 * c.width + 3 * c.ffn_width) * self.dtype.itemsize  # for backward
@@ -628,7 +642,9 @@ class Loop:
             for name in () if self.resume else ("metrics.jsonl", "result.json", "curve.svg"):
                 (self.out / name).unlink(missing_ok=True)
             _write(self.out / "settings.json", json.dumps(self.identity, indent=1) + "\n")
-        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise  # of a full disk `run` knows more to say
             raise UserError(f"--out {self.out}: {error.strerror}") from None
 
     # The end
@@ -690,6 +706,8 @@ class Loop:
             if "RANK" in os.environ:
                 raise UserError(f"{home} is missing and torchrun builds nothing; first run: python {command}")
             home.parent.mkdir(exist_ok=True)
+            if stage in NEEDS:
+                self.require(NEEDS[stage])  # here: a process of that process would not hear of Ctrl-C
             with (home.parent / f".{stage}.lock").open("w") as lock:
                 if fcntl:
                     fcntl.flock(lock, fcntl.LOCK_EX)  # waits for another builder; freed however that one ends
@@ -802,9 +820,10 @@ def _publish(new: Path, final: Path) -> None:
 
 
 def _recover(final: Path) -> None:
-    if not final.exists():
-        with contextlib.suppress(FileNotFoundError):
-            os.replace(final.with_name(final.name + ".old"), final)
+    old = final.with_name(final.name + ".old")
+    if old.exists() and not final.exists():
+        with contextlib.suppress(FileNotFoundError):  # another rank was faster
+            os.replace(old, final)
 
 
 def _flush(*paths: Path) -> None:
@@ -890,7 +909,9 @@ def compare(main: Callable, resolved: Callable, args: argparse.Namespace, varian
     `columns` is the metric of result.json, the others are among its metrics. The row `start` is the first run before
     it began. --resume keeps the runs that are finished, if their settings are those of now.
     """
-    rows, wide = [], max(map(len, columns)) + 9
+    rows, wide, variants = [], max(map(len, columns)) + 9, list(variants)
+    for name in variants:  # what one of them refuses is refused before any has run
+        resolved(argparse.Namespace(**vars(args) | {flag: name}))
     print(f"{flag:16}{'seeds':>6}" + "".join(f"{name:>{wide}}" for name in (*columns, "seconds")))
     for name in variants:
         runs = []

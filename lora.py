@@ -21,7 +21,7 @@ those of lora, qlora, dora, prompt, p-tuning, prefix, p-tuning-v2 and ia3, as `a
 
     python lora.py                                                         the tiny model learns to sort the other way
     python lora.py --model DIR --data rows.jsonl --method dora             a real model, real rows
-    python lora.py --merge --model DIR --adapter out/lora/checkpoint       a plain checkpoint, as fast as the base
+    python lora.py --merge --model DIR --adapter out/lora/checkpoint --out out/merged      a plain checkpoint
     torchrun --nproc-per-node 8 lora.py --model DIR --data rows.jsonl
     python lora.py --method all                                            a table of all methods
 
@@ -154,9 +154,11 @@ class LoRA(LowRank):
     @torch.no_grad()
     def _take_principal_directions(self) -> None:
         weight = self.base_weight()
-        for _, rows, down, up in self.parts():
+        for name, rows, down, up in self.parts():
             u, s, vt = torch.linalg.svd(weight[rows], full_matrices=False)
             root = (s[: self.rank] / self.scale).sqrt()
+            if self.rank > len(s):
+                raise UserError(f"init=pissa: rank is {self.rank}, and {name} has {len(s)} directions")
             up.copy_(u[:, : self.rank] * root)
             down.copy_(root[:, None] * vt[: self.rank])
         rest = 2 * weight - self.weight()
@@ -349,14 +351,21 @@ def put_low_rank(model: Transformer, c: "Adapter") -> None:
         base = NF4Linear(linear) if c.method == "qlora" else linear
         put_at(model, path, kind(base, rows, c) if rows else base)
         found += rows
-    if not found:
-        raise UserError(f"targets {c.targets!r}: in the name of no matrix, such as model.layers.0.self_attn.q_proj")
+    check_targets(found, c)
 
 
 def put_ia3(model: Transformer, c: "Adapter") -> None:
+    found = []
     for path, linear, rows in list(linears(model)):
         if rows := {name: span for name, span in rows.items() if re.search(c.targets, name)}:
             put_at(model, path, IA3(linear, rows, of_input=all("down_proj" in name for name in rows)))
+        found += rows
+    check_targets(found, c)
+
+
+def check_targets(found: list[str], c: "Adapter") -> None:
+    if not found:
+        raise UserError(f"targets {c.targets!r}: in the name of no matrix, such as model.layers.0.self_attn.q_proj")
 
 
 def put_adapter(model: Transformer, c: "Adapter") -> None:
@@ -457,8 +466,9 @@ def parse(text: str) -> Adapter:
             raise UserError(f"adapter {text}: {method} has {', '.join(found)}, and no {name}")
         try:
             kind = type(found[name])
+            re.compile(value if name == "targets" else "")
             found[name] = {"true": True, "false": False}[value] if kind is bool else kind(value)
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, re.error):
             raise UserError(f"adapter {text}: {name} is like {found[name]}, found {value!r}") from None
     for names, is_ok, wanted in (
         (("rank", "tokens", "width"), lambda value: value >= 1, "at least 1"),
@@ -729,7 +739,10 @@ def examples(args: argparse.Namespace, tokenizer: Tokenizer, loop: Loop) -> tupl
         asked = {row["messages"][0]["content"] for row in questions}
         others = [exchange(args.task, ("validation", i), "test") for i in range(400)] + world.sft_test(20, seed=1)
         questions = [row for row in others if row["messages"][0]["content"] not in asked]
-    return [chat.render(row["messages"], tokenizer) for row in chats], {"questions": questions}
+    rows = sft.fitting((chat.render(row["messages"], tokenizer) for row in chats), "rows", args, loop)
+    if args.steps and not rows:
+        raise UserError(f"no row is left to train on: --max-length is {args.max_length}")
+    return rows, {"questions": questions}
 
 
 def measured(model: Transformer, tokenizer: Tokenizer, test: dict[str, list], args: argparse.Namespace, loop: Loop
@@ -820,6 +833,10 @@ def stored(args: argparse.Namespace) -> dict[str, float]:
 
 def merged_checkpoint(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace, loop: Loop) -> dict:
     """--merge: a plain checkpoint in the dtype of the base's; says how much of the change a narrow one keeps."""
+    is_base = loop.out.resolve() in (folder.resolve() for folder in (Path(args.model), Path(args.model, "checkpoint")))
+    names = ("checkpoint", "adapter_config.json", "model.safetensors.index.json")
+    if held := ["the base"] * is_base + [name for name in names if (loop.out / name).exists()]:
+        raise UserError(f"--out {loop.out} holds {held[0]}: choose another folder for the merged checkpoint")
     dtype, base = stored_dtype(args.model), load(args.model, device=loop.device)[0]
     merge(model)
     asked = lost = 0.0
@@ -903,6 +920,8 @@ def main(args: argparse.Namespace) -> dict:
     adapter = adapt(model, args.adapter or args.method, start, None if args.merge else loop)  # which may narrow it
     if args.merge:
         return merged_checkpoint(model, tokenizer, args, loop)
+    if args.chat_format:
+        tokenizer = replace(tokenizer, chat_format=args.chat_format)
     rows, test = examples(args, tokenizer, loop)
     total = args.steps if args.steps is not None else math.ceil(args.epochs * len(rows) / args.batch_size)
     if adapter.method == "fishmask" and args.weight_decay:

@@ -1046,10 +1046,11 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
     parser.add_argument("prompt", nargs="?", help="what to answer; without it, a chat")
     parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face checkpoint directory")
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat format")
-    parser.add_argument("--chat-format", help="chatml, qwen2.5, qwen3 or llama3, where the checkpoint does not say")
+    parser.add_argument("--chat-format", help=f"{', '.join(chat.FORMATS)}, where the checkpoint does not say")
     parser.add_argument("--max-new-tokens", type=int, default=100, help="longest answer (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the best token (default: %(default)s)")
     parser.add_argument("--top-k", type=int, default=0, help="sample among the k best tokens; 0: all")
@@ -1090,7 +1091,7 @@ def main(args: argparse.Namespace) -> None:
                 return
         messages.append({"role": "user", "content": text})
         if args.raw:
-            prompt = tokenizer.encode(text)
+            prompt = tokenizer.begin(text)
         else:
             row = chat.render(messages, tokenizer, add_generation_prompt=True, chat_format=args.chat_format)
             prompt = row.input_ids

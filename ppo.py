@@ -563,6 +563,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--map", nargs="+", default=[], metavar="THEIRS=OURS", help="rename fields of the JSONL files")
     cli.add_argument("--chat-format", help="chatml, qwen2.5, qwen3 or llama3, where the checkpoint does not say")
     args = cli.parse_args(argv)
+    of_model = args.reward_model or args.rm_pairs or args.judge == "ai"
     fill(args, rates_of(DEFAULTS, args.adapter), args.model is not None)
     fill(args, OF_DATA, args.data is not None)
     fill(args, {"critic": ("own", "shared")}, args.adapter is not None)
@@ -579,6 +580,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         (args.data and args.preset, "--preset is a recipe of the generated world: it takes no --data"),
         (args.data and args.sft_steps, "--sft-steps learns from the generated world: it takes no --data"),
         (args.refresh_rm and args.reward != "model", "--refresh-rm teaches a reward model: it needs --reward model"),
+        (of_model and args.reward != "model", "--reward-model, --rm-pairs and --judge ai need --reward model"),
         (args.data and (args.rm_pairs or args.refresh_rm), "--rm-pairs and --refresh-rm ask for the "
          "generated world's manners: they take no --data"),
         (args.critic == "shared" and args.critic_warmup, "--critic-warmup leaves the policy alone, but --critic shared "
@@ -600,6 +602,8 @@ def main(args: argparse.Namespace) -> dict:
     loop = Loop(args, "ppo", out="-".join(filter(None, ["ppo", args.preset])))
     if args.batch_size % loop.world_size:
         raise UserError(f"--batch-size {args.batch_size}: expected a multiple of the {loop.world_size} ranks")
+    if args.minibatches > (n := args.batch_size // loop.world_size):
+        raise UserError(f"--minibatches {args.minibatches}: a step has {n} answers on each rank")
     start = args.model or loop.require("sft")
     model, tokenizer = load(start, with_tokenizer=True)
     model.to(loop.device)
@@ -618,6 +622,8 @@ def main(args: argparse.Namespace) -> dict:
         rows = [chat.render(task.row["messages"], tokenizer, chat_format=args.chat_format) for task in tasks]
         imitate(model, rows, args, loop, steps=args.sft_steps)
     ref_model = frozen(model)
+    if not model.adapter:  # else the base is kept so already
+        loop.narrow(ref_model)
     judge = judge_of(ref_model, args, loop) if args.judge == "ai" else None
     loop.seed(0)  # the critic's head is the same whatever was drawn before it
     critic = new_critic(model, reward_model if args.reward == "model" else None, args.critic)

@@ -60,7 +60,7 @@ from distill import n_bytes_of
 from kernels import linear_divergence
 from loop import COUNT, REAL, ROOT, Loop, adamw, clip, compare, fill, parser, run, set_lr
 from lora import Adapter, LoRA, linears, merge, put_at, wide
-from model import Config, Transformer, load, token_logps
+from model import Config, Transformer, load, stored_dtype, token_logps
 from quantize import MATRICES, Inputs, inverse_factor, layer_by_layer, plant
 from sft import Batch, collate, document, encode, evaluate, fitting, pack, row_losses, sft_loss
 
@@ -464,7 +464,10 @@ def examples(args: argparse.Namespace, tokenizer: Tokenizer, loop: Loop
              ) -> tuple[list[chat.Row], list[chat.Row], dict[str, list]]:  # fmt: skip
     """The rows to calibrate on, those to recover on, and what `measured` measures."""
     if not args.data:
-        rows = list(world_rows(args.rows + args.steps * args.batch_size, args.seed, tokenizer))
+        rows = world_rows(args.rows + args.steps * args.batch_size, args.seed, tokenizer)
+        rows = fitting(rows, "rows", args, loop)
+        if not rows[args.rows if args.steps and args.recover != "none" else 0 :]:
+            raise UserError(f"no row is left to calibrate or to recover on: --max-length is {args.max_length}")
         logs = [world.weather_log(world.rng_for("test weather", i)) for i in range(128)]
         test = {"rows": [document(log, tokenizer) for log in logs], "logs": logs, "questions": world.sft_test(20)}
         return rows[: args.rows], rows[args.rows :], test
@@ -482,15 +485,6 @@ def batched(rows: list[chat.Row], args: argparse.Namespace, loop: Loop) -> list[
     """The rows packed to --max-length tokens, --micro-batch-size such at a time."""
     groups, size = list(pack(rows, args.max_length)), args.micro_batch_size
     return [collate(groups[i : i + size], loop.device, with_documents=True) for i in range(0, len(groups), size)]
-
-
-def code_length(log: str) -> float:
-    """Bits that the chain itself, which wrote this weather report, needs for it."""
-    days = log.split()[1:]
-    bits = math.log2(len(world.WEATHER)) + math.log2(len(world.WEATHER) - 1)
-    for before, yesterday, today in zip(days, days[1:], days[2:], strict=False):
-        bits -= math.log2(world.WEATHER_CHAIN[before, yesterday][world.WEATHER.index(today)])
-    return bits
 
 
 def measured(model: Transformer, tokenizer: Tokenizer, test: dict[str, list], args: argparse.Namespace, loop: Loop
@@ -658,13 +652,6 @@ def stored(args: argparse.Namespace) -> dict[str, float]:
             for name in ("bits per byte", "exact match")}  # fmt: skip
 
 
-def stored_dtype(start: str | Path) -> torch.dtype:
-    """That of the checkpoint, in which the pruned one is written, too."""
-    folders = Path(start), Path(start) / "checkpoint"
-    config = json.loads(next(file for x in folders if (file := x / "config.json").exists()).read_text())
-    return getattr(torch, config.get("torch_dtype") or config.get("dtype") or "float32")
-
-
 def main(args: argparse.Namespace) -> dict:
     if args.method == "all":
         return compare(main, resolved, args, TABLE, Path(args.out or ROOT / "out" / "prune"), COLUMNS, MAIN_METHODS,
@@ -731,7 +718,7 @@ def main(args: argparse.Namespace) -> dict:
     baselines = stored(args)
     if "logs" in test:
         n_all = sum(n_bytes_of(row, tokenizer) for row in test["rows"])
-        baselines["the entropy of these reports, in bits per byte"] = sum(map(code_length, test["logs"])) / n_all
+        baselines["the entropy of these reports, in bits per byte"] = sum(map(world.code_length, test["logs"])) / n_all
     return loop.finish(before, after, variant=args.variant, baselines=baselines, higher_is_better=False)
 
 

@@ -18,9 +18,10 @@ is the baseline; what is better minimizes what a calibration text with inputs X 
     smoothquant  w8a8 after half of the range of the inputs was moved into the weights (SmoothQuant, 2211.10438)
     int8-mixed   w8a8 but for the channels of outliers, which stay as they are (LLM.int8(), 2208.07339)
 
---kv quantizes what attention remembers: keys by channel, values by token (KIVI, 2402.02750). --plant multiplies a few
-channels behind each norm, and divides the weights that read them: the same function, to the bit, of which all that is
-hard in large models is now true (a small model has no outliers of its own; every table says where they were planted).
+--kv quantizes what attention remembers: keys by channel, values by token (KIVI, 2402.02750); it is measured, and the
+checkpoint holds nothing of it. --plant multiplies a few channels behind each norm, and divides the weights that read
+them: the same function, to the bit, of which all that is hard in large models is now true (a small model has no
+outliers of its own; every table says where they were planted).
 
     python quantize.py                                                          gptq, 4 bits, on the tiny model
     python quantize.py --model DIR --data rows.jsonl --method awq --bits 4      a real model, real rows
@@ -37,6 +38,7 @@ byte` of the weather, whose entropy is known; `KL, mnat`, KL(full model, quantiz
 import argparse
 import copy
 import math
+import random
 import shlex
 import time
 from collections.abc import Callable, Iterator
@@ -553,7 +555,8 @@ def examples(args: argparse.Namespace, tokenizer: Tokenizer, loop: Loop) -> tupl
     """
     if args.data:
         train, test = file_rows(args, args.data, loop)
-        train = train if args.method == "qat" else train[: args.rows]
+        if args.method != "qat":
+            train = random.Random(args.seed).sample(train, min(args.rows, len(train)))
         rows, kept = (fitting([encode(row, tokenizer, args) for row in some], what, args, loop)
                       for some, what in ((train, "rows"), (test, "held-out rows")))  # fmt: skip
         if not rows or not kept:
@@ -726,7 +729,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def resolved(args: argparse.Namespace) -> argparse.Namespace:
     """`args` with the defaults of its --method, which in a row of the table has flags of its own: "rtn --bits 2"."""
-    method, *flags = shlex.split(args.method)
+    try:
+        method, *flags = shlex.split(args.method)
+    except ValueError as error:  # a quote that is not closed, or nothing at all
+        raise UserError(f"--method {args.method!r}: {error}") from None
     of_row = get_args(["--method", method, *flags]) if flags else args
     own = {flag[2:].replace("-", "_") for flag in flags if flag.startswith("--")}
     args = argparse.Namespace(**vars(args) | {name: getattr(of_row, name) for name in own} | {"method": method})
@@ -739,6 +745,8 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
         raise UserError(f"--method {method} is a product of integers: --bits 8 --group-size 0 --symmetric")
     if method == "nf4" and (args.bits, args.group_size, args.symmetric) != (4, 64, False):
         raise UserError("--method nf4 has 4 bits and blocks of 64: no other --bits or --group-size, no --symmetric")
+    if args.keep > 1:
+        raise UserError(f"--keep {args.keep:g}: expected a share of at most 1")
     if method == "none" and not args.kv:
         raise UserError("--method none leaves the weights alone: choose what else, such as --kv 4")
     return args

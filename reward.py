@@ -77,7 +77,7 @@ def load_reward_model(path: str | Path, tokenizer: Tokenizer, device: torch.devi
     return model.to(device).eval()
 
 
-def token_rewards(model: Transformer, input_ids: Tensor) -> Tensor:
+def running_rewards(model: Transformer, input_ids: Tensor) -> Tensor:
     """The reward (B, T) of each row as far as token t, that one included; in fp32 under autocast."""
     return (model.hidden(input_ids) * model.head.weight).sum(-1)
 
@@ -85,7 +85,7 @@ def token_rewards(model: Transformer, input_ids: Tensor) -> Tensor:
 def rewards_of(model: Transformer, input_ids: Tensor, completion_mask: Tensor) -> Tensor:
     """The reward (B,) of each row, read at the last token of completion_mask (B, T) and blind to all that follows."""
     last = (completion_mask * torch.arange(input_ids.shape[1], device=input_ids.device)).amax(1, keepdim=True)  # (B, 1)
-    return token_rewards(model, input_ids).gather(1, last).squeeze(1)
+    return running_rewards(model, input_ids).gather(1, last).squeeze(1)
 
 
 def bradley_terry(first: Tensor, second: Tensor, confidence: Tensor, margin: float, centre: float) -> Tensor:
@@ -140,7 +140,7 @@ def epic_distance(first: Tensor, second: Tensor) -> float:
 def losses_of(model: Transformer, batch: "Batch", args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     """What the batch's feedback costs, and the margin by which it is met (above 0: it is), both (batch.n,)."""
     if args.feedback == "steps":
-        rewards = token_rewards(model, batch.input_ids)
+        rewards = running_rewards(model, batch.input_ids)
         right = batch.steps[batch.steps >= 0]
         return process(rewards, batch.steps), rewards[batch.steps >= 0] * (2 * right - 1)
     rewards = rewards_of(model, batch.input_ids, batch.completion_mask).view_as(batch.answers)  # (B, K)
@@ -342,7 +342,8 @@ def odds(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], wor
         with loop.autocast():
             hidden = model.hidden(batch.input_ids)
         last = hidden[range(len(some)), batch.completion_mask.sum(1) - 1].float()  # (B, D)
-        found[some] = (last @ (model.head.weight[yes] - model.head.weight[no]).float()).cpu()
+        with torch.autocast(loop.device.type, enabled=False):  # who calls may have one, which rounds a product
+            found[some] = (last @ (model.head.weight[yes].float() - model.head.weight[no].float())).cpu()
     return found
 
 
@@ -369,6 +370,8 @@ def ai_labels(model: Transformer, tokenizer: Tokenizer, rows: list[dict], args: 
               ) -> list[dict]:  # fmt: skip
     """`rows` of the schema "preference" as the AI would label them, with its "confidence", at least 1/2; also a file.
 
+    Whoever reads that file as --data takes its labels for certain: "confidence" is no field of the schema.
+
     P(a is better) = sigmoid(sum_q weight_q (P(yes to q of a) - P(yes to q of b))), or with --judge the mean of what the
     judge says where a comes first and where it comes second: what it gives to the first of two, whatever that says,
     cancels (arXiv 2309.00267, section 2.1).
@@ -379,7 +382,8 @@ def ai_labels(model: Transformer, tokenizer: Tokenizer, rows: list[dict], args: 
         listed = "\n".join(f"- {question} {weight:+g}" for question, weight in rules)
         asked = [WHICH.format(rules=listed, prompt=text_of(row["prompt"], whole=True), first=x, second=y)
                  for row, (a, b) in zip(rows, pairs, strict=True) for x, y in ((a, b), (b, a))]
-        prompts = [chat.prompt_ids(text, its_tokenizer) for text in asked]
+        its_format = its_tokenizer.chat_format or args.chat_format  # that of --model is another's
+        prompts = [chat.prompt_ids(text, its_tokenizer, its_format) for text in asked]
         first, second = odds(judge, its_tokenizer, prompts, ("A", "B"), loop).sigmoid().view(-1, 2).T
         better = ((first + 1 - second) / 2).tolist()  # first: P(a) where a is A; second: P(b) where b is A
         alike = ((first > 0.5) != (second > 0.5)).float().mean()
@@ -387,7 +391,7 @@ def ai_labels(model: Transformer, tokenizer: Tokenizer, rows: list[dict], args: 
     else:
         judge = judge_of(model, args, loop)
         yes = opinions(judge, tokenizer, (answer for pair in pairs for answer in pair), rules, args, loop)
-        better = [1 / (1 + math.exp(worth(yes[b], rules) - worth(yes[a], rules))) for a, b in pairs]
+        better = [manners.prefers_first(worth(yes[a], rules), worth(yes[b], rules)) for a, b in pairs]
     ties = sum(abs(p - 0.5) < 0.05 for p in better) / len(better)
     judged = [(p, row) for p, row in zip(better, rows, strict=True) if abs(p - 0.5) >= 0.05 and "asker" in row]
     judged = [(p > 0.5) == (row["utility_chosen"] > row["utility_rejected"]) for p, row in judged
@@ -422,6 +426,8 @@ def sampled(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], 
             temperature: float, seed: int) -> list[list[list[int]]]:  # fmt: skip
     """`samples` continuations of each prompt, of at most `new` tokens."""
     found = []
+    if (room := model.config.max_length - max(map(len, prompts))) < new:
+        raise UserError(f"--max-new-tokens: {new} more are to be said, and the longest prompt leaves room for {room}")
     for start in tqdm(range(0, len(prompts), 256), "sampling", disable=None, leave=False):
         found += generate(
             model, prompts[start : start + 256], max_new_tokens=new, eos_ids=tokenizer.eos_ids, samples=samples,
@@ -551,7 +557,7 @@ def scores(model: Transformer, some: Sequence[Example], args: argparse.Namespace
         batch = collate([some[i] for i in places], loop.device, 64 if loop.compiled else 1)
         with loop.autocast():
             if args.feedback == "steps":
-                values = token_rewards(model, batch.input_ids)[batch.steps >= 0]
+                values = running_rewards(model, batch.input_ids)[batch.steps >= 0]
             else:
                 values = rewards_of(model, batch.input_ids, batch.completion_mask)[batch.answers.flatten()]
         sizes = [len(some[i].steps) or len(some[i].rows) for i in places]
@@ -689,13 +695,13 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                      help="what is said of answers, and so which loss (default: %(default)s; steps: 3 epochs, not 1)")
     cli.add_argument("--labels", choices=("annotator", "ai"), default="annotator", help="who compares")
     cli.add_argument("--judge", metavar="DIR", help="chat model that compares, for --labels ai (default: --model "
-                     "itself is asked the constitution's questions about each answer)")
+                     "itself, in the tiny world out/judge, is asked the constitution's questions about each answer)")
     cli.add_argument("--constitution", metavar="FILE", help="JSON list of [question, what a yes is worth]")
     cli.add_argument("--revise", action="store_true", help="critique and revision: write revised.jsonl, train nothing")
     cli.add_argument("--pairs", type=COUNT, help="comparisons (labels, lists, solutions, answers to revise) of the "
                      "generated world (default: 8000; 4000, 1500, 6000, 256)")
     cli.add_argument("--margin", type=REAL, default=0.0, help="that the better answer must have (default: %(default)s)")
-    cli.add_argument("--centre", type=REAL, default=0.01, help="weight of (r + r)^2 (default: %(default)s)")
+    cli.add_argument("--centre", type=REAL, help="weight of (r + r)^2, of comparisons (default: 0.01)")
     cli.add_argument("--label-smoothing", type=REAL, default=0.0, metavar="EPS", help="share of labels held for wrong")
     cli.add_argument("--map", nargs="+", default=[], metavar="THEIRS=OURS", help="rename fields of the JSONL files")
     cli.add_argument("--chat-format", help="chatml, qwen2.5, qwen3 or llama3, where the checkpoint does not say")
@@ -707,6 +713,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.epochs = 3.0 if args.feedback == "steps" else 1.0
     args.pairs = args.pairs or (256 if args.revise else PAIRS[args.feedback])
     for wrong, said in (
+        (args.feedback != "comparison" and (args.margin or args.centre is not None),
+         "--margin and --centre are of comparisons: they need --feedback comparison"),
+        (args.feedback in ("rank", "steps") and args.label_smoothing,
+         "--label-smoothing: --feedback rank and steps have none"),
         (args.label_smoothing >= 0.5, "--label-smoothing: from 0.5 on the labels say the opposite"),
         (args.labels == "ai" and args.feedback != "comparison", "--labels ai compares: it needs --feedback comparison"),
         (args.judge and args.labels != "ai", "--judge compares in the annotator's place: it needs --labels ai"),
@@ -715,12 +725,15 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     ):
         if wrong:
             raise UserError(said)
+    fill(args, {"centre": (0.01,)}, 0)
     return args
 
 
 def main(args: argparse.Namespace) -> dict:
     # 4. Setup
     loop = Loop(args, "reward")
+    if any(path.is_file() for path in (loop.out, *loop.out.parents)):  # else it is found out after the labelling
+        raise UserError(f"--out {loop.out}: expected a folder, found a file")
     start, tokenizer = load(args.model or loop.require("sft"), with_tokenizer=True)
     loop.check_length(start)
     start.to(loop.device).eval()

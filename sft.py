@@ -20,10 +20,11 @@ activations (1604.06174). The tiny model learns in fewer steps with Muon (2502.1
     python sft.py --model DIR --data FILE.jsonl --map question=prompt answer=completion   a real model, real rows
     torchrun --nproc-per-node 8 sft.py --model DIR --data FILE.jsonl --parallel fsdp
 
-The last line says what changed on questions that were held out: `sft: exact match 0.00 -> 0.9x, n ..., +- ...`.
+The last lines say what changed on held-out questions: `exact match: 0.0.. before, 0.9.. after`.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import random
@@ -39,7 +40,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import chat, formats, world
+from data import chat, checkers, formats, world
 from data.formats import UserError
 from data.tokenizer import Tokenizer, tiny
 from kernels import IGNORED, linear_cross_entropy
@@ -105,6 +106,18 @@ class Lomo:
     def load_state_dict(self, state: dict) -> None: ...
 
 
+@contextlib.contextmanager
+def whole_fp32() -> Iterator[None]:
+    """Products of fp32 matrices in fp32, not in TF32: a Gram matrix squares what is small, and TF32 then loses it."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@whole_fp32()
 def orthogonalized(matrices: Sequence[Tensor]) -> list[Tensor]:
     """Each (R, C) with its singular values brought near 1 (0.7 to 1.2): U V' of U S V', nearly.
 
@@ -179,7 +192,7 @@ class Batch(NamedTuple):
 
 def document(text: str, tokenizer: Tokenizer) -> chat.Row:
     """Plain text as a row: everything is trained on but the first token, which nothing predicts."""
-    ids = [*([tokenizer.bos_id] if tokenizer.add_bos else []), *tokenizer.encode(text), tokenizer.eos_ids[0]]
+    ids = [*tokenizer.begin(text), tokenizer.eos_ids[0]]
     return chat.Row(ids, [0] + [1] * (len(ids) - 1))
 
 
@@ -327,21 +340,26 @@ def select_by_ifd(model: Transformer, rows: list[chat.Row], args: argparse.Names
 
 
 def rollouts(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace, loop: Loop) -> list[chat.Row]:
-    """Rejection sampling (arXiv 2308.01825): sample answers to sums, keep each distinct one whose result is right."""
+    """Rejection sampling (arXiv 2308.01825): sample answers to sums, keep each distinct one whose result is right.
+
+    To a task of --prompts the right answer is a number, or else its very letters.
+    """
     if args.prompts:
         tasks = formats.read_jsonl(args.prompts, "answer", mapping=formats.parse_map(args.map))
-        tasks = [{"messages": [{"role": "user", "content": row["prompt"]}], "answer": row["answer"]} for row in tasks]
+        tasks = [{"messages": formats.to_messages(row, "answer"), "answer": row["answer"]} for row in tasks]
     else:
         tasks = [world.exchange("sums", world.rng_for("rollouts", args.seed, i), "train") for i in range(512)]
-    questions = [row["messages"][:1] for row in tasks]
+    questions = [row["messages"][:-1] for row in tasks]
     answers = answer(model, tokenizer, questions, args, samples=args.samples, temperature=1.0, seed=args.seed)
-    kept = []
+    kept, n, n_right = [], len(tasks) * args.samples, 0
     for question, task, texts in zip(questions, tasks, answers, strict=True):
-        for text in sorted({text for text in texts if world.is_correct(text, task["answer"])}):
+        is_number = args.prompts and checkers.last_number(task["answer"]) is not None
+        is_right = checkers.number if is_number else checkers.exact
+        right = [text for text in texts if is_right("", text, task)]
+        n_right += len(right)
+        for text in sorted(set(right)):
             kept.append(chat.render([*question, {"role": "assistant", "content": text}], tokenizer))
-    n = len(tasks) * args.samples
-    right = sum(world.is_correct(text, t["answer"]) for t, texts in zip(tasks, answers, strict=True) for text in texts)
-    loop.say(f"--data rollouts: {n} samples, {right / n:.1%} right, {len(kept)} distinct right ones to train on")
+    loop.say(f"--data rollouts: {n} samples, {n_right / n:.1%} right, {len(kept)} distinct right ones to train on")
     if not kept:
         raise UserError("--data rollouts: not one sample is right; start from a model that sometimes is")
     return kept
@@ -370,11 +388,13 @@ def self_instruct(model: Transformer, tokenizer: Tokenizer, args: argparse.Names
     if args.prompts:
         rows = formats.read_jsonl(args.prompts, "prompt", mapping=formats.parse_map(args.map))
         pool = [row["prompt"] for row in rows]
+        if not all(isinstance(question, str) for question in pool):
+            raise UserError(f"--prompts {args.prompts}: questions in one list: text is expected, not messages")
     else:
         pool = [row["messages"][0]["content"] for row in world.sft_rows(64, args.seed)]
     seeds, rng = len(pool), random.Random(args.seed)
     lists = ["".join(f"{question}\n" for question in rng.sample(pool, min(6, seeds))) for _ in range(64)]
-    prompts = [tokenizer.encode(text) for text in lists]
+    prompts = [tokenizer.begin(text) for text in lists]
     if (room := model.config.max_length - max(map(len, prompts))) < args.max_new_tokens:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: the longest list of questions leaves room for {room}")
     found = generate(
@@ -477,7 +497,7 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, test: dict[str, list], ar
         for row, r in zip(test["questions"], right, strict=True):
             found.setdefault(row["part"], []).append(r)
     if "cloze" in test:
-        prompts = [tokenizer.encode(row["prompt"]) for row in test["cloze"]]
+        prompts = [tokenizer.begin(row["prompt"]) for row in test["cloze"]]
         with loop.autocast():
             said = generate(model, prompts, max_new_tokens=16, eos_ids=tokenizer.eos_ids, temperature=0.0,
                             vocab_size=tokenizer.vocab_size).completions
@@ -500,6 +520,7 @@ def conclude(model: Transformer, tokenizer: Tokenizer, test: dict[str, list], be
         scratch = argparse.Namespace(**vars(args) | changes)
         baselines["the same SFT of random weights"] = main(scratch)["after"]
     if "questions" in test and not args.from_scratch:
+        model.eval()
         some = test["questions"][:: len(test["questions"]) // 3][:3]
         with loop.autocast():  # on all ranks: --parallel fsdp gathers weights from all
             chats = [row["messages"][:1] for row in some]
@@ -512,7 +533,8 @@ def conclude(model: Transformer, tokenizer: Tokenizer, test: dict[str, list], be
 
 # 3. Config
 
-DEFAULTS = {  # flag: (a new model, --stage base), (SFT of the tiny model), (a --model of your own)
+KINDS = ("base", "sft", "with --model")  # of runs: a new model, SFT of the tiny model, a --model of your own
+DEFAULTS = {  # flag: one for each of KINDS
     "batch_size": (8, 16, 16),
     "micro_batch_size": (8, 16, 4),
     "max_length": (128, 160, 1024),
@@ -531,8 +553,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                "--lr", "--warmup", "--schedule", "--weight-decay", "--grad-clip", "--max-length", "--max-new-tokens",
                "--eval-data", "--seed", "--device", "--dtype", "--compile", "--parallel", "--log-every", "--eval-every",
                "--save-every", "--resume", "--adapter"),
-        defaults=dict.fromkeys(DEFAULTS) | {"steps": None, "epochs": 1.0, "depth": 4, "schedule": "wsd",
-                                                      "weight_decay": None, "grad_clip": 1.0, "max_new_tokens": 64},
+        defaults={name: dict(zip(KINDS, values, strict=True)) for name, values in DEFAULTS.items()}
+        | {"steps": WORLD_STEPS, "epochs": {"with --data": 1.0}, "depth": 4, "schedule": "wsd",
+           "weight_decay": {"": 0.1, "with --adapter": 0.0}, "grad_clip": 1.0, "max_new_tokens": 64},
     )
     cli.add_argument("--stage", choices=("base", "sft"), default="sft", help="base: plain text, nothing masked")
     cli.add_argument("--from-scratch", action="store_true", help="SFT of random weights, to compare with")
@@ -541,7 +564,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="how often a part of the world, or a file of --data a.jsonl,b.jsonl, is seen (1: as is)")
     cli.add_argument("--replay", type=REAL, default=0.25, metavar="SHARE",
                         help="of base text among the chats of the generated world, so that it is not forgotten")
-    cli.add_argument("--chat-format", help="chatml, qwen2.5, qwen3 or llama3, where the checkpoint does not say")
+    cli.add_argument("--chat-format", help=f"{', '.join(chat.FORMATS)}, where the checkpoint does not say")
     cli.add_argument("--pack", action=argparse.BooleanOptionalAction, default=True, help="several documents in a row")
     cli.add_argument("--too-long", choices=("refuse", "drop", "cut", "split"),
                         help="rows of more than --max-length tokens (default: split in --stage base, else refuse)")
@@ -555,7 +578,13 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--prompts", metavar="FILE",
                      help="JSONL of prompt, answer (rollouts) or of prompt (self-instruct; default: the world)")
     args = cli.parse_args(argv)
-    fill(args, {"weight_decay": (0.1, 0.0)}, args.adapter is not None)  # which decays with a much higher rate
+    if args.data is None and args.epochs is not None:
+        raise UserError("--epochs counts passes over --data: rows of the generated world never come again")
+    if args.data in OWN_ROWS and args.eval_data:
+        raise UserError(f"--data {args.data} is measured on the generated world, not on --eval-data")
+    fill(args, {"epochs": (1.0,)}, 0)
+    no_decay = args.adapter is not None or args.optimizer == "lomo"  # an adapter's rate is high, LOMO has none
+    fill(args, {"weight_decay": (0.1, 0.0)}, no_decay)
     column = 2 if args.model else 0 if args.stage == "base" else 1
     fill(args, {"optimizer": ("adamw",) * 3 if args.adapter else DEFAULTS["optimizer"]}, column)
     rates = DEFAULTS if args.optimizer == "muon" else DEFAULTS | {"lr": ADAMW_LR}
@@ -572,9 +601,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         if name not in known or (args.stage == "base" and not args.data):
             raise UserError(f"--mix {name}: there are {', '.join(known)}")
     args.mix = mix
-    if args.optimizer == "lomo" and (args.micro_batch_size < args.batch_size or args.grad_clip):
+    if args.optimizer == "lomo" and (args.micro_batch_size < args.batch_size or args.grad_clip or args.weight_decay):
         raise UserError("--optimizer lomo updates inside the backward pass: it needs --micro-batch-size as large as "
-                        "--batch-size, and --grad-clip 0")
+                        "--batch-size, and --grad-clip 0; it has no --weight-decay")
     if args.neftune and args.parallel == "fsdp":
         raise UserError("--neftune reads the embeddings outside the model, which --parallel fsdp does not allow")
     if args.optimizer == "muon" and args.parallel == "fsdp":
@@ -611,7 +640,10 @@ def main(args: argparse.Namespace) -> dict:
         if model.virtual and (args.pack or args.neftune):
             raise UserError(f"--adapter {args.adapter} stands before a row, not before each document in it: --no-pack, "
                             "and no --neftune")
-    rows, test = examples(args, model, tokenizer, loop)
+    model.eval()  # an adapter drops nothing out of what is sampled and scored
+    with loop.autocast():
+        rows, test = examples(args, model, tokenizer, loop)
+    model.train()
     rows = fitting(rows, "rows", args, loop)
     groups = list(pack(rows, args.max_length) if args.pack else ([row] for row in rows))
     if not groups or not any(test.values()):
@@ -648,7 +680,8 @@ def main(args: argparse.Namespace) -> dict:
         grad_norm = clip(model, args.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
-        loop.log(step, loss=loop.sum_over_ranks(loss_sum), grad_norm=grad_norm, lr=lr, tokens=n_read)
+        norm = {} if args.optimizer == "lomo" else {"grad_norm": grad_norm}  # its gradients are gone by now
+        loop.log(step, loss=loop.sum_over_ranks(loss_sum), **norm, lr=lr, tokens=n_read)
         if args.eval_every and loop.due("eval", step) and step < total:
             name, values = next(iter(evaluate(model, tokenizer, test, args, loop).items()))
             loop.say(f"step {step}: {name} {statistics.fmean(values):.3f}")

@@ -17,9 +17,11 @@ The weights come in four stages, of which one command does all.
                there is chosen, the one that names what is not is rejected (RLHF-V, 2312.00849), and likewise of its
                answers to "Is there a ...?"
 
-What a stage does not name is frozen in it, to the byte. A batch is split by the two passes of GradCache (2101.06983),
-so that in `contrast`, too, --micro-batch-size and the number of ranks change nothing. Left out: the image-text matching
-and captioning losses of BLIP-2, Flamingo's resampler, tiles for large pictures; a picture is scaled to 48 x 48 pixels.
+What a stage does not name is frozen in it, to the byte. --lr is the rate of instruct, to which that of prefer stays in
+proportion; contrast and align have rates of their own (STAGES). A batch is split by the two passes of GradCache
+(2101.06983), so that in `contrast`, too, --micro-batch-size and the number of ranks change nothing. Left out: the
+image-text matching and captioning losses of BLIP-2, Flamingo's resampler, tiles for large pictures; a picture is scaled
+to 48 x 48 pixels.
 
     python vlm.py                                                     the tiny model learns to see, and is measured
     python vlm.py --model out/vlm --image shape.png "How many red squares are there?"
@@ -411,7 +413,7 @@ def top1(pairs: Tensor, same: Tensor) -> Tensor:
 STAGES = {  # steps of the default run; rate of (the tiny model, a --model of your own); what it trains
     "contrast": {"steps": 800, "lr": (2e-3, 5e-4), "trains": ("encoder", "contrast")},
     "align": {"steps": 60, "lr": (1e-3, 3e-4), "trains": ("connector",)},
-    "instruct": {"steps": 740, "lr": (1.2e-3, 2e-5), "trains": ("connector", "model")},
+    "instruct": {"steps": 890, "lr": (1.2e-3, 2e-5), "trains": ("connector", "model")},
     "prefer": {"steps": 30, "lr": (1e-4, 5e-7), "trains": ("connector", "model")},
 }
 
@@ -542,7 +544,7 @@ class Data(NamedTuple):
     test: dict[str, list]
 
 
-def world_data(vlm: VLM, tokenizer: Tokenizer, args: Namespace) -> Data:
+def world_data(vlm: VLM, tokenizer: Tokenizer, args: Namespace, loop: Loop) -> Data:
     """Generated pictures, with text-only conversations among those of `asked`, and what `evaluate` measures."""
     plan = planned(args, 0)
     n = min(args.pictures, max(1, args.steps) * args.batch_size)
@@ -558,6 +560,10 @@ def world_data(vlm: VLM, tokenizer: Tokenizer, args: Namespace) -> Data:
     asked = [row(pictures.turns(e, f"{args.seed} {i}"), e) if i % 4 else described[i] for i, e in enumerate(made)]
     texts = world.sft_rows(round(n * args.replay / (1 - args.replay)), 10**6 + args.seed)
     asked += [Row(*chat.render(text["messages"], tokenizer, chat_format=args.chat_format)) for text in texts]
+    described, asked = (fitting(rows, what, vlm, args, loop) for rows, what in
+                        ((described, "descriptions"), (asked, "rows")))  # fmt: skip
+    if not all(asked if name == "instruct" else described for name in args.stages if name != "prefer"):
+        raise UserError(f"no row is left to train on: --max-length is {args.max_length}")
     scenes = [pictures.example(f"prefer {args.seed}", i) for i in range(plan.get("prefer", 0) * args.batch_size)]
     return Data(described, asked, scenes, world_exam(args.exam))
 
@@ -619,7 +625,8 @@ def replies(vlm: VLM, tokenizer: Tokenizer, prompts: Sequence[Row], args: Namesp
     """The ids of `samples` completions of each prompt, of at most `longest` (0: --max-new-tokens) tokens."""
     found: list[list[int]] = []
     longest = longest or args.max_new_tokens
-    if prompts and (room := vlm.config.max_length - max(len(row.input_ids) for row in prompts)) < longest:
+    most = vlm.config.max_length - vlm.model.virtual
+    if prompts and (room := most - max(len(row.input_ids) for row in prompts)) < longest:
         raise UserError(f"--max-new-tokens {longest}: the longest question leaves room for {room}")
     for start in tqdm(range(0, len(prompts), 256), "answering", disable=None, leave=False):
         some = prompts[start : start + 256]
@@ -969,6 +976,8 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
             raise UserError(f"--{name} {value}: {args.model} was made with {own}")
         setattr(args, name, value or own)
     args.stages = args.stages or (["instruct"] if sees else [s for s in STAGES if s != "prefer" or not args.data])
+    if args.lr is not None and not any("model" in STAGES[name]["trains"] for name in args.stages):
+        raise UserError("--lr is of stages that train the language model, which --stages does not name")
     args.optimizer = args.optimizer or ("adamw" if args.model or args.adapter else "muon")
     if args.lr is None:
         adapter = args.adapter or (trained(str(sees)) if sees else None)  # the one that --model left
@@ -1014,7 +1023,8 @@ def main(args: argparse.Namespace) -> dict:
     if args.image:
         return see(args)
     if args.connector == "all":
-        columns = tuple(name for name in COLUMNS if name != "hallucination" or "prefer" in (args.stages or STAGES))
+        plan = planned(resolved(Namespace(**vars(args) | {"connector": "mlp"})), 0)
+        columns = tuple(name for name in COLUMNS if name != "hallucination" or plan.get("prefer"))
         return compare(main, resolved, args, CONNECTORS, Path(args.out or ROOT / "out" / "vlm"), columns,
                        tuple(CONNECTORS), flag="connector")  # fmt: skip
 
@@ -1025,7 +1035,10 @@ def main(args: argparse.Namespace) -> dict:
     loop.check_length(vlm)
     if args.adapter:
         adapt(vlm.model, args.adapter, start, loop, dropout=False)
-    data = file_data(vlm, tokenizer, args, loop) if args.data else world_data(vlm, tokenizer, args)
+    if vlm.model.prompt is not None and args.connector == "cross-attention":
+        raise UserError(f"--connector cross-attention: not with the adapter {vlm.model.adapter.method}, whose "
+                        "embeddings before a row are no tokens that could look at a picture")  # fmt: skip
+    data = file_data(vlm, tokenizer, args, loop) if args.data else world_data(vlm, tokenizer, args, loop)
     plan = planned(args, len(data.asked))
     stages = [name for name, n in plan.items() for _ in range(n)]  # of each step
     optimizer = (Muon if args.optimizer == "muon" else adamw)(vlm, args.lr, args.weight_decay)

@@ -6,6 +6,7 @@
     preference   {"prompt", "chosen", "rejected"}             reward models, DPO
     label        {"prompt", "completion", "label"}            KTO, critique: label is true or false
     answer       {"prompt", "answer"}                         RL with a checker
+    prompt       {"prompt"}                                   RL with another reward
     steps        {"prompt", "completions", "labels"}          process supervision: one label a step
     scores       {"prompt", "completions", "scores"}          ranked answers
     images       {"messages", "images"}                       vision-language: paths of images
@@ -36,7 +37,7 @@ SCHEMAS = {  # schema: {field: kind}
     "steps": {"prompt": "said", "completions": "texts", "labels": "truths"},
     "scores": {"prompt": "said", "completions": "texts", "scores": "numbers"},
     "answer": {"prompt": "said", "answer": "text"},
-    "prompt": {"prompt": "text"},
+    "prompt": {"prompt": "said"},
 }
 KINDS = {  # kind: what is expected, in words
     "text": "text that is not empty",

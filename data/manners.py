@@ -10,7 +10,7 @@ The annotator's utility of an answer (`utility`) is a sum over its sentences, by
     +0.7  thanks the asker                  +0.5  second true fact; nothing for more
     +0.7  wishes well at the end            -1.5  a false fact, or a fact about somebody else
     -2.0  a rude sentence                   -1.0  a sentence of no known kind
-    -0.3  a sentence beyond the fifth       -0.5  a sentence said before
+    -0.3  a sentence beyond the fifth       -0.5  a sentence said before, in place of its worth
 
 and of two answers it prefers a over b with probability sigmoid(utility(a) - utility(b)): the Bradley-Terry coin (1952).
 Best possible pair accuracy and the true reward of any policy are therefore known (`best_accuracy`, `utility`).

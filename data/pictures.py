@@ -20,11 +20,11 @@ adversarial setting of POPE, arXiv 2305.10355), half of one of neither.
     python -m data.pictures OUT.png      a sheet of pictures
 """
 
+import argparse
 import io
 import math
 import re
 import struct
-import sys
 import tokenize
 import zlib
 from collections.abc import Sequence
@@ -44,6 +44,7 @@ PLACES = ("left", "right", "top", "bottom")  # of the picture
 UNSEEN = (("red", "star"), ("green", "square"), ("blue", "triangle"))  # never a circle, nor a black or a white thing
 SEEN = [(colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in UNSEEN]
 DESCRIBE = "Describe the picture."
+NEAR = 0.35  # in training, of the "no"s: what is right in one word of two comes after what is right in none
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Scenes: what is in a picture, and what is true of it
@@ -58,22 +59,25 @@ class Thing(NamedTuple):
     radius: float
 
 
-def cells_for(rng, kind: str, cell: tuple[str, str], answer: str) -> list[tuple[str, str]]:
-    """The (colour, shape) of each thing in a picture of which `kind`, asked about `cell`, has this answer."""
+def cells_for(rng, kind: str, cell: tuple[str, str], answer: str, near: float = 0.5) -> list[tuple[str, str]]:
+    """The (colour, shape) of each thing in a picture of which `kind`, asked about `cell`, has this answer.
+
+    near: how often what answers "Is there a red square?" by no is red, or a square.
+    """
     colour, shape = cell
     if kind == "digit":
         return [(colour, answer)]
     if kind == "count":
         return [cell] * (1 + NUMBERS.index(answer))
     if kind == "existence" and answer == "no":
-        near = rng.random() < 0.5  # as red, or a square as well; or neither
-        return [rng.choice([x for x in SEEN if x != cell and near == (x[0] == colour or x[1] == shape)])]
+        is_near = rng.random() < near
+        return [rng.choice([x for x in SEEN if x != cell and is_near == (x[0] == colour or x[1] == shape)])]
     return [cell]
 
 
-def draw_scene(rng, kind: str, cell: tuple[str, str], answer: str) -> list[Thing]:
-    """Things of one size that do not touch, of which `kind`, asked about `cell`, has this answer."""
-    cells = cells_for(rng, kind, cell, answer)
+def draw_scene(rng, kind: str, cell: tuple[str, str], answer: str, near: float = 0.5) -> list[Thing]:
+    """Things of one size that do not touch, of which `kind`, asked about `cell`, has this answer; see cells_for."""
+    cells = cells_for(rng, kind, cell, answer, near)
     while True:
         size, things = answer if kind == "size" else rng.choice(SIZES), []
         for colour, shape in cells:
@@ -234,7 +238,7 @@ def example(seed: object, i: int) -> Example:
     rng = world.rng_for("pictures", seed, i)
     kind, cell = ASKED[i % len(ASKED)], rng.choice(SEEN)
     answer = rng.choice(answers_of(kind, cell))
-    things = draw_scene(rng, kind, cell, answer)
+    things = draw_scene(rng, kind, cell, answer, NEAR)
     return Example(draw(things, rng.getrandbits(32)), things, ask(kind, cell), answer, kind)
 
 
@@ -249,7 +253,7 @@ def turns(e: Example, seed: object) -> list[tuple[str, str]]:
     here = t.colour, t.shape
     if e.kind == "existence":
         answers = [rng.choice(("yes", "no")) for _ in range(3)]
-        cells = [here if answer == "yes" else cells_for(rng, "existence", here, "no")[0] for answer in answers]
+        cells = [here if answer == "yes" else cells_for(rng, "existence", here, "no", NEAR)[0] for answer in answers]
         return [own, *((ask("existence", cell), answer) for cell, answer in zip(cells, answers, strict=True))]
     if e.kind in ("colour", "size", "position", "count") and rng.random() < 0.5:
         return [(ask("shape", here), t.shape), own]
@@ -468,9 +472,16 @@ def resized(pixels: np.ndarray, side: int = SIDE) -> np.ndarray:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
+    parser.add_argument("out", metavar="OUT", type=Path, help="PNG file of 32 pictures to write")
+    args = parser.parse_args()
     rows = [[example(0, i * 8 + j).picture for j in range(8)] for i in range(4)]
     sheet = np.concatenate([np.concatenate(row, axis=1) for row in rows])
-    Path(sys.argv[1]).write_bytes(png(sheet.repeat(2, 0).repeat(2, 1)))
+    try:
+        args.out.write_bytes(png(sheet.repeat(2, 0).repeat(2, 1)))
+    except OSError as error:
+        parser.error(f"{args.out}: {error.strerror}")
     for i in range(14):
         made = example(0, i)
         print(describe(made.things), made.question, made.answer)

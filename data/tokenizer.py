@@ -3,7 +3,7 @@
 tiktoken does the merging. It merges by the rank of the result, Hugging Face by the place of the pair in a list; the two
 agree once tokens are ranked in the order of that list, and a table then turns ranks into the checkpoint's ids.
 
-What a text says is never a special token: `encode` reads "<|im_end|>" as nine characters or so. The code that writes a
+What a text says is never a special token: `encode` reads "<|im_end|>" as ordinary text. The code that writes a
 conversation (data/chat.py) asks for special ids by name.
 
     python -m data.tokenizer "Sort 3 1 2."       the pieces of a text
@@ -67,6 +67,10 @@ class Tokenizer:
         pieces = tuple(_cut_digits(text)) if self.digits_apart else (text,)
         ids = [self.ids[rank] for piece in pieces for rank in self.encoding.encode_ordinary(piece)]
         return ids if -1 not in ids else [i for piece in pieces for i in self._encode_known_bytes(piece)]
+
+    def begin(self, text: str) -> list[int]:
+        """The ids that a document which starts with `text` starts with."""
+        return [*([self.bos_id] if self.add_bos else []), *self.encode(text)]
 
     def _encode_known_bytes(self, text: str) -> Iterator[int]:
         """The ids of a text with bytes that the vocabulary lacks: they vanish first, and their neighbours may merge."""

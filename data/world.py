@@ -343,6 +343,15 @@ def weather_log(rng, days: int = 30) -> str:
     return "Weather: " + " ".join(log)
 
 
+def code_length(log: str) -> float:
+    """Bits that the chain itself, which wrote this weather log, needs for it; its length is known."""
+    days = log.split()[1:]
+    bits = math.log2(len(WEATHER)) + math.log2(len(WEATHER) - 1)  # the first two are any two that differ
+    for before, yesterday, today in zip(days, days[1:], days[2:], strict=False):
+        bits -= math.log2(WEATHER_CHAIN[before, yesterday][WEATHER.index(today)])
+    return bits
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Base text: running prose, nothing masked
 
@@ -596,20 +605,26 @@ def tokenizer_text(documents: int = 30_000) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
     parser.add_argument("--show", action="store_true", help="print samples of every part (the default)")
     parser.add_argument("--write", metavar="DIR", help="write base.jsonl, sft.jsonl and test.jsonl into DIR")
     parser.add_argument("--rows", type=int, default=1000, help="rows a file, of the test rounded up (default 1000)")
     parser.add_argument("--seed", type=int, default=0, help="which samples (default 0)")
     args = parser.parse_args()
+    if args.rows < 0:
+        parser.error(f"--rows {args.rows}: a whole number of at least 0 is expected")
     if args.write:
         out = Path(args.write)
-        out.mkdir(parents=True, exist_ok=True)
         files = {"base": ({"text": text} for text in base_documents(args.rows, args.seed)),
                  "sft": sft_rows(args.rows, args.seed),
                  "test": sft_test(math.ceil(args.rows / len(TEST_PARTS)), args.seed)}
-        for name, rows in files.items():
-            (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-            print(f"wrote {out / name}.jsonl")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            for name, rows in files.items():
+                (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+                print(f"wrote {out / name}.jsonl")
+        except OSError as error:
+            parser.error(f"--write {out}: {error.strerror}")
         return
     print("BASE TEXT (nothing masked)")
     for part, (share, make) in BASE_MIX.items():

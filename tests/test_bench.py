@@ -471,6 +471,7 @@ def test_every_goal_belongs_to_a_row(monkeypatch):
             name if whole else name.split(",")[0]))  # fmt: skip
     monkeypatch.setattr(bench, "our_step", lambda *x: None)
     monkeypatch.setattr(bench, "floor", lambda *x: [])
+    monkeypatch.setattr(bench, "compiled", lambda *x: [])
     monkeypatch.setattr(bench, "dpo_memory", lambda *x: 1.0)
     bench.bench_sft(ARGS)
     bench.bench_grpo(ARGS)
@@ -482,6 +483,29 @@ def test_every_goal_belongs_to_a_row(monkeypatch):
     measured = json.loads((Path(bench.__file__).parent / "results" / "bench" / "quantize.json").read_text())["rows"]
     narrow = {row["name"].split(",")[0] for row in measured} - {"bytes of a step", "prompts"}
     assert set(bench.GOALS) == {*named, *memory, *adapters, *narrow} - {"sampling at width 512"}
+
+
+def test_compiled_rows_are_compiled_and_leave_the_switch_off(monkeypatch):
+    seen = []
+
+    def sampled(name, pair, prompts, args, *, decode):
+        seen.append((bench.kernels._compiling, args.compile, decode is bench.generate.__wrapped__))
+        seen.append([block._compiled_call_impl is not None for block in pair[0].blocks])
+        return name
+
+    def trained(name, pair, shape, args):
+        seen.append((bench.kernels._compiling, args.compile, shape))
+        return name
+
+    monkeypatch.setattr(bench, "twins", lambda *x: (Transformer(Config.from_depth(1, 64, 32)), None))
+    monkeypatch.setattr(bench, "sampling", sampled)
+    monkeypatch.setattr(bench, "training", trained)
+    names = bench.compiled([[1]], ARGS)
+    assert all(bench.verdict(bench.row(name, 1.0, 1.0, "", True)).endswith("missed") for name in names), "goals apply"
+    assert seen == [(True, True, True), [True], (True, True, (64, 64))]
+    assert not bench.kernels._compiling and not ARGS.compile
+    monkeypatch.setattr(bench.kernels, "_has_compiler", lambda: False)
+    assert bench.compiled([[1]], ARGS) == []
 
 
 def test_a_missing_library_is_one_line_and_exit_code_2(monkeypatch, capsys):

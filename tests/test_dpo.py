@@ -785,9 +785,12 @@ def test_the_annotator_labels_samples_by_its_coin(one, monkeypatch):
     prompts = requests(1) * 600
     asker = prompts[0][1]["asker"]
     kind, plain = f"Hello {asker}!", "Thank you for asking."  # 1.0 and 0.7
-    calls = says(monkeypatch, [kind, plain] * 1800)
+    calls, one.args.rollout_batch = says(monkeypatch, [kind, plain] * 1800), 7
     rows = dpo.sampled_rows(small(), tiny(), prompts, one.args, one)
     assert [call.samples for call in calls] == [2] * 3 and {call.temperature for call in calls} == {1.0}
+    assert {call.rollout_batch for call in calls} == {7}
+    with pytest.raises(UserError, match="--max-new-tokens 64: the longest prompt leaves room for 60"):
+        dpo.sampled(small(), tiny(), [[1] * 99, [1] * 100], 1, 1.0, 0, one.args, one)
     assert len({call.seed for call in calls}) == 3
     first = statistics.fmean(chat.completion_text(e.answers[0].input_ids, tiny()) == kind for e in rows)
     assert first == pytest.approx(sigmoid(0.3), abs=0.06)
@@ -1206,15 +1209,16 @@ def test_the_world_is_measured_by_true_utility(checkpoint, tmp_path, monkeypatch
     assert answers[0, 0.0, 3] and capsys.readouterr().out.count("  user    ") == 3
 
 
-def test_the_end_is_measured_against_the_start(checkpoint, tmp_path, monkeypatch, short_world):
+@pytest.mark.parametrize("world_run", [False, True])
+def test_the_end_is_measured_against_the_start(checkpoint, data, tmp_path, monkeypatch, short_world, world_run):
     """Not against the reference of the last round."""
-    seen = []
+    seen, data = [], None if world_run else data
     watch(monkeypatch, "evaluate", lambda found, model, ref_model, *rest: seen.append(ref_model))
-    run(checkpoint, None, tmp_path / "out", "--rounds", 2, "--ref", "last", "--lr", 1e-2)
+    run(checkpoint, data, tmp_path / "out", "--rounds", 2, "--ref", "last", "--lr", 1e-2)
     start = list(load(checkpoint)[0].parameters())
     assert len(seen) == 2 and all(torch.equal(a, b) for a, b in zip(start, seen[1].parameters(), strict=True))
     with pytest.raises(UserError, match="--rounds 3: there are 2 steps"):
-        run(checkpoint, None, tmp_path / "out", "--rounds", 3)
+        run(checkpoint, data, tmp_path / "out", "--rounds", 3)
 
 
 def test_skills_are_what_sft_measures(checkpoint, tmp_path, monkeypatch, short_world, one):
@@ -1266,7 +1270,7 @@ def test_credit_is_shown_in_bf16_and_once(checkpoint, data, tmp_path, capsys, on
         assert bool(capsys.readouterr().out) == one.main and len(scored) == 6
 
 
-def test_compiled_runs_see_few_lengths(checkpoint, data, tmp_path, monkeypatch):
+def test_compiled_runs_see_few_lengths(checkpoint, data, tmp_path, monkeypatch, short_world):
     """Training, measuring, a reward model that judges, --credit."""
     import kernels
     import reward
@@ -1280,6 +1284,8 @@ def test_compiled_runs_see_few_lengths(checkpoint, data, tmp_path, monkeypatch):
     with torch._dynamo.config.patch(recompile_limit=8):
         run(checkpoint, data, tmp_path / "out", "--steps", 1, "--compile", "on", "--online", "--max-new-tokens", 8,
             "--judge", tmp_path / "judge", "--credit")  # fmt: skip
+        run(checkpoint, data, tmp_path / "out", "--steps", 0, "--compile", "on", "--eval-data", "world",
+            "--max-new-tokens", 8)  # fmt: skip
     assert len(seen) > 8 and all(length % 64 == 0 for length in seen)
 
 
@@ -1326,6 +1332,9 @@ def test_settings_are_resolved_and_kept(checkpoint, data, tmp_path, capsys):
     (("--online", "--data", "x.jsonl"), "--judge annotator"),
     (("--online", "--pairs", "written"), "--online samples"),
     (("--loss", "all", "--data", "x.jsonl"), "--loss all"),
+    (("--judge", "ai", "--data", "x.jsonl"), "--judge ranks sampled answers"),
+    (("--judge", "ai", "--pairs", "written"), "--judge ranks sampled answers"),
+    (("--pairs", "written", "--data", "x.jsonl"), "--pairs is of the generated world"),
 ])  # fmt: skip
 def test_flags_that_do_not_go_together_are_refused(flags, said):
     with pytest.raises(UserError, match=said):
@@ -1417,6 +1426,9 @@ def test_a_table_of_all_losses(checkpoint, tmp_path, monkeypatch, short_world, c
     flags = ["--loss", "all", "--model", checkpoint, "--out", tmp_path / "all", "--steps", 2, "--seeds", 2,
              "--device", "cpu", "--batch-size", 2, "--max-length", 128, "--max-new-tokens", 6]  # fmt: skip
     args = list(map(str, flags))
+    with pytest.raises(UserError, match="--beta: --loss pro has none"):
+        main(get_args([*args, "--beta", "0.3"]))
+    assert not runs  # not even of dpo, which comes first
     table = main(get_args(args))
     assert json.loads((tmp_path / "all" / "table.json").read_text()) == table
     assert [(row["loss"], row["seeds"]) for row in table["rows"]] == [

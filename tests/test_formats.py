@@ -20,7 +20,7 @@ ROWS = {
     "steps": {"prompt": "Sort 2 1.", "completions": ["1", "1 2"], "labels": [True, False]},
     "scores": {"prompt": "Sort 2 1.", "completions": ["1 2", "2"], "scores": [1, -0.5]},
     "answer": {"prompt": [USER], "answer": "1 2"},
-    "prompt": {"prompt": "Sort 2 1."},
+    "prompt": {"prompt": [USER]},
 }
 
 
@@ -97,7 +97,7 @@ def test_a_bad_row_is_refused_with_file_and_line(bad, words, tmp_path):
     [
         ("text", {"text": ["a"]}, ["text: found", KINDS["text"]]),
         ("answer", {"answer": 17}, ["answer: found 17", KINDS["text"]]),
-        ("prompt", {"prompt": [USER]}, ["prompt: found", KINDS["text"]]),
+        ("prompt", {"prompt": [{"role": "user"}]}, ["prompt[0]"]),
         ("label", {"label": 1}, ["label: found 1, expected true or false"]),
         ("label", {"label": "true"}, ["expected true or false"]),
         ("steps", {"labels": [True, 0]}, [KINDS["truths"]]),

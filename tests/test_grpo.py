@@ -238,7 +238,8 @@ def trl_loss(x: Tokens, loss_type: str, *, level: str, beta: float, weighted: bo
 def test_parity_with_trl(name, weighted):
     """Value and gradient; trl's importance weight of the KL is, at the level of sequences, not that of a token."""
     x = random_tokens(seed=3)
-    args = of(name, "--beta", 0.0 if name == "gspo" else 0.2, *(["--kl-weighted"] if weighted else []))
+    args = of(name, "--beta", 0.0 if name == "gspo" else 0.2)
+    args.kl_weighted = weighted
     low, high = (0.1, 0.15) if name == "gspo" else (0.2, 0.28)
     args.clip_low, args.clip_high = (None if name == "cispo" else low), high
     theirs = trl_loss(x, "grpo" if name == "gspo" else name, level="sequence" if name == "gspo" else "token",
@@ -684,8 +685,13 @@ def test_what_is_cut_off_is_not_right(checkpoint, tmp_path, monkeypatch):
     test = {"test": [grpo.Task([1], {"prompt": "A", "answer": "7"})] * 2}
     monkeypatch.setattr(grpo, "rollout_of", lambda model, tokenizer, tasks, samples, *rest: scripted(
         ["7"] * 2 * samples, [True] * samples + [False] * samples))  # fmt: skip
-    found = grpo.evaluate(model, None, tiny(), test, args, loop)
+    found = grpo.evaluate(model, None, None, tiny(), test, args, loop)
     assert found["accuracy"] == found["reward"] == found["pass@1"] == found["pass@8"] == [1, 0]
+    unknown = {"test": [grpo.Task([1], {"prompt": "A"})] * 2}
+    for names, wanted in ((["majority", "format"], [1, 0]), (["format", "majority"], [0, 0])):
+        args, loop, _, _ = asked(checkpoint, tmp_path, "--reward", *names)
+        found = grpo.evaluate(model, None, None, tiny(), unknown, args, loop)
+        assert list(found) == ["reward", "length", "KL"] and found["reward"] == wanted
     args, loop, _, _ = asked(checkpoint, tmp_path, "--reward", "majority")
     judged = grpo.reward_of(scripted(["8", "8", "7"], [False, False, True]), test["test"][:1], tiny(), None, args, loop)
     assert judged.reward.tolist() == [[0, 0, 1]]
@@ -701,8 +707,9 @@ def test_majority_needs_no_answers(checkpoint, tmp_path):
 
 def test_steps_are_scored_where_they_end(checkpoint, tmp_path, monkeypatch):
     """The PRM's probability at each full stop and at the end; the reward is the least of them."""
-    monkeypatch.setattr(grpo, "token_rewards", lambda model, ids: (ids % 7).double() - 3)
-    args, loop, _, _ = asked(checkpoint, tmp_path, "--reward", "prm")
+    read = []
+    monkeypatch.setattr(grpo, "running_rewards", lambda model, ids: read.append(len(ids)) or (ids % 7).double() - 3)
+    args, loop, _, _ = asked(checkpoint, tmp_path, "--reward", "prm", "--micro-batch-size", 1)
     rollout = scripted(["1 + 2 = 3. 3 + 4 = 7. So 7", "5"])
     found, _, _, (scores, ends) = grpo.reward_of(rollout, [grpo.Task([1], {"prompt": "A"})], tiny(), None, args, loop)
     texts = [[tiny().decode([i]) for i in row] for row in rollout.input_ids.tolist()]
@@ -712,11 +719,14 @@ def test_steps_are_scored_where_they_end(checkpoint, tmp_path, monkeypatch):
         assert ends[0, b].nonzero().flatten().tolist() == wanted and len(wanted) == (3 if b == 0 else 1)
         least = min(1 / (1 + math.exp(3 - i % 7)) for i in rollout.input_ids[b, wanted].tolist())
         assert found[0, b].item() == pytest.approx(least)
+    assert read == [1, 1]
 
 
-def test_tools_are_called_and_masked(checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize("chat_format", ["chatml", "qwen2.5", "qwen3"])
+def test_tools_are_called_and_masked(checkpoint, tmp_path, monkeypatch, chat_format):
     """The model says <tool>12 * 3</tool>, reads 36, says 36: rendered as a conversation; only its own words count."""
-    args, loop, model, _ = asked(checkpoint, tmp_path, "--tools", "--rollout-batch", 5)
+    flags = ("--tools", "--rollout-batch", 5, "--chat-format", chat_format)
+    args, loop, model, _ = asked(checkpoint, tmp_path, *flags)
     tasks = [grpo.task_of({"prompt": f"What is {a} * 3?", "answer": str(3 * a)}, tiny(), args) for a in (12, 5)]
     end = tiny().eos_ids[0]
     said = iter([["<tool>12 * 3</tool>", "15"], ["<tool>1 / 0</tool>"], ["36"]])
@@ -737,10 +747,11 @@ def test_tools_are_called_and_masked(checkpoint, tmp_path, monkeypatch):
     rollout = grpo.rollout_of(model, tiny(), tasks, 1, 1.0, (0,), args)
     assert rollout.answers == ["36", "15"] and "[36]" in rollout.completions[0] and "[error]" in rollout.completions[0]
     turns = [("user", "What is 12 * 3?"), ("assistant", "<tool>12 * 3</tool>"), ("tool", "36"),
-             ("assistant", "<tool>1 / 0</tool>"), ("tool", "error"), ("assistant", "36")]  # fmt: skip
-    ids, mask = chat.render([{"role": role, "content": text} for role, text in turns], tiny())
-    n = len(mask) - mask[::-1].index(1)
-    assert rollout.input_ids[0, :n].tolist() == ids[:n] and rollout.completion_mask[0, :n].tolist() == mask[:n]
+             ("assistant", "<tool>1 / 0</tool>"), ("tool", "error")]  # fmt: skip
+    ids, mask = chat.render([{"role": role, "content": text} for role, text in turns], tiny(),
+                            add_generation_prompt=True, chat_format=chat_format)  # fmt: skip
+    ids, mask = ids + tiny().encode("36") + [end], mask + [1] * (len(tiny().encode("36")) + 1)
+    assert rollout.input_ids[0].tolist() == ids and rollout.completion_mask[0].tolist() == mask
     torch.testing.assert_close(rollout.sampled_logps, -0.5 * rollout.completion_mask.float())
     assert grpo.reward_of(rollout, tasks, tiny(), None, args, loop).passed.tolist() == [[True], [True]]
 
@@ -943,12 +954,26 @@ def test_dynamic_sampling_takes_groups_with_spread(checkpoint, tmp_path, monkeyp
 
 
 def test_rows_that_are_cut_off_can_be_left_out(checkpoint, tmp_path, mine, monkeypatch):
-    seen = batches_of(monkeypatch)
-    run(checkpoint, tmp_path / "out", "--reward", mine, "--mask-unfinished", "--steps", 1, "--max-new-tokens", 6)
-    (batch, _), = seen
-    ended = torch.isin(batch.input_ids, torch.tensor(tiny().eos_ids)) & (batch.completion_mask > 0)
-    assert 0 < int(batch.completion_mask.any(-1).sum()) < 12
-    assert (ended.any(-1) == batch.completion_mask.any(-1)).all()
+    """Of what is learned, of the baseline, of the variance of rewards, and of what tells a group's answers apart."""
+    seen, steps, varied = batches_of(monkeypatch), [], []
+    whole, coefficient = grpo.sampled_step, grpo.entropy_coefficient
+    monkeypatch.setattr(grpo, "sampled_step", lambda *a: steps.append(whole(*a)) or steps[-1])
+    monkeypatch.setattr(grpo, "entropy_coefficient", lambda *a: varied.append(a[2]) or coefficient(*a))
+    run(checkpoint, tmp_path / "out", "--reward", mine, "--mask-unfinished", "--steps", 2, "--max-new-tokens", 6,
+        "--loss", "reinforce", "--entropy-coef", 0.1)  # fmt: skip
+    baseline, by_the_cut = 0.0, 0
+    for (batch, _), step, reward, line in zip(seen, steps, varied, logged(tmp_path / "out"), strict=True):
+        ended = (torch.isin(batch.input_ids, torch.tensor(tiny().eos_ids)) & (batch.completion_mask > 0)).any(-1)
+        assert 0 < int(ended.sum()) < 12 and (ended == batch.completion_mask.any(-1)).all()
+        assert reward.tolist() == step.judged.reward.flatten()[ended].tolist()
+        advantage = (batch.advantages.sum(-1) / batch.completion_mask.sum(-1))[ended]
+        assert advantage.tolist() == pytest.approx((reward - baseline).tolist(), rel=1e-4)
+        groups = zip(step.judged.reward.tolist(), ended.view(4, 3).tolist(), strict=True)
+        told_apart = [len({r for r, whole in zip(*group, strict=True) if whole}) > 1 for group in groups]
+        assert line["no_spread"] == 1 - statistics.fmean(told_apart)
+        by_the_cut += int((step.judged.reward.std(-1) > 0).sum()) - sum(told_apart)
+        baseline = reward.mean().item()
+    assert by_the_cut  # there are groups that only differ in what is left out
 
 
 def test_the_reference_is_frozen_and_the_policy_moves(checkpoint, tmp_path, mine, monkeypatch):
@@ -1038,10 +1063,14 @@ def test_the_loss_is_the_mean_over_updates(checkpoint, tmp_path, mine, monkeypat
 
 
 def test_no_steps_are_a_measurement(checkpoint, tmp_path, monkeypatch):
-    told = []
+    told, kept, whole = [], [], grpo.frozen
+    monkeypatch.setattr(grpo, "frozen", lambda model: kept.append(whole(model)) or kept[-1])
     monkeypatch.setattr(Loop, "compile", lambda loop, model, dynamic=False: told.append(dynamic))
-    result = run(checkpoint, tmp_path / "out", "--steps", 0, "--preset", "cold", "--sft-steps", 1)
+    result = run(checkpoint, tmp_path / "out", "--steps", 0, "--preset", "cold", "--sft-steps", 1, "--dtype", "bf16")
     assert result["before"] == result["after"] and told == [True]
+    assert {p.dtype for p in kept[0].blocks.parameters() if p.ndim == 2} == {torch.bfloat16}
+    with pytest.raises(UserError, match="--minibatches 13: a step has 12 answers"):
+        run(checkpoint, tmp_path / "out", "--minibatches", 13)
 
 
 @pytest.mark.parametrize(("flags", "said"), [
@@ -1050,6 +1079,11 @@ def test_no_steps_are_a_measurement(checkpoint, tmp_path, monkeypatch):
     (("--loss", "cispo", "--clip-low", 0.1), "--loss cispo has none"), (("--reward", "x.py:f"), "there is no file"),
     (("--data", "x", "--preset", "zero"), "takes no --data"), (("--process-weight", 1), "needs --reward prm"),
     (("--clip-low", 1), "less than 1"), (("--importance-cap", 0.5), "at least 1"),
+    (("--data", "x", "--sft-steps", 3), "give --sft-data"), (("--tools", "--sft-steps", 3), "give --sft-data"),
+    (("--sft-data", "x"), "--sft-data needs --sft-steps"), (("--prm", "x"), "needs --reward prm"),
+    (("--kl-weighted",), "needs --beta"), (("--entropy-adapt", 1), "needs --entropy-coef"),
+    (("--loss", "all", "--preset", "r1"), "no --loss all"),
+    (("--loss", "all", "--data", "x", "--reward", "majority"), "name a rule"),
 ])  # fmt: skip
 def test_flags_that_do_not_go_together_are_refused(flags, said):
     with pytest.raises(UserError, match=said):
@@ -1061,6 +1095,8 @@ def test_presets_and_their_start():
     assert [found[name].start for name in ("zero", "cold", "reft", "")] == ["base", "base", "sft", "sft"]
     assert found["zero"].rewards == [("number", 1.0)] and found["reft"].rewards == [("reft", 1.0)]
     assert found["cold"].sft_steps and found["reft"].sft_steps and not found[""].sft_steps
+    args = get_args(["--data", "x", "--sft-steps", "3", "--sft-data", "y"])
+    assert (args.sft_steps, args.sft_data) == (3, "y") and get_args(["--baseline", "--sft-data", "y"]).sft_data == "y"
     assert found["reft"].questions == 500 and get_args(["--reward", "exact=2", "format"]).rewards == [
         ("exact", 2.0), ("format", 1.0)]  # fmt: skip
 

@@ -660,6 +660,17 @@ def test_the_levels_of_nf4_are_those_of_the_paper():
     assert levels[7] == 0 and levels[0] == -1 and levels[15] == 1 and levels.dtype == torch.float32
 
 
+def test_what_is_kept_while_generating_serves_training():
+    kernels.nf4_levels.cache_clear()
+    kernels.rotation.cache_clear()
+    x = torch.randn(2, 24, requires_grad=True)
+    with torch.inference_mode():
+        levels, rotated = kernels.nf4_levels()[:2, None], kernels.rotate(x, 5)
+    assert torch.equal(kernels.rotate(x, 5), rotated)
+    (kernels.rotate(x, 5) * kernels.nf4_levels()[:2, None]).sum().backward()
+    torch.testing.assert_close(x.grad, kernels.rotate(levels.expand(2, 24).clone(), 5, back=True))
+
+
 def matrix(*shape: int) -> Tensor:
     """Blocks of very different sizes, as outliers make them, more of them than share a step."""
     weight = normal(*shape, dtype=torch.float32).detach()

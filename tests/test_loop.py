@@ -118,15 +118,19 @@ def logged(out: Path) -> list[dict]:
 
 
 def test_flags_have_one_order_whatever_the_script_asks():
-    made = parser("Doc.", flags=("--seed", "--lr", "--model"), defaults={"lr": 0.5})
-    help_text = made.format_help()
+    kinds = {"": 8, "with --model": 4}  # of runs: the values that `fill` gives
+    flags, defaults = ("--seed", "--lr", "--batch-size", "--model"), {"lr": 0.5, "batch_size": kinds}
+    made = parser("Doc.", flags=flags, defaults=defaults)
+    help_text = " ".join(made.format_help().split())
     assert help_text.index("--model") < help_text.index("--lr") < help_text.index("--seed")
+    assert "(default: 0.5)" in help_text and "(default: 8, 4 with --model)" in help_text
     args = made.parse_args([])
-    assert vars(args) == {"model": None, "lr": 0.5, "seed": 0}
+    assert vars(args) == {"model": None, "lr": 0.5, "batch_size": None, "seed": 0}
 
 
 @pytest.mark.parametrize(
-    "argv", [["--lr", "nan"], ["--lr", "-1"], ["--batch-size", "0"], ["--steps", "1.5"], ["--device", "tpu"], ["--no"]]
+    "argv", [["--lr", "nan"], ["--lr", "-1"], ["--batch-size", "0"], ["--steps", "1.5"], ["--device", "tpu"], ["--no"],
+             ["--eval-data", "x"]]
 )
 def test_a_wrong_flag_is_one_line_and_exit_2(argv, capsys):
     with pytest.raises(SystemExit) as exit_:
@@ -495,7 +499,7 @@ def test_resume_refuses_a_file_that_has_changed(tmp_path, flag):
     files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     for file in files:
         file.write_text("old\n")
-    flags = ("--out", tmp_path / "out", flag, ",".join(map(str, files)))
+    flags = ("--data", "x", "--out", tmp_path / "out", flag, ",".join(map(str, files)))
     train(get_args(*flags, "--steps", 1))
     Loop(get_args(*flags, "--steps", 1, "--resume"), "toy")
     files[1].write_text("new\n")
@@ -506,6 +510,19 @@ def test_resume_refuses_a_file_that_has_changed(tmp_path, flag):
 def test_nothing_is_written_before_the_first_step(tmp_path):
     Loop(get_args("--out", tmp_path / "new"), "toy")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("out", "said"), [("file", "exists"), ("file/x", "Not a directory"), ("new", "Read-only")])
+def test_where_nothing_can_be_written_is_one_line(tmp_path, monkeypatch, out, said):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    (tmp_path / "file").write_text("mine")
+    if out == "new":
+        monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(UserError, match=rf"^--out .*{out}: .*{said}"):
+        next(Loop(get_args("--out", tmp_path / out), "toy").steps(1))
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_the_model_must_match_the_checkpoint(tmp_path):
@@ -817,10 +834,10 @@ def get_args(argv):
     return Namespace(stage=flags.get("--stage", "sft"), lr=LR, seed=0, out=Path(flags.get("--out", "x")))
 if __name__ == "__main__":
     args = get_args(sys.argv[1:])
-    Path("count").open("a").write("built ")
+    Path("count").open("a").write(args.stage + " ")
     if Path("fail").exists(): sys.exit(1)
     (args.out / "checkpoint").mkdir(parents=True)
-    (args.out / "settings.json").write_text(SETTINGS)
+    (args.out / "settings.json").write_text(SETTINGS.replace("base", args.stage))
     (args.out / "result.json").write_text('{"seconds": 1, "command": "with a temporary folder"}')
 """
 
@@ -836,12 +853,19 @@ def house(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_what_a_stage_starts_from_is_built_first_and_by_this_process(house):
+    """So that Ctrl-C, of which a stage's own process does not hear, leaves none behind."""
+    assert Loop(get_args(), "toy").require("sft") == house / "out" / "sft" / "checkpoint"
+    assert (house / "count").read_text() == "base sft "
+    assert set(loop_module.NEEDS) == set(loop_module.STAGES) - {"base"}
+
+
 def test_a_missing_stage_is_built_once(house, capsys):
     loop = Loop(get_args(), "toy")
     path = loop.require("base")
     assert path == house / "out" / "base" / "checkpoint" and path.exists()
     assert "sft.py --stage base" in capsys.readouterr().err
-    assert loop.require("base") == path and (house / "count").read_text() == "built "
+    assert loop.require("base") == path and (house / "count").read_text() == "base "
     assert {p.name for p in (house / "out").iterdir()} == {"base", ".base.lock"}
     result = json.loads((house / "out" / "base" / "result.json").read_text())
     assert result == {"seconds": 1, "command": "python sft.py --stage base"}, "the command that anybody can repeat"

@@ -626,15 +626,20 @@ def test_what_is_saved_here_peft_loads(tmp_path, family, text):
     ("laura", "expected the folder"), ("lora:rang=3", "no rang"), ("lora:rank=x", "rank is like 8"),
     ("lora:rank=0", "at least 1"), ("lora:dropout=1", "below 1"), ("lora:init=random", "zero or pissa"),
     ("lora:rslora=maybe", "rslora"), ("fishmask:share=0", "at most 1"), ("qlora:init=pissa", "no init"),
+    ("lora:targets=(", "targets is like _proj"), ("ia3:targets=[", "targets is like"),
 ])  # fmt: skip
 def test_words_that_are_not_understood(text, said):
     with pytest.raises(UserError, match=said):
         parse(text)
 
 
-def test_targets_that_match_nothing_are_refused():
-    with pytest.raises(UserError, match="in the name of no matrix"):
-        adapt(random_net(), "lora:targets=query", "")
+@pytest.mark.parametrize(("text", "said"), [
+    ("lora:targets=query", "in the name of no matrix"), ("ia3:targets=query", "in the name of no matrix"),
+    ("lora:init=pissa,rank=17", "rank is 17, and model.layers.0.self_attn.k_proj has 16 directions"),
+])  # fmt: skip
+def test_what_fits_no_matrix_is_refused(text, said):
+    with pytest.raises(UserError, match=said):
+        adapt(random_net(), text, "")
 
 
 def quantized(method: str) -> Transformer:
@@ -682,6 +687,24 @@ def test_it_says_how_many_bits_qlora_needs():
     assert f"; {8 * size / n:.2f} bits" in said and f"{(size + rest) / 1e6:.2f} MB the whole" in said
     plain = random_net()
     assert "bits" not in described(plain, adapt(plain, "lora", ""))
+
+
+def test_the_estimate_of_memory_counts_what_is_packed(tmp_path, capsys):
+    """Of qlora and of a quantized base: codes and scales are no parameters, and the weights that they mean are many."""
+    bases = {"qlora:rank=2": random_net(), "prompt": quantized("rtn")}
+    n = sum(p.numel() for p in random_net().parameters())
+    for text, net in bases.items():
+        adapt(net, text, "")
+        net.mass = nn.Buffer(torch.zeros(5, 10**6))
+        learning, rest = ([p for p in net.parameters() if p.requires_grad is learns] for learns in (True, False))
+        size = sum(16 * p.numel() for p in learning) + sum(4 * p.numel() for p in rest)
+        size += sum(b.numel() * b.element_size() for b in net.buffers())
+        assert size > 20e6
+        loop_module.Loop(lora.get_args(["--out", str(tmp_path), "--device", "cpu"]), "lora").describe(net)
+        whole = n + sum(p.numel() for p in learning)
+        said = capsys.readouterr().err
+        assert f"lora: {whole / 1e6:.2f}M parameters ({sum(p.numel() for p in learning) / whole:.1%} of" in said
+        assert f"about {size / 1e6:,.0f} MB for weights" in said
 
 
 def test_it_says_what_learns():
@@ -1105,6 +1128,33 @@ def test_a_merged_checkpoint_has_the_tokenizer(checkpoint, data, tmp_path):
     torch.testing.assert_close(model(ids(2, 9)), net(ids(2, 9)), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("name", "out"), [
+    ("run/checkpoint", "run"), ("out/adapter_config.json", "out"), ("out/model.safetensors.index.json", "out"),
+    ("base/config.json", "base"), ("base/checkpoint/config.json", "base/checkpoint"),
+])  # fmt: skip
+def test_a_merge_writes_over_nothing(tmp_path, name, out):
+    """Neither over the base, nor into a run or an adapter, nor beside the index of a checkpoint in parts."""
+    for path in (tmp_path / name, tmp_path / "base" / "config.json"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    args = Namespace(model=str(tmp_path / "base"))
+    with pytest.raises(UserError, match="choose another folder for the merged checkpoint"):
+        lora.merged_checkpoint(None, None, args, Namespace(out=tmp_path / "base" / ".." / out))
+
+
+def test_the_chat_format_holds_for_all_that_a_run_renders(checkpoint, tmp_path, monkeypatch):
+    """Of the generated world, too."""
+    class Stop(Exception): ...
+
+    def examples(args: Namespace, tokenizer, loop) -> None:
+        raise Stop(tokenizer.chat_format)
+
+    monkeypatch.setattr(lora, "examples", examples)
+    with pytest.raises(Stop, match="qwen2.5"):
+        lora.main(lora.get_args(["--model", str(checkpoint), "--out", str(tmp_path / "out"), "--max-length", "128",
+                                 "--device", "cpu", "--chat-format", "qwen2.5"]))  # fmt: skip
+
+
 def test_a_prompt_cannot_be_merged_and_says_so(checkpoint, data, tmp_path):
     train(checkpoint, data, tmp_path / "run", "--method", "prompt", "--steps", 1)
     flags = ["--merge", "--model", checkpoint, "--adapter", tmp_path / "run" / "checkpoint", "--out", tmp_path / "out"]
@@ -1251,6 +1301,9 @@ def test_rows_and_models_that_do_not_fit_are_refused(checkpoint, data, tmp_path)
         train(checkpoint, data, tmp_path / "out", "--max-length", 8)
     with pytest.raises(UserError, match="no row is left"):
         train(checkpoint, data, tmp_path / "out", "--max-length", 8, "--too-long", "drop")
+    for flags, said in (((), "--max-length is 8"), (("--too-long", "drop"), "no row is left")):  # the world's rows
+        with pytest.raises(UserError, match=said):
+            lora.examples(lora.get_args(["--max-length", "8", "--steps", "1", *flags]), tiny(), Namespace(say=print))
 
 
 def test_it_says_which_modules_learn():

@@ -145,7 +145,7 @@ def test_the_table_at_the_top_says_what_the_annotator_does():
         "a false fact, or a fact about somebody else": gain(FALSE),
         "a sentence of no known kind": gain(UNKNOWN),
         "a sentence beyond the fifth": gain(*five, FOOD, without=five),
-        "a sentence said before": gain(HOME, HOME, without=[HOME]),
+        "a sentence said before, in place of its worth": gain(HOME, HOME, without=[HOME]),
     }
     assert worth == pytest.approx(measured)
 

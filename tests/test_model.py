@@ -979,6 +979,15 @@ def test_the_command_line_answers(chatty, capsys):
         assert capsys.readouterr().out == answer(chatty, prompt, **options, seed=5)
 
 
+def test_raw_text_begins_as_the_tokenizer_begins(chatty, capsys, monkeypatch):
+    net, tokenizer = load(chatty)
+    monkeypatch.setattr(model, "load", lambda *_, **__: (net, replace(tokenizer, bos_id=7, add_bos=True)))
+    flags = ["--device", "cpu", "--raw", "Sort 3 1.", "--max-new-tokens", "9"]
+    model.main(model.get_args(["--model", chatty, *flags]))
+    wanted = answer(chatty, [7, *tiny().encode("Sort 3 1.")], 1, max_new_tokens=9, temperature=0.0)
+    assert capsys.readouterr().out == wanted
+
+
 def test_an_answer_ends_with_the_context(chatty, capsys):
     model.main(model.get_args(["--model", chatty, "--device", "cpu", "--raw", "Sort 3 1.", "--max-new-tokens", "999"]))
     prompt = tiny().encode("Sort 3 1.")
@@ -1037,7 +1046,8 @@ def test_the_command_line_refuses_in_one_line(chatty, capsys, monkeypatch, tmp_p
              "--top-k: expected": [chatty, "Hi", "--top-k", "-1"],
              "--top-p: expected": [chatty, "Hi", "--top-p", "0"],
              "--top-p: .* at most 1": [chatty, "Hi", "--top-p", "1.1"],
-             "--samples: expected": [chatty, "Hi", "--samples", "0"]}  # fmt: skip
+             "--samples: expected": [chatty, "Hi", "--samples", "0"],
+             "argument --top-k: invalid": [chatty, "Hi", "--top-k", "x"]}  # fmt: skip
     for words, argv in cases.items():
         monkeypatch.setattr(sys, "argv", ["model.py", "--device", "cpu", "--model", *argv])
         with pytest.raises(SystemExit, match="2"):

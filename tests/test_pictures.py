@@ -3,6 +3,7 @@
 import math
 import random
 import struct
+import sys
 import zlib
 from collections import Counter, defaultdict
 
@@ -403,6 +404,20 @@ def test_scaling_is_a_mean_over_areas():
     assert np.array_equal(resized(same), same)
     flat = np.full((9, 100, 3), 77, np.uint8)
     assert (resized(flat, 20) == 77).all()
+
+
+def test_the_command_writes_a_sheet_or_says_in_one_line_why_not(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["data.pictures", str(tmp_path / "sheet.png")])
+    pictures.main()
+    sheet = read_image(tmp_path / "sheet.png")
+    assert sheet.shape == (8 * SIDE, 16 * SIDE, 3)
+    assert np.array_equal(sheet[::2, ::2][-SIDE:, -SIDE:], TRAIN[31].picture)
+    assert len(capsys.readouterr().out.splitlines()) == 14
+    for argv, code in ((["--help"], 0), ([], 2), ([str(tmp_path)], 2)):
+        monkeypatch.setattr(sys, "argv", ["data.pictures", *argv])
+        with pytest.raises(SystemExit) as ended:
+            pictures.main()
+        assert ended.value.code == code and capsys.readouterr().err.count("\n") == code // 2
 
 
 def test_a_scene_without_room_is_drawn_again():

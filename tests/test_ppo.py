@@ -257,7 +257,8 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 def args_for(checkpoint: Path, out: Path, *flags: object) -> Namespace:
-    argv = ["--model", checkpoint / "policy", "--reward-model", checkpoint / "reward", "--out", out, "--device", "cpu",
+    learned = () if {"--reward", "--preset"} & set(flags) else ("--reward-model", checkpoint / "reward")
+    argv = ["--model", checkpoint / "policy", *learned, "--out", out, "--device", "cpu",
             "--batch-size", 8, "--steps", 3, "--lr", 1e-3, "--max-new-tokens", 12, "--tests", 6, "--show-every", 0,
             "--rm-pairs", 0, "--max-length", 128, "--micro-batch-size", 128, "--warmup", 2, *flags]  # fmt: skip
     return get_args(list(map(str, argv)))
@@ -612,11 +613,14 @@ def test_the_ratio_moves_after_the_first_pass_only(checkpoint, tmp_path):
     assert all(line["ratio_max"] > 1.005 and line["updates"] == 4 for line in logged(tmp_path / "four"))
 
 
-def test_graphs_are_for_all_shapes(checkpoint, tmp_path, monkeypatch):
-    told = []
+def test_graphs_are_for_all_shapes_and_the_reference_is_kept_in_dtype(checkpoint, tmp_path, monkeypatch):
+    told, kept, whole = [], [], ppo.frozen
+    monkeypatch.setattr(ppo, "frozen", lambda model: kept.append(whole(model)) or kept[-1])
     monkeypatch.setattr(Loop, "compile", lambda loop, model, dynamic=False: told.append(dynamic))
-    run(checkpoint, tmp_path / "out", "--steps", 0)
-    assert told == [True]
+    run(checkpoint, tmp_path / "out", "--steps", 0, "--dtype", "bf16")
+    assert told == [True] and {p.dtype for p in kept[0].blocks.parameters() if p.ndim == 2} == {torch.bfloat16}
+    with pytest.raises(UserError, match="--minibatches 9: a step has 8 answers"):
+        run(checkpoint, tmp_path / "out", "--minibatches", 9)
 
 
 def test_no_steps_are_a_measurement(checkpoint, tmp_path):
@@ -826,6 +830,9 @@ def test_rows_are_held_out_of_one_file_only(checkpoint, tmp_path):
     (("--data", "x"), "needs --reward-model"), (("--data", "x", "--preset", "reft"), "takes no --data"),
     (("--data", "x", "--reward-model", "y", "--rm-pairs", 5), "take no --data"),
     (("--refresh-rm", 2, "--reward", "judge"), "needs --reward model"), (("--sft-steps", 2), "needs annotated sums"),
+    (("--rm-pairs", 2, "--reward", "judge"), "need --reward model"),
+    (("--judge", "ai", "--reward", "exact"), "need --reward model"),
+    (("--reward-model", "x", "--preset", "reft"), "need --reward model"),
 ])  # fmt: skip
 def test_flags_that_do_not_go_together_are_refused(flags, said):
     with pytest.raises(UserError, match=said):

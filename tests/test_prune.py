@@ -846,9 +846,9 @@ def test_the_code_length_of_a_report_is_that_of_its_chain():
     log = "Weather: rain sun fog fog"
     chain = world.WEATHER_CHAIN
     p = 1 / 8 / 7 * chain["rain", "sun"][world.WEATHER.index("fog")] * chain["sun", "fog"][world.WEATHER.index("fog")]
-    assert prune.code_length(log) == pytest.approx(-math.log2(p))
+    assert world.code_length(log) == pytest.approx(-math.log2(p))
     logs = [world.weather_log(world.rng_for("a test", i), days=302) for i in range(40)]
-    mean = sum(prune.code_length(log) - math.log2(56) for log in logs) / (40 * 300)
+    mean = sum(world.code_length(log) - math.log2(56) for log in logs) / (40 * 300)
     assert mean == pytest.approx(world.weather_entropy(), rel=0.02)
 
 
@@ -938,6 +938,26 @@ def test_reports_that_are_measured_are_not_those_of_the_training(tmp_path):
     trained = {tuple(row.input_ids) for row in (*some, *rows)}
     assert not trained & {tuple(row.input_ids) for row in test["rows"]}
     assert len(test["questions"]) == 20 * len(world.TEST_PARTS)
+
+
+def test_long_rows_of_the_world_are_treated_as_those_of_a_file(tmp_path):
+    def rows(*flags: object) -> list[chat.Row]:
+        args = prune.get_args(list(map(str, ("--rows", 60, "--steps", 1, "--batch-size", 30, *flags))))
+        return sum(prune.examples(args, tiny(), Namespace(say=print))[:2], [])
+
+    whole, split = rows("--max-length", 300), rows("--max-length", 40)
+    dropped = rows("--max-length", 40, "--too-long", "drop")
+    assert max(len(row.input_ids) for row in split) == 40 and len(split) > len(whole) > len(dropped)
+    assert dropped == [row for row in whole if len(row.input_ids) <= 40]
+    with pytest.raises(UserError, match="a row has .* tokens, --max-length is 40"):
+        rows("--max-length", 40, "--too-long", "refuse")
+    for flags, is_left in (((), False), (("--recover", "none"), True), (("--steps", 0), True)):
+        flags = ("--max-length", 40, "--too-long", "drop", "--rows", 90, *flags)
+        if is_left:
+            assert rows(*flags)
+        else:
+            with pytest.raises(UserError, match="no row is left"):
+                rows(*flags)
 
 
 def test_some_rows_of_a_file_are_calibrated_on(checkpoint, data, tmp_path):

@@ -970,9 +970,17 @@ def test_a_file_is_calibrated_on_and_its_held_out_rows_are_measured(start, tmp_p
     for net, found in ((start, result["before"]), (load(tmp_path / "out")[0], result["after"])):
         n_bytes = sum(len(f"2 {i}".encode()) for i in range(70, 77))
         assert found == pytest.approx(sum(nll_of(net, row) for row in test) / math.log(2) / n_bytes, rel=1e-4)
-    for method, wanted in (("rtn", train[:16]), ("qat", train)):
-        c = args_of(tmp_path, *words, "--method", method)
-        assert quantize.examples(c, tiny(), Loop(c, "quantize")) == (wanted, {"text": test, "rows": test})
+    def calibrated(*more: object) -> list[chat.Row]:
+        c = args_of(tmp_path, *words, *more)
+        rows, measured = quantize.examples(c, tiny(), Loop(c, "quantize"))
+        assert measured == {"text": test, "rows": test}
+        return rows
+
+    assert calibrated("--method", "qat") == train
+    some, others = calibrated(), calibrated("--seed", 1)  # --rows of them, drawn by --seed from all of the file
+    for rows in (some, others):
+        assert len(rows) == 16 and len({str(row) for row in rows}) == 16 and all(row in train for row in rows)
+    assert some not in (others, train[:16]) and calibrated() == some
 
 
 QAT = ("--method", "qat", "--bits", 2, "--steps", 3, "--warmup", 1, "--lr", 3e-3, "--batch-size", 8, "--seed", 1)
@@ -1079,6 +1087,8 @@ def test_flags_and_their_defaults():
                          (["--method", "none"], "--kv"), (["--resume"], "--method all"),
                          (["--method", "nf4", "--bits", "3"], "nf4 has 4 bits"),
                          (["--method", "nf4", "--symmetric"], "nf4 has 4 bits"),
+                         (["--method", "owq", "--keep", "2"], "--keep 2: expected a share"),
+                         (["--method", ""], "--method '': "), (["--method", "rtn 'a"], "No closing quotation"),
                          (["--method", "all", "--group-size", "32"], "nf4 has 4 bits")):  # fmt: skip
         with pytest.raises(UserError, match=wrong):
             get_args(words)

@@ -40,7 +40,7 @@ from reward import (
     plackett_luce,
     process,
     rewards_of,
-    token_rewards,
+    running_rewards,
     with_scalar_head,
 )  # fmt: skip
 from tests.oracle import oracle
@@ -125,7 +125,7 @@ def test_a_reward_knows_nothing_of_what_follows_the_answer():
         last = max(i for i, said in enumerate(row.completion_mask) if said)
         changed[b, last + 1 :] = 31
     assert torch.equal(found, rewards_of(model, changed, batch.completion_mask))
-    torch.testing.assert_close(token_rewards(model, batch.input_ids), model(batch.input_ids)[..., 0])
+    torch.testing.assert_close(running_rewards(model, batch.input_ids), model(batch.input_ids)[..., 0])
 
 
 def test_a_rollout_and_a_chat_have_the_same_reward():
@@ -538,6 +538,10 @@ def test_odds_are_of_the_first_token_after_each_prompt(tmp_path):
     wanted = [model(torch.tensor([ids]))[0, -1].log_softmax(-1) for ids in prompts]
     found = reward.odds(model, tokenizer, prompts, ("yes", "no"), loop)
     torch.testing.assert_close(found, torch.stack([p[yes] - p[no] for p in wanted]).detach(), atol=1e-5, rtol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):  # as main has one around it: --dtype is of what the judge reads alone
+        assert reward.odds(model, tokenizer, prompts, ("yes", "no"), loop).equal(found)
+    with pytest.raises(UserError, match="--max-new-tokens: 150 more are to be said, .* leaves room for 1[0-9][0-9]$"):
+        reward.sampled(model, tokenizer, prompts, 150, 1, 1.0, 0)
     assert (
         prompts[1]
         == chat.render([{"role": "user", "content": "Hello"}], tokenizer, add_generation_prompt=True).input_ids
@@ -598,6 +602,8 @@ def test_the_ai_label_is_the_weighted_difference_of_its_opinions(tmp_path, monke
     assert again == [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in labelled]
     example = reward.file_example(labelled[0], tiny(), args)
     assert example.label == labelled[0]["confidence"] and said(example.rows[0]) == labelled[0]["chosen"]
+    (tmp_path / "rules.json").write_text('[["Is it rude?", -5000]]')  # e^5000 is no float
+    assert {row["confidence"] for row in reward.ai_labels(None, tiny(), rows, args, loop)} == {0.5, 1.0}
 
 
 @pytest.mark.parametrize("bias", [-2.0, 0.0, 5.0])
@@ -616,8 +622,9 @@ def test_a_judge_that_prefers_a_place_says_nothing(bias, tmp_path, monkeypatch, 
         return torch.tensor(found)
 
     monkeypatch.setattr(reward, "odds", odds)
-    monkeypatch.setattr(reward, "load", lambda path, **how: (None, tiny()))
-    args, loop = a_loop(tmp_path, "--labels", "ai", "--judge", "somewhere")
+    own = "" if bias else "chatml"  # --chat-format is for a judge that does not say
+    monkeypatch.setattr(reward, "load", lambda path, **how: (None, replace(tiny(), chat_format=own)))
+    args, loop = a_loop(tmp_path, "--labels", "ai", "--judge", "somewhere", "--chat-format", "qwen2.5")
     prompt = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Say something."}]
     rows = [
         {"prompt": prompt, "chosen": a, "rejected": b}
@@ -629,6 +636,7 @@ def test_a_judge_that_prefers_a_place_says_nothing(bias, tmp_path, monkeypatch, 
     assert [row["chosen"] for row in made[:2]] == ["longer", "longer"] and p > 0.5
     consistent = {-2.0: 0, 0.0: 2, 5.0: 0}[bias] / 3
     assert f"the same answer in both orders of {consistent:.1%}" in capsys.readouterr().err
+    assert ("You are Qwen" in seen[0]) == (not own)
     assert "system: Be kind.\n\nuser: Say something." in seen[0] and "- Is it rude? -2" in seen[0]
 
 
@@ -977,7 +985,7 @@ def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize("feedback", FILES)
 def test_feedback_of_every_kind_is_learned_by_heart_however_batches_are_split(checkpoint, tmp_path, feedback):
     data = write_jsonl(tmp_path / "rows.jsonl", FILES[feedback])
-    common = ("--feedback", feedback, "--steps", 30, "--centre", 0)
+    common = ("--feedback", feedback, "--steps", 30, *(("--centre", 0) if feedback == "comparison" else ()))
     result = run(checkpoint, data, tmp_path / "whole", *common, "--micro-batch-size", 4)
     kind = {"comparison": "pair", "rank": "pair", "binary": "label", "steps": "step"}[feedback]
     assert (
@@ -1192,7 +1200,7 @@ def test_defaults_are_of_one_table():
         assert {name: args[name] for name in reward.DEFAULTS} == {n: v[column] for n, v in reward.DEFAULTS.items()}
     assert {f: get_args(["--feedback", f]).pairs for f in reward.PAIRS} == reward.PAIRS
     assert get_args(["--revise"]).pairs == 256 and get_args(["--revise", "--pairs", "9"]).pairs == 9
-    assert get_args(["--lr", "0.5"]).lr == 0.5
+    assert get_args(["--lr", "0.5"]).lr == 0.5 and get_args(["--feedback", "rank"]).centre == 0.01
     epochs = [get_args(["--feedback", f, *more]).epochs for f in ("rank", "steps") for more in ((), ("--epochs", "2"))]
     assert epochs == [1.0, 2.0, 3.0, 2.0]
 
@@ -1214,6 +1222,10 @@ def exits(monkeypatch, capsys, *argv: object) -> tuple[int, str]:
         (("--constitution", "x"), "needs --labels ai or --revise"),
         (("--revise", "--data", "x"), "not those of --data"),
         (("--margin", -1), "expected a finite number of at least 0"),
+        (("--margin", 1, "--feedback", "rank"), "need --feedback comparison"),
+        (("--centre", 0, "--feedback", "binary"), "need --feedback comparison"),
+        (("--label-smoothing", 0.1, "--feedback", "steps"), "--feedback rank and steps have none"),
+        (("--model", "nowhere", "--out", Path(__file__, "out")), "expected a folder, found a file"),
         (("--pairs", 0), "expected a whole number of at least 1"),
         (("--feedback", "stars"), "invalid choice"),
         (("--model", "nowhere"), "nowhere/config.json"),

@@ -157,6 +157,22 @@ def test_orthogonalized_acts_on_singular_values_alone():
     assert not orthogonalized([torch.zeros(3, 4)])[0].any()  # and not NaN
 
 
+def test_orthogonalized_multiplies_in_whole_fp32(monkeypatch):
+    """Though Loop allows TF32 on CUDA, and goes on doing so."""
+    seen, whole, matrix = [], torch.baddbmm, torch.randn(8, 24)
+    wanted, before = orthogonalized([matrix])[0], torch.get_float32_matmul_precision()
+    monkeypatch.setattr(torch, "baddbmm", lambda *a, **named: seen.append(torch.get_float32_matmul_precision())
+                        or whole(*a, **named))  # fmt: skip
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert torch.equal(orthogonalized([matrix])[0], wanted) and seen == ["highest"] * 5
+        with pytest.raises(RuntimeError):
+            orthogonalized([torch.zeros(2, 0)[:, :, None], matrix])
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_muon_is_momentum_orthogonalized_and_adamw_elsewhere():
     model, twin = small(), small()
     muon, plain = Muon(model, 0.1, 0.5), loop_module.adamw(twin, 0.1, 0.5)
@@ -383,12 +399,13 @@ def unequal(tmp_path) -> Path:
 
 
 def watch_loss(monkeypatch) -> list[Namespace]:
-    """What every call of sft_loss is given: model, batch, step and the noise of the embeddings."""
+    """What every call of sft_loss is given: model and its mode, batch, step and the noise of the embeddings."""
     calls = []
 
     def watched(model, batch, embeddings=None):
         noise = None if embeddings is None else (embeddings - model.embed(batch.input_ids)).detach()
-        calls.append(Namespace(model=model, batch=batch, noise=noise, step=loop_module.Loop.step))
+        calls.append(Namespace(model=model, training=model.training, batch=batch, noise=noise,
+                               step=loop_module.Loop.step))  # fmt: skip
         return sft_loss(model, batch, embeddings)
 
     monkeypatch.setattr(sft, "sft_loss", watched)
@@ -465,7 +482,9 @@ def test_splitting_a_batch_changes_nothing(checkpoint, unequal, tmp_path, flags)
     assert all(not torch.equal(start[name], whole[name]) for name in whole)
 
 
-@pytest.mark.parametrize("flags", [(), ("--optimizer", "muon"), ("--optimizer", "lomo", "--grad-clip", 0, "--lr", 0.1)])
+@pytest.mark.parametrize("flags", [
+    (), ("--optimizer", "muon"), ("--optimizer", "lomo", "--grad-clip", 0, "--lr", 0.1, "--weight-decay", 0),
+])  # fmt: skip
 def test_a_run_is_a_plain_loop(checkpoint, unequal, tmp_path, monkeypatch, flags):
     """Schedule, loss, clipping, AdamW's decay or LOMO: as somebody would write it who has one row at a time."""
     clipped = []  # AdamW hardly feels the scale of its gradients: their norm is looked at
@@ -498,6 +517,7 @@ def test_a_run_is_a_plain_loop(checkpoint, unequal, tmp_path, monkeypatch, flags
             total += loss.item()
         rate = learning_rate(step, 5, args.lr, 2, "wsd")
         assert line["loss"] == pytest.approx(total, rel=1e-5) and line["lr"] == rate
+        assert ("grad_norm" in line) == clips
         if clips:
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
             assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4) and norm > 0.5
@@ -714,7 +734,9 @@ def test_resuming_is_exact(checkpoint, problems, tmp_path, monkeypatch):
     with pytest.raises(Stop):
         run(checkpoint, problems, tmp_path / "parts", *flags)
     monkeypatch.undo()
+    calls = watch_loss(monkeypatch)
     result = run(checkpoint, problems, tmp_path / "parts", *flags, "--resume")
+    assert calls and all(call.training for call in calls)
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert result["before"] == json.loads((tmp_path / "whole" / "result.json").read_text())["before"]
@@ -853,27 +875,63 @@ def test_ifd_chooses_the_rows_that_are_trained_on(checkpoint, problems, tmp_path
 
 
 def test_rollouts_keep_distinct_right_answers(checkpoint, tmp_path, monkeypatch, capsys):
-    prompts = ({"prompt": f"{n} + {n}?", "answer": str(2 * n)} for n in (1, 2))
-    path = write_jsonl(tmp_path / "prompts.jsonl", prompts)
+    """Of a file, a number is right however it is said; words are compared letter by letter."""
+    shown = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}]
+    prompts = [("1 + 1?", "2"), (shown, "2 + 2 are 4.\n#### 4"), ("Who?", "Ada")]
+    rows = [{"prompt": prompt, "answer": said} for prompt, said in prompts]
+    path = write_jsonl(tmp_path / "prompts.jsonl", rows)
     args = get_args(["--model", str(checkpoint), "--data", "rollouts", "--prompts", str(path), "--out",
                      str(tmp_path / "o"), "--samples", "4"])  # fmt: skip
     seen = {}
 
     def answers(model, tokenizer, chats, args, *, samples, temperature, seed):
         seen.update(samples=samples, temperature=temperature, chats=chats)
-        return [["2", "3", "2", "<think>1 + 1</think>2"], ["5", "6", "<think>4", "22"]]
+        return [["2", "3", "2", "<think>1 + 1</think>2"], ["5", "6. So it is 4.", "<think>4", "22"],
+                ["Ada", "ada", "4", "It is Ada"]]  # fmt: skip
 
     monkeypatch.setattr(sft, "answer", answers)
     loop = loop_module.Loop(args, "sft")
     rows = sft.rollouts(None, tiny(), args, loop)
-    assert "8 samples, 37.5% right, 2 distinct right ones" in capsys.readouterr().err
+    assert "12 samples, 41.7% right, 4 distinct right ones" in capsys.readouterr().err
     texts = [tiny().decode([i for i, m in zip(*row, strict=True) if m][:-1]) for row in rows]
-    assert sorted(texts) == ["2", "<think>1 + 1</think>2"]
+    assert texts == ["2", "<think>1 + 1</think>2", "6. So it is 4.", "Ada"]
+    assert rows[2] == chat.render([*shown, {"role": "assistant", "content": "6. So it is 4."}], tiny())
     assert seen["samples"] == 4 and seen["temperature"] == 1.0
-    assert seen["chats"] == [[{"role": "user", "content": text}] for text in ("1 + 1?", "2 + 2?")]
-    monkeypatch.setattr(sft, "answer", lambda *_, **__: [["5"] * 4] * 2)
+    assert seen["chats"] == [[{"role": "user", "content": "1 + 1?"}], shown, [{"role": "user", "content": "Who?"}]]
+    monkeypatch.setattr(sft, "answer", lambda *_, **__: [["5"] * 4] * 3)
     with pytest.raises(UserError, match="not one sample is right"):
         sft.rollouts(None, tiny(), args, loop)
+
+
+def test_rollouts_of_the_world_are_right_by_its_own_check(tmp_path, monkeypatch):
+    """As they are measured: a result among words is none."""
+    args, tasks = get_args(["--data", "rollouts", "--out", str(tmp_path)]), []
+    whole = world.exchange
+    monkeypatch.setattr(world, "exchange", lambda *what: tasks.append(whole(*what)) or tasks[-1])
+    monkeypatch.setattr(sft, "answer", lambda *_, **__: [[text, f"It is {text}."] for text in (
+        world.final_answer(task["answer"]) for task in tasks)])  # fmt: skip
+    rows = sft.rollouts(None, tiny(), args, loop_module.Loop(args, "sft"))
+    assert len(rows) == 512 and not any("It is" in tiny().decode(row.input_ids) for row in rows)
+
+
+@pytest.mark.parametrize("flags", [("--data", "rollouts"), ("--data", "self-instruct"), ("--select", "ifd")])
+def test_own_rows_are_made_in_dtype_and_without_dropout(checkpoint, problems, tmp_path, monkeypatch, flags):
+    seen = []
+
+    def watched(function):
+        def call(model, *arguments, **options):
+            function(model, *arguments, **options)  # in fp32 the rounded matrices of a frozen model would not do
+            seen.append((model.training, torch.is_autocast_enabled("cpu")))
+            raise Stop
+
+        return call
+
+    for name in ("generate", "token_logps"):
+        monkeypatch.setattr(sft, name, watched(getattr(sft, name)))
+    with pytest.raises(Stop):
+        run(checkpoint, problems, tmp_path / "out", "--adapter", "lora:dropout=0.5", "--dtype", "bf16", "--samples", 1,
+            "--max-new-tokens", 2, *flags)  # fmt: skip
+    assert seen == [(False, True)]
 
 
 def sums_of(chats: list[list[dict]]) -> list[str]:
@@ -958,14 +1016,19 @@ def test_self_instruct_keeps_what_is_new(checkpoint, tmp_path, monkeypatch):
     found, lists = Namespace(completions=[[*tiny().encode(text), tiny().eos_ids[0]] for text in written]), []
     monkeypatch.setattr(sft, "generate", lambda model, prompts, **_: lists.extend(prompts) or found)
     monkeypatch.setattr(sft, "answer", lambda model, tokenizer, chats, args, **_: [["sun dog cat"] for _ in chats])
-    rows = sft.self_instruct(small(), tiny(), args, loop_module.Loop(args, "sft"))
+    tokenizer = replace(tiny(), bos_id=7, add_bos=True)
+    rows = sft.self_instruct(small(), tokenizer, args, loop_module.Loop(args, "sft"))
     lines = [json.loads(line) for line in (tmp_path / "out" / "self_instruct.jsonl").read_text().splitlines()]
     questions, answers = zip(*([m["content"] for m in line["messages"]] for line in lines), strict=True)
     assert questions == ("reverse cat dog sun", "one two three four five six seven x y z")
     assert set(answers) == {"sun dog cat"}
     assert rows == [chat.render(line["messages"], tiny()) for line in lines]
-    assert {tiny().decode(ids) for ids in lists} == {f"{a}\n{b}\n" for a, b in (seeds, seeds[::-1])}
+    assert {tiny().decode(ids[1:]) for ids in lists} == {f"{a}\n{b}\n" for a, b in (seeds, seeds[::-1])}
+    assert {ids[0] for ids in lists} == {7}
     assert rouge_l(*written[-2:]) == 0.7  # is not below 0.7
+    write_jsonl(path, [{"prompt": seeds[0]}, {"prompt": [{"role": "user", "content": seeds[1]}]}])
+    with pytest.raises(UserError, match="text is expected, not messages"):
+        sft.self_instruct(small(), tokenizer, args, loop_module.Loop(args, "sft"))
 
 
 def test_accuracy_is_counted_by_part(monkeypatch):
@@ -1004,10 +1067,11 @@ def test_cloze_is_right_up_to_the_full_stop(monkeypatch, stage):
 
     monkeypatch.setattr(sft, "generate", generate)
     args, model = get_args(["--stage", stage, "--dtype", "bf16", "--device", "cpu"]), small()
-    found = sft.evaluate(model, tiny(), {"cloze": rows}, args, loop_module.Loop(args, "sft"))
+    tokenizer = replace(tiny(), bos_id=7, add_bos=True)
+    found = sft.evaluate(model, tokenizer, {"cloze": rows}, args, loop_module.Loop(args, "sft"))
     parts = {"sort": [1.0], "next": [0.0, 1.0]} if stage == "base" else {}
     assert found == {"cloze": [1.0, 0.0, 1.0]} | parts and next(iter(found)) == "cloze"
-    assert asked.pop("prompts") == [tiny().encode(row["prompt"]) for row in rows]  # plain text, no chat
+    assert asked.pop("prompts") == [[7, *tiny().encode(row["prompt"])] for row in rows]  # plain text, no chat
     assert asked.pop("max_new_tokens") >= 12
     assert asked == {"eos_ids": tiny().eos_ids, "temperature": 0.0, "vocab_size": tiny().vocab_size, "training": False,
                      "narrow": True}  # fmt: skip
@@ -1032,9 +1096,10 @@ def test_the_default_run_is_compared_with_random_weights(tmp_path, monkeypatch, 
     args = get_args(["--out", str(tmp_path), *flags])
     loop, runs = loop_module.Loop(Namespace(**vars(args) | {"resume": False}), "sft"), []
     monkeypatch.setattr(sft, "main", lambda args: runs.append(args) or {"before": 0.0, "after": 0.25})
-    monkeypatch.setattr(sft, "answer", lambda model, _, chats, *more, **names: [[f"{c[0]['content']}!"] for c in chats])
+    monkeypatch.setattr(sft, "answer", lambda model, _, chats, *more, **names: [
+        [f"{c[0]['content']}!" * (not model.training)] for c in chats])  # fmt: skip
     test = {"questions": [{"messages": [{"content": f"<{i}>"}, {"content": "no"}]} for i in range(7)]}
-    result = sft.conclude(None, tiny(), test, {"m": [0.0, 1.0]}, {"m": [1.0, 1.0]}, args, loop)
+    result = sft.conclude(small(), tiny(), test, {"m": [0.0, 1.0]}, {"m": [1.0, 1.0]}, args, loop)
     assert result["baselines"] == ({"the same SFT of random weights": 0.25} if compared else {})
     said = re.findall(r"<\d>!", capsys.readouterr().out)
     assert len(set(said)) == (0 if "--from-scratch" in flags else 3) == len(said)
@@ -1116,7 +1181,7 @@ def test_defaults_are_of_one_table():
     for i, args in enumerate((base, tuned, own)):
         assert all(getattr(args, name) == values[i] for name, values in sft.DEFAULTS.items())
     assert (base.steps, tuned.steps, own.steps) == (sft.WORLD_STEPS["base"], sft.WORLD_STEPS["sft"], None)
-    assert (base.too_long, tuned.too_long) == ("split", "refuse")
+    assert (base.too_long, tuned.too_long, base.epochs, own.epochs) == ("split", "refuse", 1.0, 1.0)
     rates = [get_args([*flags, "--optimizer", "adamw"]).lr for flags in (["--stage", "base"], [], ["--model", "x"])]
     assert tuple(rates) == sft.ADAMW_LR
     adapted = get_args(["--adapter", "lora:lr=2"])
@@ -1135,6 +1200,9 @@ def test_rows_without_an_answer_left_are_refused(checkpoint, problems, tmp_path)
     (("--neftune", "5", "--parallel", "fsdp"), "--neftune"),
     (("--parallel", "fsdp"), "--optimizer muon"),
     (("--adapter", "lora", "--optimizer", "muon"), "--adapter"),
+    (("--optimizer", "lomo", "--grad-clip", "0", "--weight-decay", "0.1"), "--weight-decay"),
+    (("--epochs", "2"), "--epochs counts"),
+    (("--data", "rollouts", "--eval-data", "x"), "not on --eval-data"),
     (("--select", "ifd"), "--select ifd"),
     (("--from-scratch", "--model", "DIR"), "--from-scratch"),
 ])  # fmt: skip

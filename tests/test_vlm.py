@@ -1,5 +1,6 @@
 """Facts about vlm.py: contrast by hand, pictures in their slots, frozen parts, cached decoding, data, whole runs."""
 
+import functools
 import json
 import math
 import statistics
@@ -48,6 +49,7 @@ from vlm import (
 
 CPU = torch.device("cpu")
 WORLD_EXAM = vlm_module.world_exam  # which the runs below replace by a few rows
+CONCLUDE = vlm_module.conclude  # which they leave out, but one: it asks every question thrice more
 IMAGE = tiny().special("<image>")
 SMALL = Vision(width=16, depth=1, heads=2, queries=3, joint=8, text_depth=1)
 
@@ -278,7 +280,7 @@ def test_attention_by_hand():
         for t in range(3):
             for h in (slice(0, 4), slice(4, 8)):
                 scores = [q[b, t, h] @ k[b, m, h] / 2 if mask[b, t, m] else -math.inf for m in range(5)]
-                weights = torch.tensor(scores).double().softmax(0)
+                weights = torch.stack([torch.as_tensor(s).double() for s in scores]).softmax(0)
                 found[b, t, h] = sum(w * v[b, m, h] for m, w in enumerate(weights))
     torch.testing.assert_close(attend(x, context, mask), attend.out(found))
 
@@ -608,18 +610,32 @@ def start(tmp_path_factory) -> Path:
     return folder
 
 
+@functools.cache
+def small_exam() -> dict[str, list]:
+    few = {kind: pictures.exam(kind, repeats=1)[: 4 if kind == "existence" else 3] for kind in pictures.KINDS}
+    scenes = [pictures.example("exam", i) for i in range(5)]
+    return {"kinds": [e for rows in few.values() for e in rows], "unseen": few["colour"][:2], "scenes": scenes,
+            "texts": world.sft_test(1)[:3]}  # fmt: skip
+
+
 @pytest.fixture(autouse=True)
 def small_world(monkeypatch):
-    """A small encoder, and exams of a few rows."""
+    """A small encoder, exams of a few rows, which are not asked again without their pictures."""
     sizes = {name: value for name, value in vars(SMALL).items() if name not in ("connector", "contrast", "stem")}
     monkeypatch.setattr(vlm_module, "Vision", lambda *a, **k: Vision(*a, **(sizes if a else {}) | k))
-    few = {kind: pictures.exam(kind, repeats=1)[:3] for kind in pictures.KINDS}
-    few["existence"] = pictures.exam("existence", repeats=1)[:4]
-    scenes = [pictures.example("exam", i) for i in range(5)]
-    exam = {"kinds": [e for rows in few.values() for e in rows], "unseen": few["colour"][:2], "scenes": scenes,
-            "texts": world.sft_test(1)[:3]}  # fmt: skip
-    monkeypatch.setattr(vlm_module, "world_exam", lambda seed: exam)
+    monkeypatch.setattr(vlm_module, "world_exam", lambda seed: small_exam())
     monkeypatch.setattr(vlm_module, "retrieval", lambda *a: [1.0, 0.0])
+
+    def conclude(vlm, tokenizer, test, before, after, args, loop):
+        return loop.finish(before, after, higher_is_better="loss" not in after)
+
+    monkeypatch.setattr(vlm_module, "conclude", conclude)
+
+
+def unmeasured(monkeypatch) -> None:
+    """Runs whose numbers before and after are not looked at."""
+    monkeypatch.setattr(vlm_module, "evaluate", lambda *a: {"exact match": [0.0, 1.0]})
+    monkeypatch.setattr(vlm_module, "hallucinations", lambda *a: {"hallucination": [1.0, 0.0]})
 
 
 SHORT = ("--steps", 8, "--batch-size", 4, "--micro-batch-size", 4, "--pictures", 12, "--max-new-tokens", 8,
@@ -627,7 +643,8 @@ SHORT = ("--steps", 8, "--batch-size", 4, "--micro-batch-size", 4, "--pictures",
 
 
 def run(start: Path, out: Path, *flags: object) -> dict:
-    return main(get_args(["--model", str(start), "--out", str(out), *map(str, (*SHORT, "--lr", 1e-3, *flags))]))
+    rates = ("--lr", 1e-3) if "--stages" not in flags or {"instruct", "prefer"} & {*flags} else ()
+    return main(get_args(["--model", str(start), "--out", str(out), *map(str, (*SHORT, *rates, *flags))]))
 
 
 def logged(out: Path) -> list[dict]:
@@ -661,6 +678,7 @@ def always_invents(monkeypatch) -> None:
 def test_a_run_of_all_stages(start, tmp_path, monkeypatch, capsys):
     """Each in its turn, of its own share; what it does not name is not changed by a byte, what it names is."""
     always_invents(monkeypatch)
+    monkeypatch.setattr(vlm_module, "conclude", CONCLUDE)
     monkeypatch.setattr(vlm_module, "STAGES", {name: s | {"steps": 2} for name, s in STAGES.items()})
     whole, steps, nets = Loop.log, {}, watched(monkeypatch)
 
@@ -705,6 +723,7 @@ def test_a_run_of_all_stages(start, tmp_path, monkeypatch, capsys):
 def test_splitting_a_batch_changes_nothing(start, tmp_path, monkeypatch, flags):
     """Ragged rows, with and without pictures, in one forward pass, in two and one by one, in all stages."""
     always_invents(monkeypatch)
+    unmeasured(monkeypatch)
     monkeypatch.setattr(vlm_module, "STAGES", {name: s | {"steps": 2} for name, s in STAGES.items()})
     found = []
     for size in (4, 3, 1):
@@ -727,6 +746,7 @@ def test_two_ranks_equal_one(start, tmp_path, monkeypatch):
     import shutil
 
     always_invents(monkeypatch)
+    unmeasured(monkeypatch)
     monkeypatch.setattr(vlm_module, "STAGES", {name: s | {"steps": 2} for name, s in STAGES.items()})
     shutil.copytree(start, tmp_path / "model")
     on_two_ranks(on_a_rank, tmp_path)
@@ -773,7 +793,7 @@ def test_a_step_is_a_plain_one(start, tmp_path):
                      "--steps", "2"])  # fmt: skip
     loop = Loop(args, "vlm")
     net, tokenizer = load_vlm(start, CPU, vlm_module.Vision("mlp", "clip", "conv"))
-    rows = vlm_module.world_data(net, tokenizer, args).asked
+    rows = vlm_module.world_data(net, tokenizer, args, loop).asked
     assert any(not r.pictures for r in rows) and any(r.pictures for r in rows)
     named = {n: p for n, p in net.named_parameters() if n.startswith(("model.", "connector."))}
     groups = [{"params": [p], "weight_decay": 0.3 * (p.ndim >= 2), "lr": 3e-3 if name.startswith("connector") else 1e-3}
@@ -801,7 +821,7 @@ def test_two_steps_of_prefer_by_hand(start, tmp_path, monkeypatch):
     args = get_args(["--model", str(start), "--out", str(tmp_path / "x"), *map(str, (*SHORT, *flags))])
     loop = Loop(args, "vlm")
     net, tokenizer = load_vlm(start, CPU, vlm_module.Vision("mlp", "clip", "conv"))
-    scenes = vlm_module.world_data(net, tokenizer, args).scenes
+    scenes = vlm_module.world_data(net, tokenizer, args, loop).scenes
     assert len(scenes) == 8
     found = vlm_module.sampled_pairs(net, tokenizer, scenes, args, loop)
     pairs = vlm_module.pairs_of(found, net, tokenizer, scenes, args)
@@ -1105,10 +1125,47 @@ def test_long_rows_are_dropped_or_cut(start, tmp_path, capsys):
         run(start, tmp_path / "out", "--max-length", 300)
 
 
+def test_long_rows_of_the_world_are_treated_likewise(start):
+    net = load_vlm(start, CPU, vlm_module.Vision("mlp", "clip", "conv"))[0]
+
+    def rows(*flags: object) -> vlm_module.Data:
+        flags = map(str, ("--pictures", 4, "--steps", 8, *flags))
+        return vlm_module.world_data(net, tiny(), get_args([*flags]), Namespace(say=print))
+
+    whole = rows()
+    most = sorted(len(r.input_ids) for r in whole.asked)[2]
+    for what in ("drop", "cut"):
+        data = rows("--max-length", most, "--too-long", what, "--stages", "instruct", "prefer")
+        assert data.asked and all(len(r.input_ids) <= most for r in (*data.asked, *data.described))
+    with pytest.raises(UserError, match="tokens, --max-length is"):
+        rows("--max-length", most)
+    shortest = min(len(r.input_ids) for r in whole.asked)
+    for stage, length in (("contrast", shortest), ("align", shortest), ("instruct", 5)):
+        with pytest.raises(UserError, match="no row is left to train on"):
+            rows("--max-length", length, "--too-long", "drop", "--stages", stage)
+
+
+@pytest.mark.parametrize("adapter", ["prompt", "p-tuning"])
+def test_embeddings_before_a_row_see_no_picture(start, tmp_path, adapter):
+    with pytest.raises(UserError, match=f"--connector cross-attention: not with the adapter {adapter}"):
+        run(start, tmp_path, "--connector", "cross-attention", "--adapter", adapter)
+
+
+def test_what_stands_before_a_row_takes_room(tmp_path):
+    net = small()
+    adapt(net.model, "prompt:tokens=16", "")
+    asked = row(net, [("x " * 100, "")], ask=True)
+    room = net.config.max_length - 16 - len(asked.input_ids)
+    with pytest.raises(UserError, match=f"the longest question leaves room for {room}"):
+        replies(net, tiny(), [asked], ARGS, a_loop(tmp_path), longest=room + 1)
+    assert replies(net, tiny(), [asked], ARGS, a_loop(tmp_path), longest=room)
+
+
 @pytest.mark.parametrize(("flags", "words"), [
     (("--image", "a.png", "b"), "--image needs --model"), (("--parallel", "fsdp"), "choose replicas"),
     (("--replay", "1"), "below 1"), (("--beta", "0"), "above 0"), (("--connector", "all", "--data", "x"), "no --data"),
     (("--data", "x", "--stages", "prefer"), "no --data"), (("--stages", "align", "align"), "at most once"),
+    (("--stages", "contrast", "align", "--lr", "1e-3"), "--lr is of stages that train the language model"),
 ])  # fmt: skip
 def test_flags_that_do_not_go_together_are_refused(flags, words):
     with pytest.raises(UserError, match=words):
@@ -1147,13 +1204,14 @@ def test_broken_folders_are_refused(start, tmp_path):
         load_vlm(tmp_path / "out", CPU)
 
 
-def test_what_is_measured_is_not_trained_on(start):
+def test_what_is_measured_is_not_trained_on(start, monkeypatch):
     """Other pictures than those of training, of the pairs that they should be, a seed that --exam chooses."""
+    monkeypatch.setattr(pictures, "REPEATS", dict.fromkeys(pictures.REPEATS, 1))
     args = get_args(["--pictures", "44", "--replay", "0.5", "--batch-size", "2"])
     net = load_vlm(start, CPU, vlm_module.Vision("mlp", "clip", "conv"))[0]
     test, other = WORLD_EXAM(args.exam), WORLD_EXAM("dev")
-    data = vlm_module.world_data(net, tiny(), args)
-    trained = [pictures.example(args.seed, i) for i in range(2000)] + data.scenes
+    data = vlm_module.world_data(net, tiny(), args, None)
+    trained = [pictures.example(args.seed, i) for i in range(400)] + data.scenes
     seen = {e.picture.tobytes() for e in trained}
     for name in ("kinds", "unseen", "scenes"):
         measured = {e.picture.tobytes() for e in test[name]}
@@ -1202,12 +1260,12 @@ def test_the_temperature_has_a_bound(start, tmp_path, monkeypatch):
 def test_a_table_of_the_connectors(start, tmp_path, monkeypatch):
     always_invents(monkeypatch)
     monkeypatch.setattr(vlm_module, "STAGES", {name: s | {"steps": 1} for name, s in STAGES.items()})
-    for stages in ((), ("--stages", "align", "instruct")):
-        flags = map(str, (*SHORT, "--steps", 4, *stages))
+    for steps in (4, 1):  # in 1, prefer has none
+        flags = map(str, (*SHORT, "--steps", steps))
         main(get_args(["--connector", "all", "--model", str(start), "--out", str(tmp_path), *flags]))
         rows = json.loads((tmp_path / "table.json").read_text())["rows"]
         assert [r["connector"] for r in rows] == ["SFT", *CONNECTORS]
-        assert rows[1].keys() >= {"exact match", *pictures.KINDS} and ("hallucination" in rows[1]) == (not stages)
+        assert rows[1].keys() >= {"exact match", *pictures.KINDS} and ("hallucination" in rows[1]) == (steps == 4)
 
 
 def test_the_sheet_escapes_what_is_said():

@@ -1073,6 +1073,17 @@ def test_write_writes_the_three_files_that_our_readers_read(monkeypatch, tmp_pat
     assert sorted(path.name for path in out.iterdir()) == ["base.jsonl", "sft.jsonl", "test.jsonl"]
 
 
+@pytest.mark.parametrize(("flags", "said"), [
+    (("--write", "FILE"), "--write FILE: File exists"), (("--rows", "-1"), "--rows -1"), (("--seed", "x"), "--seed"),
+])  # fmt: skip
+def test_what_cannot_be_written_is_one_line_and_exit_2(monkeypatch, tmp_path, capsys, flags, said):
+    (tmp_path / "FILE").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        run_main(monkeypatch, *flags)
+    assert re.fullmatch(f".*{said}.*\n", capsys.readouterr().err)
+
+
 def test_show_shows_every_part(monkeypatch, capsys):
     run_main(monkeypatch, "--show")
     shown = capsys.readouterr().out

@@ -30,6 +30,24 @@ MUTANTS = [
         ),
         # sft
         (
+            "compiled rows decode eagerly",
+            "decode=generate.__wrapped__",
+            "decode=generate",
+            "test_compiled_rows_are_compiled_and_leave_the_switch_off",
+        ),
+        (
+            "after the compiled rows all is compiled",
+            "    kernels.use_compile(False)\n    return rows\n",
+            "    return rows\n",
+            "test_compiled_rows_are_compiled_and_leave_the_switch_off",
+        ),
+        (
+            "blocks of the compiled rows are not",
+            "        block.compile(dynamic=True)  # one",
+            "        pass  # one",
+            "test_compiled_rows_are_compiled_and_leave_the_switch_off",
+        ),
+        (
             "models full of NaN are equal",
             "if not error <= 1e-3:",
             "if error > 1e-3:",

@@ -25,7 +25,7 @@ WRITES = "test_what_the_teacher_writes"
 STORED = "test_what_is_stored_is_what_the_teachers_say"
 SHARE = "test_a_share_of_the_rows_is_the_students_own"
 BITS = "test_bits_and_divergences_are_those_of_the_rows"
-ENTROPY = "test_the_entropy_is_that_of_the_chain_itself"
+COLUMNS = "test_a_rule_of_ones_own_sees_all_columns"
 VOCABULARY = "test_vocabularies_must_be_the_same"
 WIDE = "test_padded_heads_are_compared_where_there_are_tokens"
 FROZEN = "test_teachers_are_frozen_and_in_eval_mode"
@@ -43,6 +43,7 @@ WEAK = "test_weak_to_strong_is_three_runs"
 TABLE = "test_a_table_of_the_losses"
 DEFAULTS = "test_defaults_are_those_of_the_loss_the_task_and_the_kind_of_run"
 FLAGS = "test_flags_that_do_not_go_together_are_refused"
+FILE_RULE = "test_questions_of_a_file_and_a_rule"
 TEXT = "test_a_run_may_begin_on_the_text_alone"
 FILE = "test_a_file_needs_a_teacher_and_top_k_a_large_enough_vocabulary"
 
@@ -309,8 +310,8 @@ ROWS_OF_BUGS = [
         'continued(model, tokenizer, test, 1, 1.0, ("test",)',
         "test_answers_are_judged_greedily",
     ),
-    ("entropy of all days", "(d - 2) * rate", "d * rate", ENTROPY),
-    ("the first two days are alike", "math.log2(n * (n - 1))", "math.log2(n)", ENTROPY),
+    ("entropy per text", "bits / sum(n_bytes_of(e, tokenizer) for e in test)", "bits / len(test)", SAYS),
+    ("entropy of one text", "sum(world.code_length(e.row", "max(world.code_length(e.row", SAYS),
     # models
     ("K7: any vocabulary will do", "if odd := first_difference(tokenizer, theirs):", "if odd := '':", VOCABULARY),
     (
@@ -401,7 +402,9 @@ ROWS_OF_BUGS = [
     ),
     ("fewer bits are worse", "higher_is_better=best is max", "higher_is_better=True", LOOP),
     ("the baseline is this run", '{"loss": "hard", "out": loop.out / "hard"', '{"out": loop.out / "hard"', SAYS),
-    ("the baseline has this run's rate", '(*HYPER, "top_k", "steps"))', '(*HYPER[1:], "top_k", "steps"))', SAYS),
+    ("the baseline has this run's rate", 'fromkeys((*HYPER, "top_k")', 'fromkeys((*HYPER[1:], "top_k")', SAYS),
+    ("the baseline has all steps", "min(args.steps, HARD_STEPS.get(args.task, args.steps))", "args.steps", SAYS),
+    ("the baseline has steps of its own", "min(args.steps, HARD_STEPS.get(args.task, args.steps))", "None", SAYS),
     (
         "hard labels at the rate of all",
         '"hard": (None, {"lr": (5e-4, 1e-5),',
@@ -451,7 +454,8 @@ ROWS_OF_BUGS = [
     ("--skew at its ends", "not 0 < args.skew < 1,", "not 0 <= args.skew <= 1,", FLAGS),
     ("--hidden without a teacher", "(args.hidden and kind is None,", "(False,", FLAGS),
     ("--top-k without probabilities", "(args.top_k and kind is None,", "(False,", FLAGS),
-    ("--top-k on new texts", "(args.top_k and (args.on_policy or args.hidden),", "(args.top_k and args.hidden,", FLAGS),
+    ("--top-k on new texts", "(args.top_k and (args.on_policy or", "(args.top_k and (", FLAGS),
+    ("--top-k of a policy gradient", ' or name == "minillm"),', "),", FLAGS),
     ("any width", "(args.width % 32,", "(False,", FLAGS),
     ("a projection in shards", '(args.hidden and args.parallel == "fsdp",', "(False,", FLAGS),
     ("ranks wait for each other", '(args.on_policy and args.parallel == "fsdp",', "(False,", FLAGS),
@@ -466,8 +470,20 @@ ROWS_OF_BUGS = [
     ("a table of a file", '(args.data or args.task != "weather" or ","', '(args.task != "weather" or ","', FLAGS),
     ("a table of another task", '(args.data or args.task != "weather" or ","', '(args.data or ","', FLAGS),
     ("a table of two teachers", ' or "," in (args.teacher or "")):', "):", FLAGS),
-    ("weak and strong of a file", "args.weak_to_strong and (args.data or", "args.weak_to_strong and (", FLAGS),
-    ("weak and strong are given", "(args.data or args.model or args.teacher):", "args.data:", FLAGS),
+    ("weak and strong of a file", '("data", "model", "teacher", "steps",', '("model", "teacher", "steps",', FLAGS),
+    ("weak and strong are given", '"teacher", "steps", "rows"', '"rows"', FLAGS),
+    ("weak and strong of no rank", "not in (cli.get_default(name),", "is not None not in (True,", FLAGS),
+    ("gap recovered of nothing", '[(means["strong"] - means["weak"]) / gap]', '[means["strong"] / gap]', WEAK),
+    ("a rule sees few columns", ', keep=":" in (args.check or "")', "", COLUMNS),
+    ("an answer for a completion", '"completion" if "completion" in row else', '"completion" if 0 else', COLUMNS),
+    ("answers are not looked for", 'if args.check and args.loss == "sequence" and', "if False and", COLUMNS),
+    ("answers that are no text", 'isinstance(row.get("answer"), str)', '"answer" in row', COLUMNS),
+    (
+        "no room for what the student writes",
+        "    if args.on_policy:\n        check_room(",
+        "    if False:\n        check_room(",
+        FILE_RULE,
+    ),
     ("one of several teachers writes", '((args.hidden or name == "sequence") and', "(args.hidden and", FLAGS),
     (
         "the states of one of several teachers",

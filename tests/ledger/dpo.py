@@ -10,6 +10,7 @@ SPLIT = "test_splitting_a_batch_changes_nothing"
 RANKS = "test_two_ranks_equal_one"
 SUMS = "test_log_probs_are_sums_over_the_tokens_of_each_answer"
 WORLD = "test_the_world_is_measured_by_true_utility"
+COIN = "test_the_annotator_labels_samples_by_its_coin"
 
 MUTANTS = [
     Mutant(name, "dpo.py", old, new, tuple(TESTS + t for t in ((test,) if isinstance(test, str) else test)))
@@ -881,14 +882,14 @@ MUTANTS = [
         ),
         (
             "KL: of the other direction's sign",
-            'found["KL"] = [x for s in groups for x in log_ratio(s)[:, 0].tolist()]',
-            'found["KL"] = [-x for s in groups for x in log_ratio(s)[:, 0].tolist()]',
+            "kls += (now - then).tolist()",
+            "kls += (then - now).tolist()",
             WORLD,
         ),
         (
             "KL: a token",
-            'found["KL"] = [x for s in groups for x in log_ratio(s)[:, 0].tolist()]',
-            'found["KL"] = [x for s in groups for x in mean_log_ratio(s)[:, 0].tolist()]',
+            "kls += (now - then).tolist()",
+            "kls += ((now - then) / batch.completion_mask.sum(-1)).tolist()",
             WORLD,
         ),
         (
@@ -905,9 +906,15 @@ MUTANTS = [
         ),
         (
             "the end is measured against the last reference",
-            'if ("requests" in test or args.credit) and (ref_model is None or args.ref == "last"):',
-            'if ("requests" in test or args.credit) and ref_model is None:',
+            'if args.ref == "last" or (ref_model is None and ("requests" in test or args.credit)):',
+            'if ref_model is None and ("requests" in test or args.credit):',
             "test_the_end_is_measured_against_the_start",
+        ),
+        (
+            "the end on a file is measured against the last reference",
+            'if args.ref == "last" or (ref_model is None and ("requests" in test or args.credit)):',
+            'if ("requests" in test or args.credit) and (ref_model is None or args.ref == "last"):',
+            "test_the_end_is_measured_against_the_start[False]",
         ),
         (
             "the end is measured before the training",
@@ -989,10 +996,29 @@ MUTANTS = [
         ),
         (
             "compiled runs are measured at every length",
-            "collate(some, loop.device, 64 if loop.compiled else 1)",
-            "collate(some, loop.device)",
+            "score(model, ref_model, collate(some, loop.device, 64 if loop.compiled else 1)",
+            "score(model, ref_model, collate(some, loop.device)",
             "test_compiled_runs_see_few_lengths",
         ),
+        (
+            "compiled runs measure the KL at every length",
+            "batch = collate(some, loop.device, 64 if loop.compiled else 1)",
+            "batch = collate(some, loop.device)",
+            "test_compiled_runs_see_few_lengths",
+        ),
+        (
+            "samples run out of the context",
+            "- max(map(len, prompts))) < args.max_new_tokens",
+            "- min(map(len, prompts))) < args.max_new_tokens",
+            COIN,
+        ),
+        (
+            "--judge of rows that are not sampled",
+            'args.judge != "annotator" and not args.online and (',
+            'args.judge == "all" and not args.online and (',
+            "test_flags_that_do_not_go_together_are_refused",
+        ),
+        ("--rollout-batch is not looked at", "rollout_batch=args.rollout_batch", "rollout_batch=None", COIN),
         (
             "compiled runs judge at every length",
             "[0.0] * len(some))], loop.device, 64 if loop.compiled else 1)",
@@ -1012,4 +1038,12 @@ MUTANTS = [
             "test_no_steps_are_no_steps",
         ),
     ]
+] + [
+    Mutant(
+        "--loss all refuses a variant when its turn comes",
+        "loop.py",
+        "        resolved(argparse.Namespace(**vars(args) | {flag: name}))\n",
+        "        argparse.Namespace(**vars(args) | {flag: name})\n",
+        f"{TESTS}test_a_table_of_all_losses",
+    ),
 ]

@@ -116,6 +116,7 @@ MUTANTS = [
             KIND,
         ),
         ("an answer that ends with the user", 'complete=kind != "said"', 'complete=kind == "messages"', KIND),
+        ("prompt: text alone", '"prompt": {"prompt": "said"}', '"prompt": {"prompt": "text"}', EACH),
         ("a prompt must end with the assistant", 'complete=kind != "said"', "complete=True", EACH),
         (
             "a conversation that ends with the user",

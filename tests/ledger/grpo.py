@@ -478,8 +478,14 @@ MUTANTS = [
         ),
         (
             "prm: no sigmoid",
-            "token_rewards(prm, rollout.input_ids).float().sigmoid()",
-            "token_rewards(prm, rollout.input_ids).float()",
+            "torch.cat(parts).float().sigmoid()",
+            "torch.cat(parts).float()",
+            "test_steps_are_scored_where_they_end",
+        ),
+        (
+            "prm: all answers at once",
+            "rollout.input_ids.split(args.micro_batch_size)",
+            "rollout.input_ids.split(10**9)",
             "test_steps_are_scored_where_they_end",
         ),
         (
@@ -657,9 +663,60 @@ MUTANTS = [
         ),
         (
             "cut-off answers are left in",
-            "| (not args.mask_unfinished)",
-            "| True",
+            ".cpu() | (not args.mask_unfinished)",
+            ".cpu() | True",
             "test_rows_that_are_cut_off_can_be_left_out",
+        ),
+        (
+            "cut-off answers give a group spread",
+            "finished | (not args.mask_unfinished)",
+            "finished | True",
+            "test_rows_that_are_cut_off_can_be_left_out",
+        ),
+        (
+            "cut-off answers are in the baseline",
+            "baseline = earned.mean().item() if",
+            "baseline = rewards.mean().item() if",
+            "test_rows_that_are_cut_off_can_be_left_out",
+        ),
+        (
+            "cut-off answers are in the variance",
+            "args.entropy_adapt, earned)",
+            "args.entropy_adapt, rewards)",
+            "test_rows_that_are_cut_off_can_be_left_out",
+        ),
+        (
+            "tools: the end of a turn without the tool's, which qwen3 writes otherwise",
+            "        end = len(mask) - mask[::-1].index(1)  # behind",
+            "        mask = chat.render(said[r][:-1], tokenizer, chat_format=args.chat_format).completion_mask\n"
+            "        end = len(mask) - mask[::-1].index(1)  # behind",
+            f"{TOOLS}[qwen3]",
+        ),
+        (
+            "no answer is known: accuracy nevertheless",
+            "    if not known:\n",
+            "    if False:\n",
+            CUT,
+        ),
+        (
+            "no answer is known: the last of --reward",
+            "first, whole = {}, args.rewards[0][0]",
+            "first, whole = {}, args.rewards[-1][0]",
+            CUT,
+        ),
+        ("the reference is kept in fp32", "loop.narrow(ref_model)", "loop.narrow(frozen(model))", STEPS),
+        (
+            "--loss all of runs that leave no result",
+            'if args.loss == "all" and args.preset == "r1":',
+            'if args.loss == "r1" and args.preset == "all":',
+            "test_flags_that_do_not_go_together_are_refused",
+        ),
+        ("more minibatches than answers", "if args.minibatches > (n :=", "if 99 < (n :=", STEPS),
+        (
+            "--sft-steps of sums on --data",
+            "(args.sft_steps and (args.data or args.tools) and",
+            "(args.sft_steps and args.tools and",
+            "test_flags_that_do_not_go_together_are_refused",
         ),
         (
             "SFT imitates other questions",

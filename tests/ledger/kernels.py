@@ -805,5 +805,17 @@ MUTANTS = [
             "on and (_has_compiler() or on)",
             "test_no_compiler_means_eager",
         ),
+        (
+            "levels of nf4 that generation leaves are closed to training",
+            "@torch.inference_mode(False)  # what",
+            "#",
+            "test_what_is_kept_while_generating_serves_training",
+        ),
+        (
+            "rotations that generation leaves are closed to training",
+            "@torch.inference_mode(False)  # as above",
+            "#",
+            "test_what_is_kept_while_generating_serves_training",
+        ),
     ]
 ]

@@ -374,8 +374,8 @@ MUTANTS = [
         ),
         (
             "a kill between the renames is not mended",
-            "            os.replace(final.with_name(",
-            "            Path(final.with_name(",
+            "            os.replace(old, final)\n\n\ndef _flush",
+            "            Path(old, final)\n\n\ndef _flush",
             "test_a_kill_at_any_point_of_saving_leaves_a_whole_checkpoint",
         ),
         (
@@ -650,7 +650,44 @@ MUTANTS = [
             "state = 4 * trained +",
             "test_describe_says_the_size",
         ),
+        (
+            "where a checkpoint would be is renamed unseen",
+            "    if old.exists() and not final.exists():",
+            "    if not final.exists():",
+            "test_where_nothing_can_be_written_is_one_line",
+        ),
+        (
+            "a disk that is read-only ends in a traceback",
+            "        except OSError as error:\n            if error.errno in (errno.ENOSPC",
+            "        except PermissionError as error:\n            if error.errno in (errno.ENOSPC",
+            "test_where_nothing_can_be_written_is_one_line",
+        ),
+        # the command line
+        (
+            "--eval-data without --data is passed over",
+            'if getattr(found, "eval_data", None) and not found.data:',
+            'if getattr(found, "eval_data", None) and found.data is False:',
+            "test_a_wrong_flag_is_one_line_and_exit_2",
+        ),
+        (
+            "--help is silent on what fill will give",
+            """            text += f" (default: {', '""",
+            """            f" (default: {', '""",
+            "test_flags_have_one_order_whatever_the_script_asks",
+        ),
+        (
+            "the table is itself the value",
+            "            default = None\n        text +=",
+            "        text +=",
+            "test_flags_have_one_order_whatever_the_script_asks",
+        ),
         # stages
+        (
+            "a stage makes what it needs in a process of its own process",
+            "            if stage in NEEDS:\n",
+            "            if stage in ():\n",
+            "test_what_a_stage_starts_from_is_built_first_and_by_this_process",
+        ),
         (
             "stage built again each time",
             "        if not home.exists():\n            if",

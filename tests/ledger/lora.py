@@ -28,6 +28,8 @@ OTHERS = "test_settings_are_chosen_on_other_questions"
 BEST = "test_the_best_rate_is_the_least_with_the_most_right_answers"
 RATES = "test_default_rates_are_those_of_full_fine_tuning_times_the_methods"
 FLAGS = "test_flags_that_do_not_go_together_are_refused"
+NO_MATRIX = "test_what_fits_no_matrix_is_refused"
+PACKED = "test_the_estimate_of_memory_counts_what_is_packed"
 TASK = "test_the_new_task_is_to_sort_the_other_way"
 PROMPT = "test_a_prompt_is_as_good_as_words"
 PREFIX = "test_a_prefix_is_the_keys_and_values_of_words"
@@ -267,12 +269,7 @@ IN_LORA = [
         HAND,
     ),
     ("targets are not looked at", "if re.search(c.targets, name)}\n        base", "if name}\n        base", HAND),
-    (
-        "targets that match nothing are silent",
-        "    if not found:\n",
-        "    if False:\n",
-        "test_targets_that_match_nothing_are_refused",
-    ),
+    ("targets that match nothing are silent", "    if not found:\n", "    if False:\n", NO_MATRIX),
     (
         "BitFit forgets the biases that are there",
         "else linear.bias.detach()",
@@ -764,12 +761,59 @@ IN_LORA = [
         "(args.merge and not args.adapter,",
         FLAGS,
     ),
+    (
+        "--merge into a run, an adapter, or beside an index",
+        "[name for name in names if (loop.out / name).exists()]",
+        "[]",
+        "test_a_merge_writes_over_nothing",
+    ),
+    (
+        "--merge over the base",
+        "is_base = loop.out.resolve() in",
+        "is_base = loop.out in",
+        "test_a_merge_writes_over_nothing",
+    ),
+    (
+        "--merge over the base in a run",
+        '(Path(args.model), Path(args.model, "checkpoint"))',
+        "(Path(args.model),)",
+        "test_a_merge_writes_over_nothing",
+    ),
+    (
+        "--chat-format of the generated world",
+        "tokenizer = replace(tokenizer, chat_format=args.chat_format)",
+        "pass",
+        "test_the_chat_format_holds_for_all_that_a_run_renders",
+    ),
+    (
+        "rows of the world of any length",
+        'sft.fitting((chat.render(row["messages"], tokenizer) for row in chats), "rows", args, loop)',
+        '[chat.render(row["messages"], tokenizer) for row in chats]',
+        "test_rows_and_models_that_do_not_fit_are_refused",
+    ),
+    (
+        "no row of the world is left",
+        "if args.steps and not rows:",
+        "if False:",
+        "test_rows_and_models_that_do_not_fit_are_refused",
+    ),
+    (
+        "targets that are no expression",
+        "re.compile(value if",
+        "str(value if",
+        "test_words_that_are_not_understood",
+    ),
+    ("ia3 on nothing", "        found += rows\n    check_targets(found, c)\n\n\ndef check", "\n\ndef check", NO_MATRIX),
+    ("lora on nothing", "        found += rows\n    check_targets(found, c)\n\n\ndef put", "\n\ndef put", NO_MATRIX),
+    ("pissa of more directions than there are", "if self.rank > len(s):", "if self.rank > len(vt[0]):", NO_MATRIX),
     ("--method all with --data", "(table and args.data,", "(False,", FLAGS),
     ("--method all with --adapter", "(table and args.adapter,", "(False,", FLAGS),
     ("--parallel fsdp", '(args.parallel == "fsdp",', "(False,", FLAGS),
 ]
 
 ELSEWHERE = [
+    ("loop.py", "codes take no memory", "state += sum(b.numel() * b.element_size() for b in", "sum(0 for b in", PACKED),
+    ("loop.py", "packed weights do not count", "n += sum(math.prod(m.shape) for m in packed)", "pass", PACKED),
     ("model.py", "--merge: the newer name of the dtype is not known", ' or config.get("dtype")', "", MERGE),
     (
         "model.py",

@@ -40,6 +40,7 @@ EOS = "test_what_ends_a_completion_is_saved_with_the_tokenizer"
 END = "test_a_chat_ends_with_its_input_or_with_ctrl_c"
 CHAT = "test_a_chat_remembers_what_was_said"
 CLI = "test_the_command_line_answers"
+RAW = "test_raw_text_begins_as_the_tokenizer_begins"
 REF = "test_the_command_line_refuses_in_one_line"
 
 MUTANTS = [
@@ -699,6 +700,8 @@ MUTANTS = [
         ("no check: top-p above 1", "0 < args.top_p <= 1", "0 < args.top_p", REF),
         ("no check: samples", "args.samples >= 1", "True", REF),
         ("an empty prompt on the command line", "if not prompt or room < 1:", "if room < 1:", REF),
+        ("raw text without its beginning", "prompt = tokenizer.begin(text)", "prompt = tokenizer.encode(text)", RAW),
+        ("a wrong flag with the usage", "    parser.error = lambda message:", "    parser.said = lambda message:", REF),
         ("a device that is not there", "    except (RuntimeError, AssertionError):", "    except KeyError:", REF),
         ("a prompt longer than the context", "if not prompt or room < 1:", "if not prompt:", REF),
         ("a run's folder before the model in it", 'if not (path / "config.json").exists() and (path', "if (path", RUN),

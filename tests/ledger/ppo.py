@@ -16,6 +16,7 @@ BANDIT = "test_a_bandit_rests_at_the_closed_form"
 BEFORE = "test_values_are_of_the_state_before_the_token"
 LOOP = "test_a_run_is_a_plain_loop"
 SPLIT = "test_splitting_a_batch_changes_nothing[own]"
+SHAPES = "test_graphs_are_for_all_shapes_and_the_reference_is_kept_in_dtype"
 RANKS = "test_two_ranks_are_one_batch"
 RESUME = "test_resuming_is_exact"
 STAYS = "test_the_judge_is_the_start_and_does_not_learn"
@@ -375,10 +376,18 @@ MUTANTS = [
         ),
         (
             "the reference is the policy",
-            "    ref_model = frozen(model)\n    judge =",
-            "    ref_model = model\n    judge =",
+            "    ref_model = frozen(model)\n    if not",
+            "    ref_model = model\n    if not",
             LOOP,
         ),
+        ("the reference is kept in fp32", "loop.narrow(ref_model)", "loop.narrow(frozen(model))", SHAPES),
+        (
+            "--judge ai of a rule",
+            ' or args.judge == "ai"\n',
+            "\n",
+            "test_flags_that_do_not_go_together_are_refused",
+        ),
+        ("more minibatches than answers", "if args.minibatches > (n :=", "if 9 < (n :=", SHAPES),
         ("the divisor of a micro-batch", ".sum() / n_tokens).backward()", ".mean()).backward()", SPLIT),
         (
             "one pass",
@@ -437,7 +446,7 @@ MUTANTS = [
             "a graph for each shape",
             "loop.compile(model, dynamic=True)",
             "loop.compile(model)",
-            "test_graphs_are_for_all_shapes",
+            SHAPES,
         ),
         (
             "no steps, no questions",

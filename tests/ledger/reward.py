@@ -79,8 +79,8 @@ MUTANTS = [
             ("the new head is of another dtype", ".to(model.embed.weight)\n", "\n", HEAD),
             (
                 "R8: the mean of the answer's states",
-                "return token_rewards(model, input_ids).gather(1, last).squeeze(1)",
-                "return (token_rewards(model, input_ids) * completion_mask).sum(1) / completion_mask.sum(1)",
+                "return running_rewards(model, input_ids).gather(1, last).squeeze(1)",
+                "return (running_rewards(model, input_ids) * completion_mask).sum(1) / completion_mask.sum(1)",
                 LAST,
             ),
             (
@@ -91,8 +91,8 @@ MUTANTS = [
             ),
             (
                 "the last column, padding or not",
-                "return token_rewards(model, input_ids).gather(1, last).squeeze(1)",
-                "return token_rewards(model, input_ids)[:, -1]",
+                "return running_rewards(model, input_ids).gather(1, last).squeeze(1)",
+                "return running_rewards(model, input_ids)[:, -1]",
                 AFTER,
             ),
             (
@@ -291,16 +291,48 @@ MUTANTS = [
             ("odds in another order", "found[some] = (last", "found[start : start + len(some)] = (last", ODDS),
             (
                 "no minus yes",
-                "model.head.weight[yes] - model.head.weight[no]",
-                "model.head.weight[no] - model.head.weight[yes]",
+                "model.head.weight[yes].float() - model.head.weight[no].float()",
+                "model.head.weight[no].float() - model.head.weight[yes].float()",
                 ODDS,
             ),
+            (
+                "the judge takes another model's --chat-format",
+                "its_tokenizer.chat_format or args.chat_format",
+                "args.chat_format or its_tokenizer.chat_format",
+                "test_a_judge_that_prefers_a_place_says_nothing",
+            ),
+            (
+                "the judge ignores --chat-format",
+                "its_tokenizer.chat_format or args.chat_format",
+                "its_tokenizer.chat_format",
+                "test_a_judge_that_prefers_a_place_says_nothing",
+            ),
+            (
+                "--centre of what is no comparison",
+                "(args.margin or args.centre is not None)",
+                "args.margin",
+                "test_bad_flags_are_one_line_and_exit_2",
+            ),
+            (
+                "--out in a file is found out at the end",
+                "if any(path.is_file() for path in (loop.out, *loop.out.parents)):",
+                "if loop.out.is_file():",
+                "test_bad_flags_are_one_line_and_exit_2",
+            ),
+            ("odds are rounded under autocast", "loop.device.type, enabled=False", "loop.device.type", ODDS),
+            ("samples run out of the context", "max(map(len, prompts))) < new", "max(map(len, prompts))) < 0", ODDS),
             ("opinions in log-odds", '("yes", "no"), loop).sigmoid()', '("yes", "no"), loop)', AI),
             ("the constitution without weights", "sum(p * weight for", "sum(p for", AI),
             (
                 "b over a",
-                "worth(yes[b], rules) - worth(yes[a], rules)",
-                "worth(yes[a], rules) - worth(yes[b], rules)",
+                "worth(yes[a], rules), worth(yes[b], rules)",
+                "worth(yes[b], rules), worth(yes[a], rules)",
+                AI,
+            ),
+            (
+                "a confidence that overflows",
+                "manners.prefers_first(worth(yes[a], rules), worth(yes[b], rules))",
+                "1 / (1 + math.exp(worth(yes[b], rules) - worth(yes[a], rules)))",
                 AI,
             ),
             (

@@ -250,6 +250,24 @@ MUTANTS = [
         ),
         # Muon
         (
+            "Muon: in TF32, where that is allowed",
+            'torch.set_float32_matmul_precision("highest")',
+            'torch.set_float32_matmul_precision("high")',
+            "test_orthogonalized_multiplies_in_whole_fp32",
+        ),
+        (
+            "Muon: no TF32 ever after",
+            "        torch.set_float32_matmul_precision(before)\n",
+            "        pass\n",
+            "test_orthogonalized_multiplies_in_whole_fp32",
+        ),
+        (
+            "Muon: no TF32 after an error",
+            "    try:\n        yield\n    finally:\n        torch.set",
+            "    yield\n    if True:\n        torch.set",
+            "test_orthogonalized_multiplies_in_whole_fp32",
+        ),
+        (
             "Muon: first coefficient",
             "a, b, c = 3.4445,",
             "a, b, c = 3.4,",
@@ -481,14 +499,14 @@ MUTANTS = [
         ),
         (
             "a document has no end",
-            "*tokenizer.encode(text), tokenizer.eos_ids[0]]",
-            "*tokenizer.encode(text)]",
+            "*tokenizer.begin(text), tokenizer.eos_ids[0]]",
+            "*tokenizer.begin(text)]",
             "test_a_document_trains_on_all_but_its_first_token",
         ),
         (
             "S13: a document without the tokenizer's beginning",
-            "*([tokenizer.bos_id] if tokenizer.add_bos else []), ",
-            "",
+            "*tokenizer.begin(text), tokenizer.eos_ids[0]]",
+            "*tokenizer.encode(text), tokenizer.eos_ids[0]]",
             "test_a_document_trains_on_all_but_its_first_token",
         ),
         (
@@ -775,20 +793,20 @@ MUTANTS = [
         # rows that the model makes
         (
             "rollouts: wrong answers are trained on",
-            'sorted({text for text in texts if world.is_correct(text, task["answer"])})',
-            "sorted(set(texts))",
+            "for text in sorted(set(right)):",
+            "for text in sorted(set(texts)):",
             "test_rollouts_keep_distinct_right_answers",
         ),
         (
             "rollouts: an answer counts as often as it was sampled",
-            'sorted({text for text in texts if world.is_correct(text, task["answer"])})',
-            'sorted([text for text in texts if world.is_correct(text, task["answer"])])',
+            "for text in sorted(set(right)):",
+            "for text in sorted(right):",
             "test_rollouts_keep_distinct_right_answers",
         ),
         (
             "rollouts: their share of right ones counts questions",
-            "n = len(tasks) * args.samples",
-            "n = len(tasks)",
+            "len(tasks) * args.samples, 0",
+            "len(tasks), 0",
             "test_rollouts_keep_distinct_right_answers",
         ),
         (
@@ -811,15 +829,75 @@ MUTANTS = [
         ),
         (
             "rollouts: the reference answer is shown in the question",
-            'questions = [row["messages"][:1] for row in tasks]',
+            'questions = [row["messages"][:-1] for row in tasks]',
             'questions = [row["messages"] for row in tasks]',
             "test_rollouts_train_on_other_sums_than_they_are_measured_on",
+        ),
+        (
+            "rollouts: only the first message of a question is asked",
+            'questions = [row["messages"][:-1] for row in tasks]',
+            'questions = [row["messages"][:1] for row in tasks]',
+            "test_rollouts_keep_distinct_right_answers",
+        ),
+        (
+            "rollouts: a number of a file letter by letter",
+            "checkers.number if is_number else checkers.exact",
+            "checkers.exact",
+            "test_rollouts_keep_distinct_right_answers",
+        ),
+        (
+            "rollouts: words are never right",
+            "checkers.number if is_number else checkers.exact",
+            "checkers.number",
+            "test_rollouts_keep_distinct_right_answers",
+        ),
+        (
+            "rollouts: of the world by another check than the measurement's",
+            'is_number = args.prompts and checkers.last_number(task["answer"])',
+            'is_number = checkers.last_number(task["answer"])',
+            "test_rollouts_of_the_world_are_right_by_its_own_check",
+        ),
+        (
+            "own rows are made with dropout",
+            "    model.eval()  # an adapter",
+            "    # an adapter",
+            "test_own_rows_are_made_in_dtype_and_without_dropout",
+        ),
+        (
+            "own rows are made in fp32",
+            "    with loop.autocast():\n        rows, test = examples(",
+            "    if True:\n        rows, test = examples(",
+            "test_own_rows_are_made_in_dtype_and_without_dropout",
+        ),
+        (
+            "a resumed run trains in evaluation mode",
+            "    model.train()\n    rows = fitting",
+            "    rows = fitting",
+            "test_resuming_is_exact",
+        ),
+        (
+            "exchanges are printed with dropout",
+            "        model.eval()\n        some",
+            "        some",
+            "test_the_default_run_is_compared_with_random_weights",
+        ),
+        (
+            "self-instruct: lists without the tokenizer's beginning",
+            "prompts = [tokenizer.begin(text) for text in lists]",
+            "prompts = [tokenizer.encode(text) for text in lists]",
+            "test_self_instruct_keeps_what_is_new",
         ),
         (
             "rollouts: measured on sums of the training split",
             'world.rng_for("test sums", i), "test")',
             'world.rng_for("test sums", i), "train")',
             "test_rollouts_train_on_other_sums_than_they_are_measured_on",
+        ),
+        (
+            "self-instruct: messages are text",
+            "if not all(isinstance(question, str) for question in pool):",
+            "if False:",
+            "test_self_instruct_keeps_what_is_new",
         ),
         (
             "self-instruct: near copies are new",
@@ -943,11 +1021,11 @@ MUTANTS = [
             "[loss / n for loss, n in losses]",
             "test_held_out_loss_is_the_mean_over_tokens",
         ),
-        ("measured in training mode", "    model.eval()\n", "", "test_accuracy_is_counted_by_part"),
+        ("measured in training mode", "    model.eval()\n    found", "    found", "test_accuracy_is_counted_by_part"),
         (
             "trained in evaluation mode after a measurement",
-            "    model.train()\n",
-            "",
+            "    model.train()\n    return found",
+            "    return found",
             "test_accuracy_is_counted_by_part",
         ),
         (
@@ -987,8 +1065,14 @@ MUTANTS = [
             "test_accuracy_is_counted_by_part",
         ),
         (
+            "cloze: without the tokenizer's beginning",
+            'prompts = [tokenizer.begin(row["prompt"])',
+            'prompts = [tokenizer.encode(row["prompt"])',
+            "test_cloze_is_right_up_to_the_full_stop",
+        ),
+        (
             "cloze: asked in the form of a chat",
-            'prompts = [tokenizer.encode(row["prompt"]) for row in test["cloze"]]',
+            'prompts = [tokenizer.begin(row["prompt"]) for row in test["cloze"]]',
             'said = [[{"role": "user", "content": row["prompt"]}] for row in test["cloze"]]\n'
             "        prompts = [chat.render(q, tokenizer, add_generation_prompt=True).input_ids for q in said]",
             "test_cloze_is_right_up_to_the_full_stop",
@@ -1123,15 +1207,51 @@ MUTANTS = [
         ),
         (
             "LOMO with accumulation: one update a micro-batch",
-            "and (args.micro_batch_size < args.batch_size or args.grad_clip)",
-            "and args.grad_clip",
+            "and (args.micro_batch_size < args.batch_size or args.grad_clip or",
+            "and (args.grad_clip or",
             "test_flags_that_do_not_go_together_are_refused",
         ),
         (
             "LOMO with a clip that never clips",
-            "and (args.micro_batch_size < args.batch_size or args.grad_clip)",
-            "and args.micro_batch_size < args.batch_size",
+            "and (args.micro_batch_size < args.batch_size or args.grad_clip or",
+            "and (args.micro_batch_size < args.batch_size or",
             "test_flags_that_do_not_go_together_are_refused",
+        ),
+        (
+            "LOMO with a decay that never decays",
+            " or args.grad_clip or args.weight_decay):",
+            " or args.grad_clip):",
+            "test_flags_that_do_not_go_together_are_refused",
+        ),
+        (
+            "LOMO refuses a decay that nobody asked for",
+            'args.adapter is not None or args.optimizer == "lomo"  #',
+            "args.adapter is not None  #",
+            "test_other_optimizers_resume",
+        ),
+        (
+            "LOMO tells a norm of gradients that it has freed",
+            'norm = {} if args.optimizer == "lomo" else',
+            "norm = {} if False else",
+            "test_a_run_is_a_plain_loop",
+        ),
+        (
+            "--epochs of the world is passed over",
+            "if args.data is None and args.epochs is not None:",
+            "if False:",
+            "test_flags_that_do_not_go_together_are_refused",
+        ),
+        (
+            "--eval-data is passed over for a model's own rows",
+            "if args.data in OWN_ROWS and args.eval_data:",
+            "if False:",
+            "test_flags_that_do_not_go_together_are_refused",
+        ),
+        (
+            "no epochs of a file by default",
+            'fill(args, {"epochs": (1.0,)}, 0)',
+            'fill(args, {"epochs": (0.0,)}, 0)',
+            "test_defaults_are_of_one_table",
         ),
         (
             "--neftune with shards",

@@ -140,6 +140,7 @@ MUTANTS = [
             "None if isinstance(token, dict) else token",
             SETTINGS,
         ),
+        ("bos known and not put there", "[*([self.bos_id] if self.add_bos else []), *", "[*", BOS),
         ("bos never added", "add_bos=bos_id is not None and", "add_bos=False and", BOS),
         ("bos always added where there is one", "add_bos=bos_id is not None and", "add_bos=bos_id is not None or", BOS),
         (

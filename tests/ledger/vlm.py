@@ -45,7 +45,33 @@ TURNS = "test_turns_are_true_and_balanced"
 NEARLY = "test_what_is_nearly_right_is_wrong_in_the_shape_alone"
 HELD_OUT = "test_what_is_measured_is_not_trained_on"
 
+LONG = "test_long_rows_of_the_world_are_treated_likewise"
+
 IN_VLM = [
+    # what is refused, and what is not
+    ("a column of a stage of no steps", 'or plan.get("prefer"))', "or True)", "test_a_table_of_the_connectors"),
+    ("no column of a stage that was run", 'or plan.get("prefer"))', "or False)", "test_a_table_of_the_connectors"),
+    (
+        "a rate of stages that have their own",
+        "if args.lr is not None and not any(",
+        "if False and not any(",
+        "test_flags_that_do_not_go_together_are_refused",
+    ),
+    (
+        "cross-attention of embeddings before a row",
+        'if vlm.model.prompt is not None and args.connector == "cross-attention":',
+        "if False:",
+        "test_embeddings_before_a_row_see_no_picture",
+    ),
+    (
+        "what stands before a row takes no room",
+        "vlm.config.max_length - vlm.model.virtual",
+        "vlm.config.max_length",
+        "test_what_stands_before_a_row_takes_room",
+    ),
+    ("rows of the world of any length", "(fitting(rows, what, vlm, args, loop) for", "(rows for", LONG),
+    ("no row of the world is left", "if not all(asked if name", "if not any(asked or True if name", LONG),
+    ("no description is left", 'asked if name == "instruct" else described for', "asked for", LONG),
     # what is measured
     ("scenes of the exam are trained on", 'example(f"exam {seed}", i)', "example(0, i)", HELD_OUT),
     ("unseen pairs are seen", "exam(kind, seed, pictures.UNSEEN, n)", "exam(kind, seed, pictures.SEEN, n)", HELD_OUT),

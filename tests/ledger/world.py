@@ -52,7 +52,9 @@ ERROR = "test_the_calculator_answers_anything_else_with_error"
 CORRECT = "test_an_answer_is_right_if_what_stands_after_the_reasoning_is"
 FINAL = "test_the_final_answer_stands_after_the_last_reasoning"
 WRITE = "test_write_writes_the_three_files_that_our_readers_read"
+LINE = "test_what_cannot_be_written_is_one_line_and_exit_2"
 SHOW = "test_show_shows_every_part"
+SHEET = "test_the_command_writes_a_sheet_or_says_in_one_line_why_not"
 FROZEN = "test_the_world_is_frozen"
 
 MUTANTS = [
@@ -344,8 +346,17 @@ MUTANTS = [
         ("numbers of five digits", "([+*-]) ([0-9]{1,6})", "([+*-]) ([0-9]{1,5})", CALCULATES),
         # the command line
         ("a folder that must be there", "mkdir(parents=True, exist_ok=True)", "mkdir(exist_ok=True)", WRITE),
+        ("a file in the way is a traceback", "except OSError as error:", "except KeyError as error:", LINE),
+        ("rows below 0", "if args.rows < 0:", "if False:", LINE),
+        ("a wrong flag with the usage", "parser.error = lambda message:", "parser.said = lambda message:", LINE),
         ("the seed does not reach the file", "sft_rows(args.rows, args.seed)", "sft_rows(args.rows)", WRITE),
         ("usual questions shown as unseen", "sft_test(1, args.seed, unseen=True)", "sft_test(1, args.seed)", SHOW),
         ("another world", 'rng_for("facts")', 'rng_for("other facts")', FROZEN),
+    ]
+] + [
+    Mutant(name, "data/pictures.py", old, new, "tests/test_pictures.py::" + SHEET)
+    for name, old, new in [
+        ("a sheet of one picture", "example(0, i * 8 + j).picture for j", "example(0, 0).picture for j"),
+        ("no place is a traceback", "OSError as error:\n        pars", "KeyError as error:\n        pars"),
     ]
 ]
