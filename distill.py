@@ -60,7 +60,7 @@ from data import chat, checkers, formats, world
 from data.formats import UserError
 from data.tokenizer import Tokenizer
 from kernels import IGNORED, Teachers, TopK, linear_cross_entropy, linear_divergence, linear_logps, linear_top_k
-from loop import COUNT, REAL, ROOT, WHOLE, Loop, adamw, clip, compare, fill, parser, run, set_lr
+from loop import COUNT, REAL, ROOT, WHOLE, Loop, adamw, clip, compare, fill, parser, run, set_lr, told
 from model import Config, Transformer, generate, load, token_logps
 
 # 1. The objective
@@ -455,7 +455,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                "--lr", "--warmup", "--schedule", "--weight-decay", "--grad-clip", "--max-length", "--max-new-tokens",
                "--eval-data", "--seed", "--device", "--dtype", "--compile", "--parallel", "--log-every", "--eval-every",
                "--save-every", "--resume"),
-        defaults=dict.fromkeys((*DEFAULTS, "lr", "weight_decay", "steps"))
+        defaults=told(DEFAULTS, ("", "with --data")) | dict.fromkeys(("lr", "weight_decay", "steps"))
         | {"epochs": 1.0, "schedule": "cosine", "grad_clip": 1.0},
     )
     cli.add_argument("--loss", default="forward_kl", metavar="NAME", help="one of " + ", ".join(LOSSES) + ", also with "

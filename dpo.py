@@ -49,7 +49,7 @@ from data import chat, formats, manners, world
 from data.formats import UserError
 from data.tokenizer import Tokenizer
 from kernels import IGNORED, linear_logps
-from loop import COUNT, REAL, ROOT, Loop, adamw, clip, compare, fill, parser, run, set_lr
+from loop import COUNT, REAL, ROOT, Loop, adamw, clip, compare, fill, parser, run, set_lr, told
 from lora import adapt, rates_of
 from model import Transformer, frozen, generate, load, token_logps
 
@@ -801,7 +801,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                "--warmup", "--schedule", "--weight-decay", "--grad-clip", "--max-length", "--max-new-tokens",
                "--eval-data", "--seed", "--device", "--dtype", "--compile", "--parallel", "--log-every", "--eval-every",
                "--save-every", "--resume", "--adapter"),
-        defaults=dict.fromkeys((*DEFAULTS, "lr", "steps"))
+        defaults=told(DEFAULTS) | dict.fromkeys(("lr", "steps"))
         | {"epochs": 1.0, "schedule": "linear", "weight_decay": 0.0, "grad_clip": 1.0},
     )
     cli.add_argument("--loss", choices=(*LOSSES, "all"), default="dpo", help="a variant, or a table of all of them")

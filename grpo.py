@@ -50,7 +50,7 @@ from tqdm import tqdm
 from data import chat, checkers, formats, world
 from data.formats import UserError
 from data.tokenizer import Tokenizer
-from loop import COUNT, REAL, ROOT, WHOLE, Loop, adamw, clip, compare, fill, parser, run, set_lr
+from loop import COUNT, REAL, ROOT, WHOLE, Loop, adamw, clip, compare, fill, parser, run, set_lr, told
 from lora import adapt, rates_of
 from model import Transformer, frozen, generate, load
 from ppo import (
@@ -734,8 +734,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                "--schedule", "--weight-decay", "--grad-clip", "--max-length", "--max-new-tokens", "--eval-data",
                "--seed", "--device", "--dtype", "--compile", "--parallel", "--log-every", "--eval-every",
                "--save-every", "--resume", "--adapter"),
-        defaults=dict.fromkeys((*DEFAULTS, "steps")) | {"schedule": "constant", "weight_decay": 0.0, "grad_clip": 1.0,
-                                            "log_every": 1},
+        defaults=told(DEFAULTS) | told({"steps": STEPS}, ("", "with --data"))
+        | {"schedule": "constant", "weight_decay": 0.0, "grad_clip": 1.0, "log_every": 1},
     )
     cli.epilog = LOGGED
     cli.add_argument("--loss", choices=(*LOSSES, "all"), default="grpo", help="a variant, or a table of all of them")

@@ -186,6 +186,15 @@ def fill(args: argparse.Namespace, table: dict[str, tuple], column: int) -> None
             setattr(args, name, values[column])
 
 
+def told(table: dict[str, tuple], kinds: tuple[str, ...] = ("", "with --model")) -> dict[str, dict]:
+    """A table of `fill` as defaults of `parser`, whose --help then says them all.
+
+    >>> told({"lr": (1e-3, 1e-5)})
+    {'lr': {'': 0.001, 'with --model': 1e-05}}
+    """
+    return {name: dict(zip(kinds, values, strict=True)) for name, values in table.items()}
+
+
 def run(main: Callable, get_args: Callable) -> None:
     """`main(get_args())` with the exit codes of every script: 0 done, 1 run failed, 2 bad input, 130 interrupted."""
     args = None

@@ -53,7 +53,7 @@ import kernels
 from data import chat, world
 from data.formats import UserError
 from data.tokenizer import Tokenizer, save_hf
-from loop import COUNT, ROOT, Loop, RunFailed, adamw, clip, compare, fill, parser, run, set_lr
+from loop import COUNT, ROOT, Loop, RunFailed, adamw, clip, compare, fill, parser, run, set_lr, told
 from model import Transformer, load, read_safetensors, save, stored_dtype, their_names, write_safetensors
 
 # 1. The objective
@@ -782,10 +782,11 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                "--warmup", "--schedule", "--weight-decay", "--grad-clip", "--max-length", "--max-new-tokens",
                "--eval-data", "--seed", "--device", "--dtype", "--compile", "--parallel", "--log-every", "--eval-every",
                "--save-every", "--resume", "--adapter"),
-        defaults=dict.fromkeys((*DEFAULTS, "steps")) | {"epochs": 1.0, "schedule": "linear", "weight_decay": 0.0,
-                                                              "grad_clip": 1.0, "max_new_tokens": 32},
+        defaults=told(DEFAULTS) | {"steps": None, "epochs": 1.0, "schedule": "linear", "weight_decay": 0.0,
+                                   "grad_clip": 1.0, "max_new_tokens": 32},
     )
-    cli.epilog = "methods, and what may follow them, as in lora:rank=16,alpha=32:\n" + listed()
+    cli.epilog = ("methods, and what may follow them, as in lora:rank=16,alpha=32 (lr: times --lr, the rate of full):\n"
+                  + listed())
     cli.add_argument("--method", default="lora", metavar="NAME", help="see below, or all: a table (default: lora)")
     cli.add_argument("--task", choices=TASKS, default="new", help="of the generated world: a new skill, or a "
                      "known one under a new name (default: %(default)s)")  # fmt: skip

@@ -60,7 +60,7 @@ from data import chat, checkers, formats, manners, world
 from data.formats import UserError
 from data.tokenizer import Tokenizer
 from kernels import IGNORED, linear_logps
-from loop import COUNT, REAL, WHOLE, Loop, RunFailed, adamw, clip, curve, fill, parser, run, set_lr
+from loop import COUNT, REAL, WHOLE, Loop, RunFailed, adamw, clip, curve, fill, parser, run, set_lr, told
 from lora import adapt, rates_of
 from model import Generation, Transformer, frozen, generate, load
 from reward import (
@@ -522,8 +522,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                "--schedule", "--weight-decay", "--grad-clip", "--max-length", "--max-new-tokens", "--eval-data",
                "--seed", "--device", "--dtype", "--compile", "--parallel", "--log-every", "--eval-every",
                "--save-every", "--resume", "--adapter"),
-        defaults=dict.fromkeys(DEFAULTS | OF_DATA) | {"schedule": "linear", "weight_decay": 0.0, "grad_clip": 1.0,
-                                            "log_every": 1},
+        defaults=told(DEFAULTS) | told(OF_DATA, ("", "with --data"))
+        | {"schedule": "linear", "weight_decay": 0.0, "grad_clip": 1.0, "log_every": 1},
     )
     cli.epilog = LOGGED
     cli.add_argument("--loss", choices=tuple(LOSSES), default="ppo", help="a2c: one pass and no clip")

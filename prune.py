@@ -58,7 +58,7 @@ from data.formats import UserError
 from data.tokenizer import Tokenizer
 from distill import n_bytes_of
 from kernels import linear_divergence
-from loop import COUNT, REAL, ROOT, Loop, adamw, clip, compare, fill, parser, run, set_lr
+from loop import COUNT, REAL, ROOT, Loop, adamw, clip, compare, fill, parser, run, set_lr, told
 from lora import Adapter, LoRA, linears, merge, put_at, wide
 from model import Config, Transformer, load, stored_dtype, token_logps
 from quantize import MATRICES, Inputs, inverse_factor, layer_by_layer, plant
@@ -579,8 +579,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         flags=("--model", "--data", "--out", "--steps", "--batch-size", "--micro-batch-size", "--lr", "--warmup",
                "--schedule", "--grad-clip", "--max-length", "--max-new-tokens", "--eval-data", "--seed", "--device",
                "--dtype", "--log-every", "--resume"),
-        defaults=dict.fromkeys((*DEFAULTS, "lr")) | {"steps": 60, "warmup": 10, "schedule": "linear",
-                                                     "grad_clip": 1.0, "max_new_tokens": 32},
+        defaults=told(DEFAULTS) | {"lr": None, "steps": 60, "warmup": 10, "schedule": "linear", "grad_clip": 1.0,
+                                   "max_new_tokens": 32},
     )  # fmt: skip
     cli.epilog = "methods, and the flags of each with their defaults:\n" + "\n".join(
         f"  {name:12}" + " ".join(f"--{flag} {value}" for flag, value in own.items())

@@ -55,7 +55,7 @@ import kernels
 from data import chat, world
 from data.formats import UserError
 from data.tokenizer import Tokenizer
-from loop import COUNT, REAL, ROOT, WHOLE, Loop, RunFailed, adamw, clip, compare, fill, parser, run, set_lr
+from loop import COUNT, REAL, ROOT, WHOLE, Loop, RunFailed, adamw, clip, compare, fill, parser, run, set_lr, told
 from lora import put_at
 from model import KVCache, QuantLinear, QuantMatrix, Transformer, generate, load, quantized, stored_dtype, their_names
 from sft import Batch, collate, document, encode, evaluate, file_rows, fitting, pack
@@ -689,8 +689,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         flags=("--model", "--data", "--out", "--steps", "--batch-size", "--micro-batch-size", "--lr", "--warmup",
                "--schedule", "--grad-clip", "--max-length", "--max-new-tokens", "--eval-data", "--seed", "--device",
                "--dtype", "--log-every", "--resume"),
-        defaults=dict.fromkeys(DEFAULTS) | {"steps": 100, "warmup": 10, "schedule": "linear", "grad_clip": 1.0,
-                                            "max_new_tokens": 64, "log_every": 1},
+        defaults=told(DEFAULTS) | {"steps": 100, "warmup": 10, "schedule": "linear", "grad_clip": 1.0,
+                                   "max_new_tokens": 64, "log_every": 1},
     )
     cli.add_argument("--method", default="gptq", metavar="NAME", help=f"{', '.join(METHODS)}, qat, none, or all: "
                      "a table (default: %(default)s)")  # fmt: skip

@@ -50,7 +50,7 @@ from tqdm import tqdm
 from data import chat, formats, manners, world
 from data.formats import UserError
 from data.tokenizer import Tokenizer
-from loop import COUNT, REAL, Loop, adamw, clip, fill, parser, refuse_quantized, run, set_lr
+from loop import COUNT, REAL, Loop, adamw, clip, fill, parser, refuse_quantized, run, set_lr, told
 from model import Transformer, generate, load
 
 # 1. The objective
@@ -687,8 +687,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                "--warmup", "--schedule", "--weight-decay", "--grad-clip", "--max-length", "--max-new-tokens",
                "--eval-data", "--seed", "--device", "--dtype", "--compile", "--parallel", "--log-every", "--eval-every",
                "--save-every", "--resume"),
-        defaults=dict.fromkeys(DEFAULTS) | {"steps": None, "epochs": None, "schedule": "linear", "weight_decay": 0.0,
-                                            "grad_clip": 1.0, "max_new_tokens": 80},
+        defaults=told(DEFAULTS) | {"steps": None, "epochs": None, "schedule": "linear", "weight_decay": 0.0,
+                                   "grad_clip": 1.0, "max_new_tokens": 80},
     )
     cli.epilog = LOGGED
     cli.add_argument("--feedback", choices=("comparison", "binary", "rank", "steps"), default="comparison",

@@ -44,7 +44,7 @@ from data import chat, checkers, formats, world
 from data.formats import UserError
 from data.tokenizer import Tokenizer, tiny
 from kernels import IGNORED, linear_cross_entropy
-from loop import COUNT, REAL, Loop, adamw, clip, fill, parser, refuse_quantized, run, set_lr
+from loop import COUNT, REAL, Loop, adamw, clip, fill, parser, refuse_quantized, run, set_lr, told
 from lora import adapt, rates_of
 from model import Config, Transformer, generate, load, token_logps
 
@@ -553,7 +553,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                "--lr", "--warmup", "--schedule", "--weight-decay", "--grad-clip", "--max-length", "--max-new-tokens",
                "--eval-data", "--seed", "--device", "--dtype", "--compile", "--parallel", "--log-every", "--eval-every",
                "--save-every", "--resume", "--adapter"),
-        defaults={name: dict(zip(KINDS, values, strict=True)) for name, values in DEFAULTS.items()}
+        defaults=told(DEFAULTS, KINDS)
         | {"steps": WORLD_STEPS, "epochs": {"with --data": 1.0}, "depth": 4, "schedule": "wsd",
            "weight_decay": {"": 0.1, "with --adapter": 0.0}, "grad_clip": 1.0, "max_new_tokens": 64},
     )

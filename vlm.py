@@ -68,7 +68,7 @@ from data.formats import UserError
 from data.tokenizer import Tokenizer
 from dpo import Scored, dpo, log_ratio, margin
 from kernels import IGNORED, linear_logps
-from loop import COUNT, REAL, ROOT, Loop, adamw, clip, compare, fill, parser, run, set_lr
+from loop import COUNT, REAL, ROOT, Loop, adamw, clip, compare, fill, parser, run, set_lr, told
 from lora import adapt, rates_of, trained
 from model import Config, Transformer, generate, load, read_safetensors, write_safetensors
 from sft import Muon
@@ -411,10 +411,10 @@ def top1(pairs: Tensor, same: Tensor) -> Tensor:
 
 
 STAGES = {  # steps of the default run; rate of (the tiny model, a --model of your own); what it trains
-    "contrast": {"steps": 800, "lr": (2e-3, 5e-4), "trains": ("encoder", "contrast")},
+    "contrast": {"steps": 720, "lr": (2e-3, 5e-4), "trains": ("encoder", "contrast")},
     "align": {"steps": 60, "lr": (1e-3, 3e-4), "trains": ("connector",)},
-    "instruct": {"steps": 890, "lr": (1.2e-3, 2e-5), "trains": ("connector", "model")},
-    "prefer": {"steps": 30, "lr": (1e-4, 5e-7), "trains": ("connector", "model")},
+    "instruct": {"steps": 800, "lr": (1.2e-3, 2e-5), "trains": ("connector", "model")},
+    "prefer": {"steps": 30, "lr": (3e-5, 5e-7), "trains": ("connector", "model")},
 }
 
 # 2. Data
@@ -564,7 +564,8 @@ def world_data(vlm: VLM, tokenizer: Tokenizer, args: Namespace, loop: Loop) -> D
                         ((described, "descriptions"), (asked, "rows")))  # fmt: skip
     if not all(asked if name == "instruct" else described for name in args.stages if name != "prefer"):
         raise UserError(f"no row is left to train on: --max-length is {args.max_length}")
-    scenes = [pictures.example(f"prefer {args.seed}", i) for i in range(plan.get("prefer", 0) * args.batch_size)]
+    n = 3 * plan.get("prefer", 0) * args.batch_size  # most are described rightly, and make no pair
+    scenes = [pictures.example(f"prefer {args.seed}", i) for i in range(n)]
     return Data(described, asked, scenes, world_exam(args.exam))
 
 
@@ -694,7 +695,8 @@ def sampled_pairs(vlm: VLM, tokenizer: Tokenizer, scenes: Sequence[pictures.Exam
     """[place in `scenes`, ids of an answer that is true, ids of one that is not], of 4 samples each.
 
     Chosen is a description that names what is there and nothing else (to say nothing would invent nothing, too),
-    rejected the one that invents most; or the right answer to a question for existence and the wrong one.
+    rejected the one that invents most; or the right answer to a question for existence and the wrong one. Of these
+    yes is right as often as no, or the stage would teach to say the one that the model missed more often.
     """
     prompts = tempted(vlm, tokenizer, scenes, args)
     said, found = replies(vlm, tokenizer, prompts, args, loop, samples=4, temperature=1.0, seed=args.seed + 2), []
@@ -706,6 +708,11 @@ def sampled_pairs(vlm: VLM, tokenizer: Tokenizer, scenes: Sequence[pictures.Exam
         shows = vlm.image_id in (*some[best], *some[worst])  # a sampled `<image>` stands for no picture
         if worse[best] == (0, 0) and worse[worst][0] and not shows:
             found.append([i, some[best], some[worst]])
+    yes, no = ([i for i, *_ in found if (scenes[i].kind, scenes[i].answer) == ("existence", answer)]
+               for answer in ("yes", "no"))  # fmt: skip
+    few = min(len(yes), len(no))
+    surplus = {*yes[few:], *no[few:]}
+    found = [pair for pair in found if pair[0] not in surplus]
     loop.say(f"prefer: {4 * len(scenes)} answers sampled, {false} say what is not so; {len(found)} pairs")
     return found
 
@@ -924,7 +931,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                "--warmup", "--schedule", "--weight-decay", "--grad-clip", "--max-length", "--max-new-tokens",
                "--eval-data", "--seed", "--device", "--dtype", "--compile", "--parallel", "--log-every", "--eval-every",
                "--save-every", "--resume", "--adapter"),
-        defaults=dict.fromkeys((*DEFAULTS, "lr", "steps"))
+        defaults=told(DEFAULTS) | dict.fromkeys(("lr", "steps"))
         | {"epochs": 1.0, "schedule": "linear", "weight_decay": 0.01, "grad_clip": 1.0, "max_new_tokens": 64},
     )
     cli.add_argument("--image", nargs="+", metavar="FILE", help="answer: pictures, and the question after them")

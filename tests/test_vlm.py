@@ -822,7 +822,7 @@ def test_two_steps_of_prefer_by_hand(start, tmp_path, monkeypatch):
     loop = Loop(args, "vlm")
     net, tokenizer = load_vlm(start, CPU, vlm_module.Vision("mlp", "clip", "conv"))
     scenes = vlm_module.world_data(net, tokenizer, args, loop).scenes
-    assert len(scenes) == 8
+    assert len(scenes) == 24
     found = vlm_module.sampled_pairs(net, tokenizer, scenes, args, loop)
     pairs = vlm_module.pairs_of(found, net, tokenizer, scenes, args)
     named = {n: p for n, p in net.named_parameters() if n.startswith(("model.", "connector."))}
@@ -857,6 +857,7 @@ def test_pairs_for_dpo(start, tmp_path, monkeypatch, capsys):
     b = pictures.Thing("blue", "circle", "small", 30, 30, 4)
     asked = [("How many?", "1", "count")] * 8 + [("Is there a red star?", "yes", "existence")]
     asked += [("Is there a red circle?", "no", "existence")] * 2
+    asked += [("Is there a red star?", "yes", "existence")]
     scenes = [pictures.Example(picture(i), [a, b], *row) for i, row in enumerate(asked)]
     texts = [
         ["a red star", "a red star and a blue circle", "a red circle", "a red circle and a green star"],
@@ -870,6 +871,7 @@ def test_pairs_for_dpo(start, tmp_path, monkeypatch, capsys):
         ["no", "no", "yes", "no"],
         ["yes", "yes", "yes", "no"],
         ["no"] * 4,
+        ["yes", "no", "no", "no"],  # one more that is right by yes: left out
     ]
     ids = [[tiny().encode(text) + [tiny().eos_ids[0]] for text in some] for some in texts]
     ids[7][3].insert(0, net.image_id)  # sampled, it stands for no picture
@@ -877,7 +879,7 @@ def test_pairs_for_dpo(start, tmp_path, monkeypatch, capsys):
     found = vlm_module.sampled_pairs(net, tiny(), scenes, loop.args, loop)
     assert found == [[0, ids[0][1], ids[0][3]], [3, ids[3][0], ids[3][3]], [8, ids[8][2], ids[8][0]],
                      [9, ids[9][3], ids[9][0]]]  # fmt: skip
-    assert "44 answers sampled, 19 say what is not so; 4 pairs" in capsys.readouterr().err
+    assert "48 answers sampled, 22 say what is not so; 4 pairs" in capsys.readouterr().err
     pairs = vlm_module.pairs_of(found, net, tiny(), scenes, loop.args)
     for (place, *said), pair in zip(found, pairs, strict=True):
         for completion, r in zip(said, pair, strict=True):

@@ -79,6 +79,8 @@ IN_VLM = [
     ("questions are not trained on", "if i % 4 else described[i]", "if False else described[i]", HELD_OUT),
     ("the share of text of the pictures", "n * args.replay / (1 - args.replay)", "n * args.replay", HELD_OUT),
     ("text that the model has read", "10**6 + args.seed", "args.seed", HELD_OUT),
+    ("prefer teaches to say yes", "{*yes[few:], *no[few:]}", "{*no[few:]}", "test_pairs_for_dpo"),
+    ("prefer looks at few scenes", "n = 3 * plan.get", "n = plan.get", BY_HAND_DPO),
     ("prefer sees the exam", 'f"prefer {args.seed}"', 'f"exam {args.exam}"', HELD_OUT),
     (
         "an unbounded temperature",
@@ -808,8 +810,12 @@ IN_PICTURES = [
         "[cell] * max(1, NUMBERS.index(answer))",
         "test_what_is_asked_is_true",
     ),
-    ("no is far only", "near = rng.random() < 0.5", "near = rng.random() < 0.0", "test_no_is_asked_near_and_far"),
-    ("no is near only", "near = rng.random() < 0.5", "near = rng.random() < 1.1", "test_no_is_asked_near_and_far"),
+    ("no is far only", "= rng.random() < near", "= rng.random() < 0.0", "test_no_is_asked_near_and_far"),
+    ("no is near only", "= rng.random() < near", "= rng.random() < 1.1", "test_no_is_asked_near_and_far"),
+    ("training: no is near as often as in the exam", "draw_scene(rng, kind, cell, answer, NEAR)",
+     "draw_scene(rng, kind, cell, answer)", "test_no_is_asked_near_and_far"),
+    ("later turns are near as often as the exam", '"existence", here, "no", NEAR)', '"existence", here, "no")',
+     "test_no_is_asked_near_and_far"),
     ("no is yes", 'if kind == "existence" and answer == "no":', "if False:", "test_what_is_asked_is_true"),
     (
         "things touch",
