@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-START, END = "<!-- results -->", "<!-- /results -->"
+RESULTS = {"results": False, "more results": True}  # what stands between these marks: whether runs with an --out
 # of --loss or --method all, in results/tables, each between its marks
 TABLES = ("dpo", "grpo", "lora", "distill", "quantize", "prune")
 BENCH_START, BENCH_END = "<!-- bench -->", "<!-- /bench -->"
@@ -19,6 +19,11 @@ def results(folder: Path = ROOT / "results") -> list[dict]:
     """What runs left in their result.json files, collected in `folder`, in the order of the README."""
     found = [(path.name, json.loads(path.read_text(encoding="utf-8"))) for path in folder.glob("*.json")]
     return [result for _, result in sorted(found, key=lambda item: (ORDER.index(item[1]["script"]), item[0]))]
+
+
+def of_runs(rows: list[dict], with_out: bool) -> list[dict]:
+    """Those of the default runs, each script by its name alone, or all others, whose folders were named."""
+    return [row for row in rows if (" --out " in row["command"]) == with_out]
 
 
 def table(rows: list[dict]) -> str:
@@ -92,7 +97,7 @@ def between(text: str, start: str, end: str) -> tuple[int, int]:
     return text.index(start) + len(start), text.index(end)
 
 
-def fill(text: str, made: str, start: str = START, end: str = END) -> str:
+def fill(text: str, made: str, start: str, end: str) -> str:
     """The README `text` with `made` between the markers."""
     start, end = between(text, start, end)
     return f"{text[:start]}\n{made}\n{text[end:]}"
@@ -100,7 +105,9 @@ def fill(text: str, made: str, start: str = START, end: str = END) -> str:
 
 if __name__ == "__main__":
     readme = ROOT / "README.md"
-    filled = fill(readme.read_text(encoding="utf-8"), table(results()))
+    filled = readme.read_text(encoding="utf-8")
+    for name, with_out in RESULTS.items():
+        filled = fill(filled, table(of_runs(results(), with_out)), f"<!-- {name} -->", f"<!-- /{name} -->")
     for name in TABLES:
         filled = fill(filled, variants_table(ROOT / "results" / "tables" / f"{name}.json"), *marks(name))
     rates = rates_table(ROOT / "results" / "tables" / "lora-tune.json")

@@ -10,15 +10,15 @@ import pytest
 from tests.readme import (
     BENCH_END,
     BENCH_START,
-    END,
     FIELDS,
+    RESULTS,
     ROOT,
-    START,
     TABLES,
     bench_table,
     between,
     fill,
     marks,
+    of_runs,
     rates_table,
     results,
     table,
@@ -45,10 +45,18 @@ def files() -> list[Path]:
     return [path for path, parts in inside if not left_out & {*parts} and not any(p[0] == "." for p in parts[:-1])]
 
 
-def test_results_table_is_the_generated_one():
+@pytest.mark.parametrize("name", RESULTS)
+def test_results_tables_are_the_generated_ones(name):
     text = readme()
-    start, end = between(text, START, END)
-    assert text[start:end].strip() == table(results()), "run: python -m tests.readme"
+    start, end = between(text, f"<!-- {name} -->", f"<!-- /{name} -->")
+    assert text[start:end].strip() == table(of_runs(results(), RESULTS[name])), "run: python -m tests.readme"
+
+
+def test_every_result_stands_in_one_of_the_tables():
+    found = results()
+    parts = [of_runs(found, with_out) for with_out in RESULTS.values()]
+    assert len(parts[0]) > 8 and sorted(map(str, sum(parts, []))) == sorted(map(str, found))
+    assert all(" --out " not in row["command"] for row in parts[0]), "a default run"
 
 
 def test_bench_table_is_the_generated_one():
@@ -107,12 +115,12 @@ def test_there_are_results_and_each_has_the_fields():
 
 
 def test_table_is_replaced_and_nothing_else():
-    text = f"before {START}old{END} after"
-    filled = fill(text, "new")
-    assert filled == fill(filled, "new") == f"before {START}\nnew\n{END} after"
-    for wrong in ("no marker", f"{END}{START}", f"{START}{START}{END}"):
+    text = "before [old] after"
+    filled = fill(text, "new", "[", "]")
+    assert filled == fill(filled, "new", "[", "]") == "before [\nnew\n] after"
+    for wrong in ("no marker", "][", "[[]"):
         with pytest.raises(ValueError, match="expected"):
-            fill(wrong, "new")
+            fill(wrong, "new", "[", "]")
 
 
 def test_files_of_the_map_exist():
