@@ -523,7 +523,7 @@ def examples(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer,
     if not args.data or args.eval_data == "world":
         requests = [manners.draw_request(world.rng_for("dpo test", i), "test") for i in range(REQUESTS)]
         test = {"requests": [(chat.prompt_ids(row["prompt"], tokenizer, args.chat_format), row) for row in requests]}
-        test["skills"] = world.sft_test(10)
+        test["skills"] = world.sft_test(40)
     if not args.data and args.pairs == "sampled":
         requests = [manners.draw_request(world.rng_for("dpo", args.seed, i), "train")
                     for i in range(max(1, args.steps) * args.batch_size)]  # fmt: skip
