@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = {"results": False, "more results": True}  # what stands between these marks: whether runs with an --out
 # of --loss or --method all, in results/tables, each between its marks
-TABLES = ("dpo", "grpo", "lora", "distill", "quantize", "prune")
+TABLES = ("dpo", "grpo", "lora", "distill", "quantize", "prune", "vlm")
 BENCH_START, BENCH_END = "<!-- bench -->", "<!-- /bench -->"
 ORDER = ("sft", "reward", "dpo", "ppo", "grpo", "lora", "distill", "quantize", "prune", "reason", "merge", "edit",
          "rag", "vlm")  # fmt: skip

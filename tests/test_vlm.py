@@ -1232,7 +1232,7 @@ def test_what_is_measured_is_not_trained_on(start, monkeypatch):
     texts = {tuple(row.input_ids) for row in data.asked if not row.pictures}
     of_sft = {tuple(chat.render(row["messages"], tiny()).input_ids) for row in world.sft_rows(44, args.seed)}
     assert len(texts & of_sft) < 22
-    assert len(data.scenes) == STAGES["prefer"]["steps"] * 2
+    assert len(data.scenes) == 3 * STAGES["prefer"]["steps"] * 2
     for i, (r, e) in enumerate(zip(data.described, trained, strict=False)):
         right, *wrong = (tiny().decode(caption[:-1]) for caption in r.captions)
         assert right == pictures.describe(e.things) and wrong == pictures.nearly(e.things, f"{args.seed} {i}")
