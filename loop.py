@@ -675,15 +675,12 @@ class Loop:
         elif resource:  # kilobytes on Linux, bytes on macOS
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
         speed = round(self.tokens / self.seconds, 1) if self.tokens and self.seconds else None
-        git = None
-        with contextlib.suppress(OSError):
-            found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, check=False)
-            git = found.stdout.decode().strip() or None
         result = {
             "script": self.script, "variant": variant, "metric": metric, "higher_is_better": higher_is_better,
             **primary, "metrics": metrics, "baselines": baselines or {},
             "seconds": round(self.seconds, 1), "tokens_per_second": speed, "peak_memory_mb": peak and round(peak, 1),
-            "device": device, "seed": self.args.seed, "command": self.command, "torch": torch.__version__, "git": git,
+            "device": device, "seed": self.args.seed, "command": self.command, "torch": torch.__version__,
+            "git": _commit(),
         }  # fmt: skip
         if not self.main:
             return result
@@ -764,6 +761,14 @@ def _device(name: str) -> torch.device:
         raise UserError(f"--device cuda: torchrun started more processes than the {n} devices on this machine")
     torch.cuda.set_device(rank)
     return torch.device("cuda", rank)
+
+
+@functools.cache
+def _commit() -> str | None:
+    """The short hash of the code's commit; None without git or outside a repository."""
+    with contextlib.suppress(OSError):
+        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, check=False)
+        return found.stdout.decode().strip() or None
 
 
 def _identity(args: argparse.Namespace) -> dict[str, object]:

@@ -19,6 +19,7 @@ Best possible pair accuracy and the true reward of any policy are therefore know
 import math
 import re
 from collections.abc import Collection, Iterator
+from functools import cache
 
 from data.world import FACT_PROSE, FACTS, HER, PEOPLE, SFT_ENTITIES, fact_sentence, rng_for, shuffled, split_of
 
@@ -94,9 +95,14 @@ _FACT_SHAPE = re.compile(
 )
 
 
+@cache
+def _greetings(asker: str) -> frozenset[str]:
+    return frozenset(greeting.format(asker=asker) for greeting in GREETINGS)
+
+
 def kind_of(sentence: str, asker: str, name: str) -> str:
     """greeting, thanks, farewell, rude, true, false or unknown."""
-    if sentence in {greeting.format(asker=asker) for greeting in GREETINGS}:
+    if sentence in _greetings(asker):
         return "greeting"
     for kind, known in (("thanks", THANKS), ("farewell", FAREWELLS), ("rude", RUDE)):
         if sentence in known:

@@ -211,9 +211,14 @@ def _characters() -> dict[int, str]:
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
+@cache
+def _values() -> dict[str, int]:
+    """The printable character -> the byte that it stands for."""
+    return {character: b for b, character in _characters().items()}
+
+
 def _to_bytes(token: str) -> bytes:
-    back = {character: b for b, character in _characters().items()}
-    return bytes(back[character] for character in token)
+    return bytes(map(_values().__getitem__, token))
 
 
 def _to_text(token: bytes) -> str:
