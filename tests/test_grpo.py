@@ -469,12 +469,12 @@ REWARD, REF, BETA = torch.tensor([1.0, 0.5, 0.0]), torch.tensor([0.2, 0.3, 0.5])
 
 
 def rest_of(name: str, *flags: object, kl_coef: float = 0.0) -> torch.Tensor:
-    """Where gradient descent on a bandit with three arms rests; a group is 5000 draws in exact proportion to pi."""
+    """Where gradient descent on a bandit with three arms rests; a group is 2000 draws in exact proportion to pi."""
     args = of(name, *flags)
-    theta, G = REF.double().log().clone().requires_grad_(), 5000
+    theta, G = REF.double().log().clone().requires_grad_(), 2000
     _, _, of_group, _ = LOSSES[name]
     arms = ((torch.arange(G) + 0.5) / G).double()
-    for _ in range(400):
+    for _ in range(200):
         pi = theta.log_softmax(-1)
         a = torch.searchsorted(pi.detach().exp().cumsum(-1), arms).clamp(max=2)
         logps = pi[a][:, None]

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import re
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -30,6 +31,7 @@ IN_TRAINERS = EVERYWHERE | {
 pytestmark = pytest.mark.parametrize("script", [s for s in INNER if s == "sft.py" or (ROOT / s).exists()])
 
 
+@cache
 def tree(script: str) -> ast.Module:
     return ast.parse((ROOT / script).read_text())
 
