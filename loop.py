@@ -248,13 +248,17 @@ def refuse_quantized(model: nn.Module) -> None:
 
 
 def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW on the trainable parameters of `model`, made fp32 in place; only matrices (2 or more dimensions) decay."""
+    """AdamW on the trainable parameters of `model`, made fp32 in place; only matrices (2 or more dimensions) decay.
+
+    A parameter may have a factor of its own for the rate, `lr_times`, and more decay than others, `decay`.
+    """
     refuse_quantized(model)
     _reshard(model)
     _fp32_masters(model)
     groups: dict[tuple, list[nn.Parameter]] = {}
     for p in sorted((p for p in model.parameters() if p.requires_grad), key=lambda p: p.ndim < 2):  # matrices first
-        groups.setdefault((weight_decay if p.ndim >= 2 else 0.0, getattr(p, "lr_times", 1.0)), []).append(p)
+        decay = weight_decay + getattr(p, "decay", 0.0) if p.ndim >= 2 else 0.0
+        groups.setdefault((decay, getattr(p, "lr_times", 1.0)), []).append(p)
     settings = [{"params": ps, "weight_decay": decay, "lr_times": times} for (decay, times), ps in groups.items()]
     return torch.optim.AdamW(settings, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 

@@ -9,7 +9,7 @@ part onto a frozen model below, each with its paper; their defaults are in METHO
     additive        adapter, parallel (modules between or beside the layers), prompt, p-tuning (embeddings before every
                     row), prefix, p-tuning-v2 (keys and values before every row), ia3 (factors)
     selective       bitfit (biases), fishmask (the weights that matter most)
-    reparameterized lora (rslora=true, init=pissa, lora_plus=16), dora, vera, qlora (on a base of 4 bits a weight)
+    reparameterized lora (rslora=true, init=pissa, lora_plus=16, decay=5), dora, vera, qlora (on a base of 4 bits)
     hybrid          mam: a prefix in the attention, a parallel adapter at the feed-forward network
 
 sft.py, dpo.py, ppo.py and grpo.py take --adapter: a method ("lora"), one with other values ("lora:rank=16,alpha=32"),
@@ -138,6 +138,9 @@ class LowRank(nn.Module):
 class LoRA(LowRank):
     """A normal and B zero (2106.09685); B may learn lora_plus times as fast as A (LoRA+, 2402.12354).
 
+    decay: weight decay of A and B. It draws B A to 0, and so the model to what it was, where the decay of full
+    fine-tuning draws all weights to 0. (L2-SP, 1802.01483, does the same there with a copy of the first weights.)
+
     init=pissa: both begin as the r largest singular directions of W, which the base then lacks (2404.02948, eq. 2-4).
     """
 
@@ -147,6 +150,7 @@ class LoRA(LowRank):
         down = torch.randn(len(rows) * c.rank, base.in_features, device=device) / math.sqrt(base.in_features)
         self.down, self.up = nn.Parameter(down), nn.Parameter(torch.zeros(self.n_out, c.rank, device=device))
         self.up.lr_times = c.lora_plus
+        self.down.decay = self.up.decay = c.decay
         self.first: list[tuple[Tensor, Tensor]] = []  # of pissa, each A and B as it began
         if c.init == "pissa":
             self._take_principal_directions()
@@ -415,6 +419,7 @@ class Adapter:
     dropout: float = 0.0
     init: str = "zero"
     lora_plus: float = 1.0
+    decay: float = 0.0  # of A and B, added to --weight-decay
     targets: str = ""  # regular expression, searched in names like model.layers.0.self_attn.q_proj
     tokens: int = 0  # positions before every row
     width: int = 0  # between two layers
@@ -433,23 +438,24 @@ class Adapter:
             save_hf(tokenizer, path)
 
 
-OF_LORA = {"lr": 2.0, "rank": 8, "alpha": 16.0, "rslora": False, "dropout": 0.0, "lora_plus": 1.0, "targets": "_proj$"}
+OF_LORA = {"lr": 5.0, "rank": 8, "alpha": 16.0, "rslora": False, "dropout": 0.0, "lora_plus": 1.0, "decay": 0.0,
+           "targets": "_proj$"}  # fmt: skip
 METHODS = {  # name: (what puts it there, {hyperparameter: default})
     "full": (put_all, {"lr": 1.0}),
     "lora": (put_low_rank, OF_LORA | {"init": "zero"}),
     "dora": (put_low_rank, OF_LORA),
     "qlora": (put_low_rank, OF_LORA),
-    "vera": (put_low_rank, {"lr": 40.0, "rank": 64, "alpha": 64.0, "targets": "_proj$"}),
-    "adapter": (put_adapter, {"lr": 6.0, "width": 16}),
-    "parallel": (put_parallel, {"lr": 4.0, "width": 32, "alpha": 4.0}),
-    "prompt": (put_prompt, {"lr": 100.0, "tokens": 16}),
-    "p-tuning": (put_prompt, {"lr": 6.0, "tokens": 16}),
-    "prefix": (put_prefix, {"lr": 10.0, "tokens": 16, "width": 64}),
-    "p-tuning-v2": (put_prefix, {"lr": 200.0, "tokens": 16}),
-    "ia3": (put_ia3, {"lr": 60.0, "targets": "(k|v|down)_proj$"}),
-    "bitfit": (put_bitfit, {"lr": 60.0}),
-    "fishmask": (put_all, {"lr": 2.0, "share": 0.05}),
-    "mam": (put_mam, {"lr": 4.0, "tokens": 16, "width": 32, "alpha": 4.0}),
+    "vera": (put_low_rank, {"lr": 200.0, "rank": 64, "alpha": 64.0, "targets": "_proj$"}),
+    "adapter": (put_adapter, {"lr": 30.0, "width": 16}),
+    "parallel": (put_parallel, {"lr": 20.0, "width": 32, "alpha": 4.0}),
+    "prompt": (put_prompt, {"lr": 500.0, "tokens": 16}),
+    "p-tuning": (put_prompt, {"lr": 30.0, "tokens": 16}),
+    "prefix": (put_prefix, {"lr": 50.0, "tokens": 16, "width": 64}),
+    "p-tuning-v2": (put_prefix, {"lr": 1000.0, "tokens": 16}),
+    "ia3": (put_ia3, {"lr": 300.0, "targets": "(k|v|down)_proj$"}),
+    "bitfit": (put_bitfit, {"lr": 300.0}),
+    "fishmask": (put_all, {"lr": 10.0, "share": 0.05}),
+    "mam": (put_mam, {"lr": 20.0, "tokens": 16, "width": 32, "alpha": 4.0}),
 }
 IN_PLACE = ("full", "fishmask")  # change the weights themselves: a checkpoint is a plain one
 BEFORE_ROWS = ("prompt", "p-tuning", "prefix", "p-tuning-v2")  # change no matrix: those may be of quantize.py
@@ -474,6 +480,7 @@ def parse(text: str) -> Adapter:
         (("rank", "tokens", "width"), lambda value: value >= 1, "at least 1"),
         (("lr", "alpha", "lora_plus"), lambda value: 0 < value < math.inf, "a number above 0"),
         (("dropout",), lambda value: 0 <= value < 1, "from 0 to below 1"),
+        (("decay",), lambda value: 0 <= value < math.inf, "at least 0"),
         (("share",), lambda value: 0 < value <= 1, "above 0 and at most 1"),
         (("init",), lambda value: value in ("zero", "pissa"), "zero or pissa"),
     ):
@@ -761,17 +768,19 @@ DEFAULTS = {  # flag: (the tiny model), (a --model of your own)
     "micro_batch_size": (32, 4),
     "max_length": (128, 1024),
     "warmup": (10, 10),
-    "lr": (5e-4, 1e-5),  # of full fine-tuning: that of a method is as many times that as METHODS says
+    "lr": (1e-4, 1e-5),  # of full fine-tuning: that of a method is as many times that as METHODS says
 }
+KEEPS = "lora:targets=(gate|up)_proj$,rank=16,alpha=32,decay=5"  # found by --questions validation: keeps old skills
 RATES = {  # what --tune tries, as multiples of the rate of DEFAULTS
-    "full": (0.1, 0.2, 0.3, 0.5, 1.0, 2.0),
-    "lora": (0.5, 1.0, 2.0, 4.0, 8.0),
+    "full": (0.5, 1.0, 1.5, 2.5, 5.0, 10.0),
+    "lora": (2.5, 5.0, 10.0, 20.0, 40.0),
+    KEEPS: (5.0, 10.0, 20.0, 40.0),
 }
 WORLD_STEPS = 300  # --steps where the rows are made as they are needed
-TABLE = ("full", "full:lr=0.3", "lora:rank=1", "lora:rank=4", "lora", "lora:init=pissa", "lora:lora_plus=8", "dora",
-         "qlora", "vera", "adapter", "parallel", "prompt", "p-tuning", "prefix", "p-tuning-v2", "ia3", "bitfit",
-         "fishmask", "mam")  # fmt: skip
-MAIN_METHODS = ("full", "lora", "dora", "qlora")  # which --method all runs with --seeds seeds
+TABLE = ("full", "full:lr=5", "lora:rank=1", "lora:rank=4", "lora", f"{KEEPS},lr=20", "lora:init=pissa",
+         "lora:lora_plus=8,lr=2", "dora", "qlora", "vera", "adapter", "parallel", "prompt", "p-tuning", "prefix",
+         "p-tuning-v2", "ia3", "bitfit", "fishmask", "mam")  # fmt: skip
+MAIN_METHODS = ("full", "lora", f"{KEEPS},lr=20", "qlora")  # which --method all runs with --seeds seeds
 COLUMNS = ("task", "old skills", "known task", "trainable %", "optimizer MB", "peak MB")
 
 
@@ -792,8 +801,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                      "known one under a new name (default: %(default)s)")  # fmt: skip
     cli.add_argument("--questions", choices=("test", "validation"), default="test", help="what is measured: the "
                      "questions of the tables, or others, to choose settings on (default: %(default)s)")  # fmt: skip
-    cli.add_argument("--tune", nargs="*", choices=RATES, metavar="METHOD", help="a table of learning rates, on "
-                     "validation questions, of full or lora (default: of both; DoRA and QLoRA share LoRA's)")
+    cli.add_argument("--tune", nargs="*", choices=("full", "lora"), metavar="METHOD", help="a table of learning "
+                     "rates, on validation questions, of full or lora (default: of both; DoRA and QLoRA share LoRA's)")
     cli.add_argument("--merge", action="store_true", help="write --model with --adapter merged into it, and end")
     cli.add_argument("--map", nargs="+", default=[], metavar="THEIRS=OURS", help="rename fields of the JSONL files")
     cli.add_argument("--chat-format", help="chatml, qwen2.5, qwen3 or llama3, where the checkpoint does not say")
@@ -857,6 +866,10 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
+def at_rate(method: str, times: float) -> str:
+    return f"{method}{',' if ':' in method else ':'}lr={times:g}"
+
+
 def tuned(rows: list[dict]) -> dict[str, float]:
     """{method: the rate with the most right answers to the new task}, the least such rate, of the `rows` of --tune.
 
@@ -864,7 +877,7 @@ def tuned(rows: list[dict]) -> dict[str, float]:
     """
     found: dict[str, tuple[float, float]] = {}
     for row in rows[1:]:  # the first is the model before
-        name, _, rate = row["method"].partition(":lr=")
+        name, rate = re.split("[:,]lr=", row["method"])
         found[name] = max(found.get(name, (-1.0, 0.0)), (row["task"]["mean"], -float(rate)))
     return {name: -rate for name, (_, rate) in found.items()}
 
@@ -900,11 +913,12 @@ def main(args: argparse.Namespace) -> dict:
     from sft import collate, sft_loss  # which imports this file
 
     if args.tune is not None:
-        variants = [f"{name}:lr={times:g}" for name in args.tune or RATES for times in RATES[name]]
+        names = [name for name in RATES if not args.tune or name.partition(":")[0] in args.tune]
+        variants = [at_rate(name, times) for name in names for times in RATES[name]]
         args = argparse.Namespace(**vars(args) | {"tune": None, "questions": "validation"})
         table = compare(main, resolved, args, variants, Path(args.out or ROOT / "out" / "lora-tune"), COLUMNS[:2], (),
                         flag="method")  # fmt: skip
-        print("\n".join(f"{name}:lr={times:g} answers most" for name, times in tuned(table["rows"]).items()))
+        print("\n".join(f"{at_rate(*best)} answers most" for best in tuned(table["rows"]).items()))
         return table
     if args.method == "all":
         return compare(both_tasks, resolved, args, TABLE, Path(args.out or ROOT / "out" / "lora"), COLUMNS,

@@ -1,6 +1,7 @@
 """The README's tables, made from what lies in results/ and its folders: `python -m tests.readme` rewrites them."""
 
 import json
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,6 +42,10 @@ def table(rows: list[dict]) -> str:
             row["script"], row["variant"] or "", row["metric"], f"{row['before']:.3f}", f"{row['after']:.3f}", interval,
             str(row["n"]), baselines, f"{row['seconds']:.0f}", f"`{row['command']}`", (row["git"] or "")[:7],
         ])  # fmt: skip
+    return markdown(lines)
+
+
+def markdown(lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
@@ -59,7 +64,7 @@ def variants_table(path: Path) -> str:
             digits, (mean, spread) = {"seconds": 0, "peak MB": 0, "tokens/s": 0}.get(column, 3), row[column].values()
             spread = spread if digits else None
             lines[-1].append(f"{mean:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}"))
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(lines)
 
 
 def rates_table(path: Path) -> str:
@@ -70,13 +75,13 @@ def rates_table(path: Path) -> str:
     cells: dict[str, list[str]] = {}
     best = tuned(rows)
     for row in rows[1:]:
-        name, _, rate = row["method"].partition(":lr=")
+        name, rate = re.split("[:,]lr=", row["method"])
         cell = f"×{rate} {row['task']['mean']:.3f} / {row['old skills']['mean']:.3f}"
         cells.setdefault(name, []).append(f"**{cell}**" if best[name] == float(rate) else cell)
     width = max(map(len, cells.values()))
     lines = [["method", "rate: task / old skills", *[""] * (width - 1)], ["---"] * (1 + width)]
     lines += [[name, *some, *[""] * (width - len(some))] for name, some in cells.items()]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(lines)
 
 
 def bench_table(folder: Path = ROOT / "results" / "bench") -> str:
@@ -87,7 +92,7 @@ def bench_table(folder: Path = ROOT / "results" / "bench") -> str:
             if not row["name"].endswith("error"):
                 figures = f"{row['ours']:.4g}", f"{row['peer']:.4g}", row["unit"], f"{row['ratio']:.2f}"
                 lines.append([path.stem, row["name"], *figures])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(lines)
 
 
 def between(text: str, start: str, end: str) -> tuple[int, int]:

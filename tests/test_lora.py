@@ -763,9 +763,10 @@ def test_settings_are_chosen_on_other_questions():
 
 def test_the_best_rate_is_the_least_with_the_most_right_answers():
     rows = [("SFT", 1.0, 1.0), ("lora:lr=0.5", 0.8, 0.9), ("lora:lr=1", 0.9, 0.1), ("lora:lr=2", 0.9, 0.5),
-            ("full:lr=0.2", 0.7, 0.1), ("full:lr=0.1", 0.7, 0.0), ("full:lr=60", 0.6, 1.0)]  # fmt: skip
+            ("full:lr=0.2", 0.7, 0.1), ("full:lr=0.1", 0.7, 0.0), ("full:lr=60", 0.6, 1.0),
+            ("lora:rank=2,lr=3", 0.1, 1.0)]  # fmt: skip
     rows = [{"method": name, "task": {"mean": x}, "old skills": {"mean": y}} for name, x, y in rows]
-    assert lora.tuned(rows) == {"lora": 1.0, "full": 0.1}
+    assert lora.tuned(rows) == {"lora": 1.0, "full": 0.1, "lora:rank=2": 3.0}
 
 
 def test_what_is_measured(monkeypatch):
@@ -855,7 +856,7 @@ def row_loss(logits: Tensor, row) -> Tensor:
 class LoRAByHand:
     """W + 5/3 B A for every matrix of the checkpoint's own, with A normal of variance 1 / in and B zero."""
 
-    text = "lora:rank=3,alpha=5,lora_plus=4"
+    text = "lora:rank=3,alpha=5,lora_plus=4,decay=7"
 
     def __init__(self, model: Transformer):
         self.model, self.parts = model, {}
@@ -904,7 +905,7 @@ class PromptByHand:
 
 @pytest.mark.parametrize("kind", [LoRAByHand, PromptByHand])
 def test_a_run_is_a_plain_loop(checkpoint, data, tmp_path, kind):
-    """Loss a token, schedule, rates of A and B, clipping, AdamW, and what the folder then holds."""
+    """Loss a token, schedule, rates and decay of A and B, clipping, AdamW, and what the folder then holds."""
     out = tmp_path / "out"
     flags = ("--method", kind.text, "--grad-clip", 0.2, "--weight-decay", 0.3, "--micro-batch-size", 3, "--steps", 5)
     args = args_for(checkpoint, data, out, *flags)
@@ -914,8 +915,9 @@ def test_a_run_is_a_plain_loop(checkpoint, data, tmp_path, kind):
     n_tokens = sum(sum(row.completion_mask) for row in rows)
     loop_module.Loop(args, "lora")  # which seeds
     mine = kind(model)
-    groups = [{"params": [t], "lr_times": 4.0 if "lora_B" in name else 1.0} for name, t in mine.tensors().items()]
-    optimizer, losses = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.3), []
+    groups = [{"params": [t], "lr_times": 4.0 if "lora_B" in name else 1.0,
+               "weight_decay": 7.3 if "lora" in name else 0.3} for name, t in mine.tensors().items()]  # fmt: skip
+    optimizer, losses = torch.optim.AdamW(groups, betas=(0.9, 0.95)), []
     for step in range(1, 7):
         optimizer.zero_grad()
         loss = sum(row_loss(mine.logits(torch.tensor([row.input_ids])), row) for row in rows) / n_tokens
@@ -1201,7 +1203,8 @@ def test_a_table_of_all_methods(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lora.multiprocessing, "get_context", lambda kind: Namespace(Process=Inline))
     table = whole(args)
     assert json.loads((tmp_path / "table.json").read_text()) == table
-    wanted = [("SFT", 1), *((name, 2 if name in ("full", "lora", "dora", "qlora") else 1) for name in lora.TABLE)]
+    kept = next(name for name in lora.TABLE if "decay" in name)
+    wanted = [("SFT", 1), *((name, 2 if name in ("full", "lora", kept, "qlora") else 1) for name in lora.TABLE)]
     assert [(row["method"], row["seeds"]) for row in table["rows"]] == wanted
     assert {name.partition(":")[0] for name in lora.TABLE} == set(METHODS)
     for row in table["rows"]:
@@ -1212,7 +1215,7 @@ def test_a_table_of_all_methods(tmp_path, monkeypatch, capsys):
             assert row["task"]["mean"] == row["old skills"]["mean"] == x and row["known task"]["mean"] == x + 1
             assert row["optimizer MB"]["mean"] == x + 2 and row["peak MB"]["mean"] == 100 + x
     for one in runs:
-        assert one.lr == pytest.approx(5e-4 * parse(one.method).lr) and not one.resume
+        assert one.lr == pytest.approx(1e-4 * parse(one.method).lr) and not one.resume
     assert [(one.task, one.method, one.seed) for one in runs[:4]] == [
         ("known", "full", 0), ("new", "full", 0), ("known", "full", 1), ("new", "full", 1)]  # fmt: skip
     assert len({one.out for one in runs}) == len(runs) == 2 * sum(n for _, n in wanted[1:])
@@ -1240,14 +1243,18 @@ def test_a_table_of_rates(tmp_path, monkeypatch, capsys):
     whole = lora.main
     monkeypatch.setattr(lora, "main", main)
     whole(lora.get_args(["--tune", "lora", "full", "--out", str(tmp_path)]))
-    wanted = [(name, rate) for name in ("lora", "full") for rate in lora.RATES[name]]
-    assert [one.method for one in runs] == [f"{name}:lr={rate:g}" for name, rate in wanted]
-    assert [one.lr for one in runs] == pytest.approx([5e-4 * rate for _, rate in wanted])
+    wanted = [(name, rate) for name in ("full", "lora", lora.KEEPS) for rate in lora.RATES[name]]
+    names = {"full": "full:", "lora": "lora:", lora.KEEPS: f"{lora.KEEPS},"}
+    assert [one.method for one in runs] == [f"{names[name]}lr={rate:g}" for name, rate in wanted]
+    assert [one.lr for one in runs] == pytest.approx([1e-4 * rate for _, rate in wanted])
     assert all(one.questions == "validation" and one.tune is None for one in runs)
-    least = [f"{name}:lr={min(lora.RATES[name]):g} answers most" for name in ("lora", "full")]
-    assert capsys.readouterr().out.splitlines()[-2:] == least
+    least = [f"{before}lr={min(lora.RATES[name]):g} answers most" for name, before in names.items()]
+    assert capsys.readouterr().out.splitlines()[-3:] == least
+    del runs[:]
+    whole(lora.get_args(["--tune", "full", "--out", str(tmp_path / "full")]))
+    assert [one.method.partition(":")[0] for one in runs] == ["full"] * len(lora.RATES["full"])
     whole(lora.get_args(["--tune", "--out", str(tmp_path / "all")]))
-    assert {one.method.partition(":")[0] for one in runs} == set(lora.RATES)
+    assert len(runs) == len(lora.RATES["full"]) + len(wanted)
 
 
 # Flags
@@ -1258,13 +1265,13 @@ def test_default_rates_are_those_of_full_fine_tuning_times_the_methods(checkpoin
     train(checkpoint, data, tmp_path / "run", "--method", "vera", "--steps", 1)
     folder, model = str(tmp_path / "run" / "checkpoint"), ("--model", str(checkpoint))
     for method, (_, hyper) in METHODS.items():
-        assert lora.get_args(["--method", method]).lr == pytest.approx(5e-4 * hyper["lr"])
+        assert lora.get_args(["--method", method]).lr == pytest.approx(1e-4 * hyper["lr"])
         assert lora.get_args(["--method", method, *model]).lr == pytest.approx(1e-5 * hyper["lr"])
         assert lora.get_args(["--method", method, "--lr", "0.3"]).lr == 0.3
     given = {("--method", "lora:lr=7"): 7, ("--adapter", "dora:lr=3"): 3, ("--adapter", "prompt:lr=100"): 100,
              ("--adapter", folder): METHODS["vera"][1]["lr"]}  # fmt: skip
     for flags, times in given.items():
-        assert lora.get_args([*flags]).lr == pytest.approx(5e-4 * times)
+        assert lora.get_args([*flags]).lr == pytest.approx(1e-4 * times)
         assert lora.get_args([*flags, "--lr", "0.3"]).lr == 0.3
         if flags[0] == "--adapter":
             assert sft.get_args([*flags]).lr == pytest.approx(1e-3 * times)

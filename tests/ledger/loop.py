@@ -147,14 +147,14 @@ MUTANTS = [
         ),
         (
             "norms and biases decay",
-            '(weight_decay if p.ndim >= 2 else 0.0, getattr',
-            '(weight_decay, getattr',
+            ' if p.ndim >= 2 else 0.0\n        groups',
+            '\n        groups',
             "test_only_matrices_decay",
         ),
         (
             "matrices do not decay",
-            '(weight_decay if p.ndim >= 2 else 0.0, getattr',
-            '(0.0, getattr',
+            'decay = weight_decay + getattr(p, "decay", 0.0) if',
+            'decay = 0.0 if',
             "test_only_matrices_decay",
         ),
         ("second moment too long", "betas=(0.9, 0.95)", "betas=(0.9, 0.999)", "test_adamw_moments"),

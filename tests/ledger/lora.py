@@ -289,6 +289,18 @@ IN_LORA = [
         ("test_lora_plus_lets_b_learn_faster", f"{LOOP}[LoRAByHand]"),
     ),
     (
+        "decay of B alone",
+        "self.down.decay = self.up.decay = c.decay",
+        "self.up.decay = c.decay",
+        f"{LOOP}[LoRAByHand]",
+    ),
+    (
+        "decay of A alone",
+        "self.down.decay = self.up.decay = c.decay",
+        "self.down.decay = c.decay",
+        f"{LOOP}[LoRAByHand]",
+    ),
+    (
         "LoRA+ is forgotten",
         "self.up.lr_times = c.lora_plus",
         "self.up.lr_times = 1.0",
@@ -719,7 +731,14 @@ IN_LORA = [
         OTHERS,
     ),
     ("rates: every run at the first", "for times in RATES[name]]", "for times in RATES[name][:1]]", TUNE),
-    ("rates: of all methods, always", "for name in args.tune or RATES", "for name in RATES", TUNE),
+    ("rates: of no method where none is named", "in RATES if not args.tune or name", "in RATES if name", TUNE),
+    (
+        "rates: of all methods, always",
+        "in RATES if not args.tune or name.partition(\":\")[0] in args.tune]",
+        "in RATES]",
+        TUNE,
+    ),
+    ("rates: two methods in one name", "{',' if ':' in method else ':'}lr=", ":lr=", TUNE),
     ("rates: the largest of equals", 'row["task"]["mean"], -float(rate)', 'row["task"]["mean"], float(rate)', BEST),
     ("rates: by the old skills", '(row["task"]["mean"], -float', '(row["old skills"]["mean"], -float', BEST),
     (
@@ -923,6 +942,14 @@ ELSEWHERE = [
         (SAVED, RESUME),
     ),
     ("loop.py", "LoRA+: all learn alike", 'lr * group.get("lr_times", 1.0)', "lr", f"{LOOP}[LoRAByHand]"),
+    ("loop.py", "decay of its own: none", ' + getattr(p, "decay", 0.0) if', " if", f"{LOOP}[LoRAByHand]"),
+    (
+        "loop.py",
+        "decay of its own in place of --weight-decay",
+        'weight_decay + getattr(p, "decay", 0.0) if',
+        'getattr(p, "decay", weight_decay) if',
+        f"{LOOP}[LoRAByHand]",
+    ),
     ("loop.py", "LoRA+: no groups", 'getattr(p, "lr_times", 1.0))', "1.0)", f"{LOOP}[LoRAByHand]"),
     (
         "loop.py",
