@@ -297,7 +297,7 @@ def continued(model: Transformer, tokenizer: Tokenizer, some: Sequence[Example],
 
 def check_room(model: Transformer, some: Sequence[Example], args: argparse.Namespace) -> None:
     """UserError if a prompt leaves no room for --max-new-tokens tokens of `model`."""
-    room = model.config.max_length - max((e.n_prompt for e in some), default=0)
+    room = model.context - max((e.n_prompt for e in some), default=0)
     if room < args.max_new_tokens:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: the longest prompt leaves room for {room}")
 

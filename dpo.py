@@ -619,7 +619,7 @@ def sampled(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], 
             seed: int, args: argparse.Namespace, loop: Loop) -> list[list[chat.Row]]:  # fmt: skip
     """`samples` answers of the model to each prompt."""
     rows = []
-    if (room := model.config.max_length - max(map(len, prompts))) < args.max_new_tokens:
+    if (room := model.context - max(map(len, prompts))) < args.max_new_tokens:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: the longest prompt leaves room for {room}")
     with loop.autocast():
         for start in tqdm(range(0, len(prompts), 256), "answering", disable=None, leave=False):

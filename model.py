@@ -270,6 +270,11 @@ class Transformer(nn.Module):
             elif name.endswith(".bias"):
                 nn.init.zeros_(p)
 
+    @property
+    def context(self) -> int:
+        """How many tokens a row may have: max_length, less the positions of a prompt or a prefix."""
+        return self.config.max_length - self.virtual
+
     def forward(self, input_ids: Tensor, *, documents: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) that follow each of input_ids (B, T), or (B, T, labels) of a model with a scalar head."""
         return self.head(self.hidden(input_ids, documents=documents))
@@ -518,9 +523,9 @@ def generate(
     longest = max(map(len, prompts))
     if min(map(len, prompts)) == 0:
         raise ValueError("an empty prompt: there is nothing to predict the first token from")
-    if model.virtual + longest + max_new_tokens > model.config.max_length:
-        raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of "
-                         f"{model.config.max_length}")  # fmt: skip
+    if longest + max_new_tokens > model.context:
+        new = f"{max_new_tokens} new ones"
+        raise ValueError(f"a prompt of {longest} tokens and {new} exceed the context of {model.context}")
     device, starts = model.embed.weight.device, [tuple(prompt) for prompt in prompts for _ in range(samples)]
     rows = len(starts)
     # prompts of the same ids are one, unless they have more to them than their ids
@@ -1095,9 +1100,9 @@ def main(args: argparse.Namespace) -> None:
         else:
             row = chat.render(messages, tokenizer, add_generation_prompt=True, chat_format=args.chat_format)
             prompt = row.input_ids
-        room = model.config.max_length - len(prompt)
+        room = model.context - len(prompt)
         if not prompt or room < 1:
-            raise UserError(f"the prompt has {len(prompt)} tokens, the model reads 1 to {model.config.max_length - 1}")
+            raise UserError(f"the prompt has {len(prompt)} tokens, the model reads 1 to {model.context - 1}")
         found = generate(model, [prompt], max_new_tokens=min(args.max_new_tokens, room), eos_ids=tokenizer.eos_ids,
                          samples=args.samples, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
                          seed=args.seed + len(messages), vocab_size=tokenizer.vocab_size)  # fmt: skip

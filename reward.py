@@ -426,7 +426,7 @@ def sampled(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], 
             temperature: float, seed: int) -> list[list[list[int]]]:  # fmt: skip
     """`samples` continuations of each prompt, of at most `new` tokens."""
     found = []
-    if (room := model.config.max_length - max(map(len, prompts))) < new:
+    if (room := model.context - max(map(len, prompts))) < new:
         raise UserError(f"--max-new-tokens: {new} more are to be said, and the longest prompt leaves room for {room}")
     for start in tqdm(range(0, len(prompts), 256), "sampling", disable=None, leave=False):
         found += generate(

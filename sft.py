@@ -395,7 +395,7 @@ def self_instruct(model: Transformer, tokenizer: Tokenizer, args: argparse.Names
     seeds, rng = len(pool), random.Random(args.seed)
     lists = ["".join(f"{question}\n" for question in rng.sample(pool, min(6, seeds))) for _ in range(64)]
     prompts = [tokenizer.begin(text) for text in lists]
-    if (room := model.config.max_length - max(map(len, prompts))) < args.max_new_tokens:
+    if (room := model.context - max(map(len, prompts))) < args.max_new_tokens:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: the longest list of questions leaves room for {room}")
     found = generate(
         model, prompts, max_new_tokens=args.max_new_tokens, eos_ids=tokenizer.eos_ids,
@@ -450,7 +450,7 @@ def answer(model: Transformer, tokenizer: Tokenizer, chats: list[list[dict]], ar
            samples: int, temperature: float, seed: int) -> list[list[str]]:
     """What the model says next in each of `chats`, `samples` times."""
     prompts = [chat.prompt_ids(messages, tokenizer) for messages in chats]
-    if (room := model.config.max_length - max(map(len, prompts))) < args.max_new_tokens:
+    if (room := model.context - max(map(len, prompts))) < args.max_new_tokens:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: the longest question leaves room for {room}")
     texts = []
     for start in tqdm(range(0, len(prompts), 256), "answering", disable=None, leave=False):

@@ -626,8 +626,7 @@ def replies(vlm: VLM, tokenizer: Tokenizer, prompts: Sequence[Row], args: Namesp
     """The ids of `samples` completions of each prompt, of at most `longest` (0: --max-new-tokens) tokens."""
     found: list[list[int]] = []
     longest = longest or args.max_new_tokens
-    most = vlm.config.max_length - vlm.model.virtual
-    if prompts and (room := most - max(len(row.input_ids) for row in prompts)) < longest:
+    if prompts and (room := vlm.model.context - max(len(row.input_ids) for row in prompts)) < longest:
         raise UserError(f"--max-new-tokens {longest}: the longest question leaves room for {room}")
     for start in tqdm(range(0, len(prompts), 256), "answering", disable=None, leave=False):
         some = prompts[start : start + 256]

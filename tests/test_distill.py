@@ -485,6 +485,10 @@ def test_texts_go_on_from_their_prompts(folders, tmp_path):
     assert [e.input_ids[3:] for (e,) in greedy] == said.completions
     with pytest.raises(UserError, match="--max-new-tokens 254: the longest prompt leaves room for 253"):
         distill.continued(model, tiny(), some, 1, 1.0, ("a",), Namespace(max_new_tokens=254), loop)
+    model.virtual = 4  # positions of a prefix
+    with pytest.raises(UserError, match="--max-new-tokens 250: the longest prompt leaves room for 249"):
+        distill.continued(model, tiny(), some, 1, 1.0, ("a",), Namespace(max_new_tokens=250), loop)
+    model.virtual = 0
     torch.manual_seed(0)
     wide = Transformer(replace(model.config, vocab_size=2048)).eval()  # half of its head is padding
     found = distill.continued(wide, tiny(), some, 4, 1.0, ("a",), args, loop)

@@ -789,6 +789,9 @@ def test_the_annotator_labels_samples_by_its_coin(one, monkeypatch):
     assert {call.rollout_batch for call in calls} == {7}
     with pytest.raises(UserError, match="--max-new-tokens 64: the longest prompt leaves room for 60"):
         dpo.sampled(small(), tiny(), [[1] * 99, [1] * 100], 1, 1.0, 0, one.args, one)
+    (model := small()).virtual = 9  # positions of a prefix
+    with pytest.raises(UserError, match="leaves room for 51$"):
+        dpo.sampled(model, tiny(), [[1] * 99, [1] * 100], 1, 1.0, 0, one.args, one)
     assert len({call.seed for call in calls}) == 3
     first = statistics.fmean(chat.completion_text(e.answers[0].input_ids, tiny()) == kind for e in rows)
     assert first == pytest.approx(sigmoid(0.3), abs=0.06)

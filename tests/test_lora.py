@@ -315,7 +315,7 @@ def test_what_stands_before_a_row_is_not_packed():
     adapt(net, "prompt", "")
     with pytest.raises(ValueError, match="packed"):
         net.hidden(ids(1, 6), documents=torch.tensor([[0, 0, 0, 1, 1, 1]]))
-    with pytest.raises(ValueError, match="exceed the context"):
+    with pytest.raises(ValueError, match="exceed the context of 48$"):
         generate(net, [[1] * 20], max_new_tokens=30, eos_ids=())  # 16 + 20 + 30 > 64
 
 

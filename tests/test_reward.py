@@ -542,6 +542,9 @@ def test_odds_are_of_the_first_token_after_each_prompt(tmp_path):
         assert reward.odds(model, tokenizer, prompts, ("yes", "no"), loop).equal(found)
     with pytest.raises(UserError, match="--max-new-tokens: 150 more are to be said, .* leaves room for 1[0-9][0-9]$"):
         reward.sampled(model, tokenizer, prompts, 150, 1, 1.0, 0)
+    (short := small(tiny().vocab_size)).virtual = 100  # positions of a prefix
+    with pytest.raises(UserError, match="leaves room for [0-9][0-9]$"):
+        reward.sampled(short, tokenizer, prompts, 150, 1, 1.0, 0)
     assert (
         prompts[1]
         == chat.render([{"role": "user", "content": "Hello"}], tokenizer, add_generation_prompt=True).input_ids

@@ -983,6 +983,17 @@ def test_what_is_measured_is_not_trained_on(tmp_path, monkeypatch):
     assert only.keys() == {"cloze"} and sum(next(iter(rows)).completion_mask) > 1
 
 
+def test_an_answer_needs_room(monkeypatch):
+    """Beside the question, and the positions that a prefix takes."""
+    monkeypatch.setattr(sft, "generate", lambda model, prompts, **_: Namespace(completions=[[65]] * len(prompts)))
+    chats, (model := small(max_length=40)).virtual = [[{"role": "user", "content": text}] for text in ("Go.", "Hi")], 7
+    room = 40 - 7 - len(chat.prompt_ids(chats[0], tiny()))
+    options = {"samples": 1, "temperature": 0.0, "seed": 0}
+    assert sft.answer(model, tiny(), chats, Namespace(max_new_tokens=room), **options) == [["A"]] * 2
+    with pytest.raises(UserError, match=f"--max-new-tokens {room + 1}: the longest question leaves room for {room}$"):
+        sft.answer(model, tiny(), chats, Namespace(max_new_tokens=room + 1), **options)
+
+
 def test_answers_are_asked_for_as_they_were_taught(monkeypatch):
     """The ids of a question begin those that are trained on; answers come back by question, in any number."""
     asked, tokenizer = [], replace(tiny(), eos_ids=(tiny().eos_ids[0], 5))

@@ -478,6 +478,7 @@ ROWS_OF_BUGS = [
     ("an answer for a completion", '"completion" if "completion" in row else', '"completion" if 0 else', COLUMNS),
     ("answers are not looked for", 'if args.check and args.loss == "sequence" and', "if False and", COLUMNS),
     ("answers that are no text", 'isinstance(row.get("answer"), str)', '"answer" in row', COLUMNS),
+    ("a prefix takes no room", "model.context - max(", "model.config.max_length - max(", GO_ON),
     (
         "no room for what the student writes",
         "    if args.on_policy:\n        check_room(",

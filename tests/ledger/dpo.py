@@ -1006,6 +1006,7 @@ MUTANTS = [
             "batch = collate(some, loop.device)",
             "test_compiled_runs_see_few_lengths",
         ),
+        ("a prefix takes no room", "model.context - max(", "model.config.max_length - max(", COIN),
         (
             "samples run out of the context",
             "- max(map(len, prompts))) < args.max_new_tokens",

@@ -916,8 +916,8 @@ ELSEWHERE = [
     (
         "model.py",
         "a prompt needs no room",
-        "if model.virtual + longest + max_new_tokens >",
-        "if longest + max_new_tokens >",
+        "return self.config.max_length - self.virtual",
+        "return self.config.max_length",
         "test_what_stands_before_a_row_is_not_packed",
     ),
     (

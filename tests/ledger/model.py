@@ -412,14 +412,14 @@ MUTANTS = [
         ("values stay where they were", "self.values[:, rows]", "self.values[:, : len(rows)]", CACHE),
         (
             "no room for the prompt",
-            "if model.virtual + longest + max_new_tokens > model",
-            "if model.virtual + longest > model",
+            "if longest + max_new_tokens > model",
+            "if longest > model",
             CANNOT,
         ),
         (
             "no room for the last token",
-            "if model.virtual + longest + max_new_tokens >",
-            "if model.virtual + longest + max_new_tokens >=",
+            "if longest + max_new_tokens > model",
+            "if longest + max_new_tokens >= model",
             CANNOT,
         ),
         ("an empty prompt", "if min(map(len, prompts)) == 0:", "if max(map(len, prompts)) == 0:", CANNOT),

@@ -320,6 +320,7 @@ MUTANTS = [
                 "test_bad_flags_are_one_line_and_exit_2",
             ),
             ("odds are rounded under autocast", "loop.device.type, enabled=False", "loop.device.type", ODDS),
+            ("a prefix takes no room", "model.context - max(", "model.config.max_length - max(", ODDS),
             ("samples run out of the context", "max(map(len, prompts))) < new", "max(map(len, prompts))) < 0", ODDS),
             ("opinions in log-odds", '("yes", "no"), loop).sigmoid()', '("yes", "no"), loop)', AI),
             ("the constitution without weights", "sum(p * weight for", "sum(p for", AI),

@@ -7,6 +7,19 @@ TESTS = "tests/test_sft.py::"
 MUTANTS = [
     Mutant(name, "sft.py", old, new, tuple(TESTS + t for t in ((test,) if isinstance(test, str) else test)))
     for name, old, new, test in [
+        # room for an answer
+        (
+            "a prefix takes no room",
+            "for messages in chats]\n    if (room := model.context",
+            "for messages in chats]\n    if (room := model.config.max_length",
+            "test_an_answer_needs_room",
+        ),
+        (
+            "the shortest question must fit",
+            "for messages in chats]\n    if (room := model.context - max(",
+            "for messages in chats]\n    if (room := model.context - min(",
+            "test_an_answer_needs_room",
+        ),
         # the loss
         (
             "S7: mask computed and not used",

@@ -65,8 +65,8 @@ IN_VLM = [
     ),
     (
         "what stands before a row takes no room",
-        "vlm.config.max_length - vlm.model.virtual",
-        "vlm.config.max_length",
+        "vlm.model.context - max(",
+        "vlm.config.max_length - max(",
         "test_what_stands_before_a_row_takes_room",
     ),
     ("rows of the world of any length", "(fitting(rows, what, vlm, args, loop) for", "(rows for", LONG),
