@@ -871,15 +871,16 @@ def at_rate(method: str, times: float) -> str:
 
 
 def tuned(rows: list[dict]) -> dict[str, float]:
-    """{method: the rate with the most right answers to the new task}, the least such rate, of the `rows` of --tune.
+    """{method: the least rate that answers 98% as many questions of the new task as its best}, of the `rows` of --tune.
 
     Old skills are not looked at: who tunes for a task does not know what will be asked afterwards.
     """
-    found: dict[str, tuple[float, float]] = {}
+    found: dict[str, dict[float, float]] = {}
     for row in rows[1:]:  # the first is the model before
         name, rate = re.split("[:,]lr=", row["method"])
-        found[name] = max(found.get(name, (-1.0, 0.0)), (row["task"]["mean"], -float(rate)))
-    return {name: -rate for name, (_, rate) in found.items()}
+        found.setdefault(name, {})[float(rate)] = row["task"]["mean"]
+    return {name: min(rate for rate, right in rates.items() if right >= 0.98 * max(rates.values()))
+            for name, rates in found.items()}  # fmt: skip
 
 
 def both_tasks(args: argparse.Namespace) -> None:
@@ -918,7 +919,7 @@ def main(args: argparse.Namespace) -> dict:
         args = argparse.Namespace(**vars(args) | {"tune": None, "questions": "validation"})
         table = compare(main, resolved, args, variants, Path(args.out or ROOT / "out" / "lora-tune"), COLUMNS[:2], (),
                         flag="method")  # fmt: skip
-        print("\n".join(f"{at_rate(*best)} answers most" for best in tuned(table["rows"]).items()))
+        print("\n".join(f"{at_rate(*best)} is enough" for best in tuned(table["rows"]).items()))
         return table
     if args.method == "all":
         return compare(both_tasks, resolved, args, TABLE, Path(args.out or ROOT / "out" / "lora"), COLUMNS,

@@ -378,16 +378,16 @@ def lesson(reward_model: Transformer, model: Transformer, judge: Transformer | N
         chances = [float(coin < chance) for coin, chance in zip(coins, chances, strict=True)]
     better = torch.tensor(chances, device=loop.device)
     optimizer = adamw(reward_model.requires_grad_(True), args.rm_lr, 0.0)
-    total = math.ceil(n_all / (size * ranks))
+    total, at_once = math.ceil(n_all / (size * ranks)), max(1, args.micro_batch_size // 2)
     for n, start in enumerate(range(0, size * total, size)):
         labels = better[start : start + size]
         n_pairs = loop.sum_over_ranks(len(labels))
-        if len(labels):
-            found, first = parts[start // chunk][0], 2 * (start % chunk)
-            rows = slice(first, first + 2 * size)
+        for i in range(0, len(labels), at_once):
+            few, found, first = labels[i : i + at_once], parts[start // chunk][0], 2 * (start % chunk + i)
+            rows = slice(first, first + 2 * len(few))
             with loop.autocast():
                 rewards = rewards_of(reward_model, found.input_ids[rows], found.completion_mask[rows]).view(-1, 2)
-            (bradley_terry(*rewards.T, labels, 0.0, 0.01).sum() / n_pairs).backward()
+            (bradley_terry(*rewards.T, few, 0.0, 0.01).sum() / n_pairs).backward()
         loop.all_reduce(reward_model)
         clip(reward_model, 1.0)
         for group in optimizer.param_groups:
@@ -403,11 +403,13 @@ def imitate(model: Transformer, rows: Sequence[chat.Row], args: argparse.Namespa
     optimizer, start, done = adamw(model, args.sft_lr, 0.0), time.perf_counter(), 0
     while loop.sum_over_ranks(int(loop.main and (done < steps or time.perf_counter() - start < seconds))):
         some = [rows[(done * 64 + i) % len(rows)] for i in range(64)][loop.rank :: loop.world_size]
-        batch = collate([[row] for row in some], loop.device)
-        n_tokens = loop.sum_over_ranks(int(batch.completion_mask.sum()))
-        with loop.autocast():
-            loss = sft_loss(model, batch) / n_tokens
-        loss.backward()
+        starts = range(0, len(some) or 1, args.micro_batch_size)  # a rank without rows has one of padding
+        batches = [collate([[row] for row in some[i : i + args.micro_batch_size]], loop.device) for i in starts]
+        n_tokens = loop.sum_over_ranks(sum(int(batch.completion_mask.sum()) for batch in batches))
+        for batch in batches:
+            with loop.autocast():
+                loss = sft_loss(model, batch) / n_tokens
+            loss.backward()
         loop.all_reduce(model)
         clip(model, args.grad_clip)
         optimizer.step()

@@ -495,9 +495,9 @@ def each_by_itself(model, tasks, tokenizer, samples, temperature, seed, args, lo
     return ppo.Generation(*fields, [], finished), [text for _, some in parts for text in some]
 
 
-def taught(folder: Path, n: int = 45) -> dict[str, torch.Tensor]:
+def taught(folder: Path, n: int = 45, *flags: object) -> dict[str, torch.Tensor]:
     """The reward model after a lesson on n comparisons, the policy after four steps of imitation, gradient norms."""
-    args = args_for(folder / "model", folder / "out", "--judge", "annotator", "--rm-lr", 1e-2)
+    args = args_for(folder / "model", folder / "out", "--judge", "annotator", "--rm-lr", 1e-2, *flags)
     loop, model = Loop(args, "ppo"), load(args.model)[0]
     loop.whole, ppo.answers_to = ppo.answers_to, each_by_itself
     norms, clip, ppo.clip = [], ppo.clip, lambda *a: norms.append(clip(*a))
@@ -532,6 +532,21 @@ def test_two_ranks_teach_one_model(checkpoint, tmp_path):
     for part in ("judge", "model"):
         a, b = ({name: p for name, p in x.items() if name.startswith(part)} for x in (before, one_rank))
         assert difference(a, b) > 3e-3
+
+
+def test_splitting_what_is_taught_changes_nothing(checkpoint, tmp_path, monkeypatch):
+    """Of a lesson and of imitation, at most --micro-batch-size rows are in the model at once; a comparison is two."""
+    shutil.copytree(checkpoint, tmp_path / "model")
+    sizes: list[int] = []
+    rewards_of, sft_loss = ppo.rewards_of, ppo.sft_loss
+    monkeypatch.setattr(ppo, "rewards_of", lambda model, ids, m: sizes.append(len(ids)) or rewards_of(model, ids, m))
+    monkeypatch.setattr(ppo, "sft_loss", lambda model, b: sizes.append(len(b.input_ids)) or sft_loss(model, b))
+    found = []
+    for size, seen in ((64, {32, 26, 64}), (10, {10, 2, 6, 4})):
+        found.append(taught(tmp_path, 45, "--micro-batch-size", size))
+        assert set(sizes) == seen and sum(sizes) == 2 * 45 + 4 * 64
+        del sizes[:]
+    assert difference(*found) < 1e-3
 
 
 def test_a_short_lesson_is_one(checkpoint, tmp_path):

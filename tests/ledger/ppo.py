@@ -250,8 +250,8 @@ MUTANTS = [
         ),
         (
             "the lesson is upside down",
-            "bradley_terry(*rewards.T, labels",
-            "bradley_terry(*rewards.T.flip(0), labels",
+            "bradley_terry(*rewards.T, few",
+            "bradley_terry(*rewards.T.flip(0), few",
             LESSON,
         ),
         (
@@ -275,9 +275,33 @@ MUTANTS = [
         ),
         (
             "a short lesson is none",
-            "total = math.ceil(n_all / (size * ranks))",
-            "total = n_all // (size * ranks)",
+            "math.ceil(n_all / (size * ranks)), max",
+            "n_all // (size * ranks), max",
             "test_a_short_lesson_is_one",
+        ),
+        (
+            "a lesson of all rows at once",
+            "max(1, args.micro_batch_size // 2)",
+            "10**9",
+            "test_splitting_what_is_taught_changes_nothing",
+        ),
+        (
+            "a lesson on the first rows alone",
+            "2 * (start % chunk + i)",
+            "2 * (start % chunk)",
+            "test_splitting_what_is_taught_changes_nothing",
+        ),
+        (
+            "imitation of all rows at once",
+            "for row in some[i : i + args.micro_batch_size]]",
+            "for row in some]",
+            "test_splitting_what_is_taught_changes_nothing",
+        ),
+        (
+            "imitation: tokens of a part alone are counted",
+            "sum(int(batch.completion_mask.sum()) for batch in batches))",
+            "int(batches[0].completion_mask.sum()))",
+            "test_splitting_what_is_taught_changes_nothing",
         ),
         ("ranks imitate each by itself", "        loop.all_reduce(model)\n", "", TEACH),
         (
