@@ -880,10 +880,10 @@ def main(args: argparse.Namespace) -> dict:
     loop = Loop(args, "dpo")
     start = args.model or loop.require("sft")
     model, tokenizer = load(start, with_tokenizer=True)
-    loop.check_length(model)
     model.to(loop.device).checkpoint_activations = args.checkpoint_activations
     if args.adapter:
         adapt(model, args.adapter, start, loop, dropout=False)
+    loop.check_length(model)
     resolved_values = (f"{name} {value:g}" for name in HYPER if (value := getattr(args, name)) is not None)
     loop.say(f"--loss {args.loss}: {', '.join(resolved_values)}")
     rows, test = examples(args, model, tokenizer, loop)

@@ -857,9 +857,9 @@ def main(args: argparse.Namespace) -> dict:
     start = args.model or loop.require(args.start)
     model, tokenizer = load(start, with_tokenizer=True)
     model.to(loop.device)
-    loop.check_length(model)
     if args.adapter:
         adapt(model, args.adapter, start, loop, dropout=False)
+    loop.check_length(model)
     hyper = (f"{name} {value}" for name in HYPER if (value := getattr(args, name)) is not None)
     loop.say(f"--loss {args.loss}: {', '.join(hyper)}")
     if not args.resume and loop.main:

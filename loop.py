@@ -458,7 +458,7 @@ class Loop:
 
     def check_length(self, model: nn.Module) -> None:
         """UserError if `model` cannot read --max-length tokens."""
-        if self.args.max_length > (most := model.config.max_length):
+        if self.args.max_length > (most := model.context):
             raise UserError(f"--max-length {self.args.max_length}: the model reads at most {most} tokens")
 
     def describe(self, model: nn.Module) -> None:

@@ -12,9 +12,9 @@ part onto a frozen model below, each with its paper; their defaults are in METHO
     reparameterized lora (rslora=true, init=pissa, lora_plus=16, decay=5), dora, vera, qlora (on a base of 4 bits)
     hybrid          mam: a prefix in the attention, a parallel adapter at the feed-forward network
 
-sft.py, dpo.py, ppo.py and grpo.py take --adapter: a method ("lora"), one with other values ("lora:rank=16,alpha=32"),
-or the folder of a trained one, which is trained on (a prompt of another task: SPoT, 2110.07904). There the base is its
-own reference: `model.frozen` shares what is frozen, and copies only the adapter.
+sft.py, dpo.py, ppo.py, grpo.py and vlm.py take --adapter: a method ("lora"), one with other values
+("lora:rank=16,alpha=32"), or the folder of a trained one, which is trained on (a prompt of another task: SPoT,
+2110.07904). There the base is its own reference: `model.frozen` shares what is frozen, and copies only the adapter.
 
 A checkpoint is a folder in the format of the peft library (adapter_config.json, adapter_model.safetensors), which loads
 those of lora, qlora, dora, prompt, p-tuning, prefix, p-tuning-v2 and ia3, as `adapt` loads peft's.
@@ -138,8 +138,8 @@ class LowRank(nn.Module):
 class LoRA(LowRank):
     """A normal and B zero (2106.09685); B may learn lora_plus times as fast as A (LoRA+, 2402.12354).
 
-    decay: weight decay of A and B. It draws B A to 0, and so the model to what it was, where the decay of full
-    fine-tuning draws all weights to 0. (L2-SP, 1802.01483, does the same there with a copy of the first weights.)
+    decay: weight decay of A and B. It draws B A to 0, and so the model to what it was (of dora the directions alone),
+    where that of full fine-tuning draws all weights to 0; L2-SP (1802.01483) has a copy of the first weights for that.
 
     init=pissa: both begin as the r largest singular directions of W, which the base then lacks (2404.02948, eq. 2-4).
     """
@@ -205,7 +205,7 @@ class DoRA(LoRA):
 
 
 class VeRA(LowRank):
-    """scale 1, A = d * (random, frozen) and B = b * (random, frozen): only the vectors b and d learn (2310.11454).
+    """A = d * (random, frozen) and B = b * (random, frozen): only the vectors b and d learn (2310.11454).
 
     The random matrices come from a seed and are one pair for all that are of one shape; they need not be stored.
     """
@@ -432,7 +432,8 @@ class Adapter:
         config, tensors = to_peft(model, self)
         write_safetensors(path / "adapter_model.safetensors", {name: t.detach() for name, t in tensors.items()})
         (path / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
-        own = {"fingerprint": self.fingerprint} | ({"method": "qlora"} if self.method == "qlora" else {})
+        own = {"fingerprint": self.fingerprint, "lora_plus": self.lora_plus, "decay": self.decay}
+        own |= {"method": "qlora"} if self.method == "qlora" else {}
         (path / "base.json").write_text(json.dumps(own) + "\n")  # what peft has no place for
         if tokenizer:
             save_hf(tokenizer, path)
@@ -487,6 +488,8 @@ def parse(text: str) -> Adapter:
         for name in names:
             if name in found and not is_ok(found[name]):
                 raise UserError(f"adapter {text}: {name} is {found[name]}, expected {wanted}")
+    if found.get("init") == "pissa" and found["decay"]:
+        raise UserError(f"adapter {text}: decay draws the model to its base, of which init=pissa took the best part")
     return Adapter(method, **found)
 
 
@@ -561,6 +564,11 @@ def n_learning(model: Transformer) -> int:
     return sum(getattr(p, "learns", p.numel()) for p in model.parameters() if p.requires_grad)
 
 
+def n_held(model: Transformer) -> int:
+    """How many numbers have moments in the optimizer: under fishmask all, though few of them move."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
 def described(model: Transformer, c: Adapter) -> str:
     """Which modules were adapted, the share of parameters that learn, the optimizer's memory, the bits of qlora."""
     whole, trained = sum(p.numel() for p in model.parameters()), n_learning(model)
@@ -572,7 +580,7 @@ def described(model: Transformer, c: Adapter) -> str:
     kinds = (LowRank, IA3, Bottleneck, Prompt, Prefix)
     where = sorted({re.sub(r"\.\d+\.", ".*.", name) for name, m in model.named_modules() if isinstance(m, kinds)})
     return (f"{c.method} on {', '.join(where) or 'the weights themselves'}: {trained:,} of {whole:,} parameters learn "
-            f"({trained / whole:.2%}), {8 * trained / 1e6:.2f} MB for Adam{bits}")  # fmt: skip
+            f"({trained / whole:.2%}), {8 * n_held(model) / 1e6:.2f} MB for Adam{bits}")  # fmt: skip
 
 
 def merge(model: Transformer) -> dict[str, nn.Module]:
@@ -723,7 +731,8 @@ def skill_of(task: str) -> world.Skill:
 def exchange(task: str, key: tuple, split: str) -> dict:
     """A question of `task`, in any of the world's wordings, and its answer; operands are of `split`."""
     rng, skill = world.rng_for("lora", task, *key), skill_of(task)
-    problem = world.draw_problem(skill, rng, split)
+    known_as = skill if task == "new" else world.SKILLS["sort"]  # by which name the base model's text is split
+    problem = world.draw_problem(known_as, rng, split)
     question = rng.choice(world.TEMPLATES).format(task=skill.task.format(**problem))
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": skill.solve(problem)}]
     return {"messages": messages, "part": "task", "answer": skill.solve(problem)}
@@ -929,13 +938,12 @@ def main(args: argparse.Namespace) -> dict:
     loop = Loop(args, "lora")
     start = args.model or loop.require("sft")
     model, tokenizer = load(start, with_tokenizer=not args.merge)
-    if not args.merge:
-        loop.check_length(model)
     model.to(loop.device)
     n_whole = sum(p.numel() for p in model.parameters())
     adapter = adapt(model, args.adapter or args.method, start, None if args.merge else loop)  # which may narrow it
     if args.merge:
         return merged_checkpoint(model, tokenizer, args, loop)
+    loop.check_length(model)
     if args.chat_format:
         tokenizer = replace(tokenizer, chat_format=args.chat_format)
     rows, test = examples(args, tokenizer, loop)
@@ -979,7 +987,7 @@ def main(args: argparse.Namespace) -> dict:
     # 6. Evaluate
     after = measured(model, tokenizer, test, args, loop)
     n = n_learning(model)
-    sizes = ("trainable %", 100.0, 100 * n / n_whole), ("optimizer MB", 8 * n_whole / 1e6, 8 * n / 1e6)
+    sizes = ("trainable %", 100.0, 100 * n / n_whole), ("optimizer MB", 8 * n_whole / 1e6, 8 * n_held(model) / 1e6)
     before |= {name: [whole] for name, whole, _ in sizes}
     after |= {name: [part] for name, _, part in sizes}
     return loop.finish(before, after, variant=adapter.method if args.adapter else args.method, baselines=stored(args),

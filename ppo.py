@@ -609,8 +609,8 @@ def main(args: argparse.Namespace) -> dict:
     start = args.model or loop.require("sft")
     model, tokenizer = load(start, with_tokenizer=True)
     model.to(loop.device)
-    loop.check_length(model)
     times = adapt(model, args.adapter, start, loop, dropout=False).lr if args.adapter else 1.0
+    loop.check_length(model)
     reward_model = None
     if args.reward == "model":
         reward_model = load_reward_model(args.reward_model or loop.require("reward"), tokenizer, loop.device)

@@ -22,9 +22,10 @@ numbers, and merged into W it would fill all gaps again, so that what is trained
 trains all that is left to say what the dense model says, KL(dense, pruned) (1503.02531). Zeros that a model came with
 are weights like others, to this and to every other script: a training fills those that no mask of this run holds.
 
-Differences from the papers: every layer keeps the same share (FLAP and ShortGPT's follow-ups spread it unevenly), and
-SliceGPT turns all layers by one rotation, so that no layer needs a matrix on its residual connection and what comes out
-is a plain Llama. q, k and v share one pair of factors, as do gate and up. Embedding and head are left alone.
+Differences from the papers: every layer keeps the same share, but under --scope global (FLAP and ShortGPT's follow-ups
+spread it unevenly), and SliceGPT turns all layers by one rotation, so that no layer needs a matrix on its residual
+connection and what comes out is a plain Llama. q, k and v share one pair of factors, as do gate and up. Embedding and
+head are left alone.
 
     python prune.py                                                     SparseGPT, half of the weights, then LoRA
     python prune.py --method wanda --pattern 2:4 --recover none

@@ -633,13 +633,13 @@ def main(args: argparse.Namespace) -> dict:
         model, tokenizer = load(start, with_tokenizer=True)
     if args.chat_format:
         tokenizer = replace(tokenizer, chat_format=args.chat_format)
-    loop.check_length(model)
     model.to(loop.device).checkpoint_activations = args.checkpoint_activations
     if args.adapter:
         adapt(model, args.adapter, start, loop)
         if model.virtual and (args.pack or args.neftune):
             raise UserError(f"--adapter {args.adapter} stands before a row, not before each document in it: --no-pack, "
                             "and no --neftune")
+    loop.check_length(model)
     model.eval()  # an adapter drops nothing out of what is sampled and scored
     with loop.autocast():
         rows, test = examples(args, model, tokenizer, loop)

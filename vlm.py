@@ -317,6 +317,10 @@ class VLM(nn.Module):
         return self.model.config
 
     @property
+    def context(self) -> int:
+        return self.model.context
+
+    @property
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """{what a stage may train: its parameters}"""
         contrast = [p for part in (self.pool, self.text, self.of_image, self.of_text) for p in part.parameters()]
@@ -1038,9 +1042,9 @@ def main(args: argparse.Namespace) -> dict:
     loop = Loop(args, "vlm")
     start = args.model or loop.require("sft")
     vlm, tokenizer = load_vlm(start, loop.device, Vision(args.connector, args.contrast, args.stem))
-    loop.check_length(vlm)
     if args.adapter:
         adapt(vlm.model, args.adapter, start, loop, dropout=False)
+    loop.check_length(vlm)
     if vlm.model.prompt is not None and args.connector == "cross-attention":
         raise UserError(f"--connector cross-attention: not with the adapter {vlm.model.adapter.method}, whose "
                         "embeddings before a row are no tokens that could look at a picture")  # fmt: skip

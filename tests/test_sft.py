@@ -1225,6 +1225,8 @@ def test_flags_that_do_not_go_together_are_refused(flags, said):
 def test_a_context_that_the_model_lacks_is_refused(checkpoint, problems, tmp_path):
     with pytest.raises(UserError, match="--max-length 161"):
         run(checkpoint, problems, tmp_path / "out", "--max-length", 161)
+    with pytest.raises(UserError, match="--max-length 158: the model reads at most 157 tokens"):  # beside a prompt of 3
+        run(checkpoint, problems, tmp_path / "out", "--max-length", 158, "--adapter", "prompt:tokens=3", "--no-pack")
     assert not (tmp_path / "out" / "checkpoint").exists()
 
 

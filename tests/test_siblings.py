@@ -109,6 +109,13 @@ def test_own_flags_are_explained_and_new(script):
         assert getattr(keywords.get("type"), "id", "") != "bool", f"{name}: type=bool takes every word for true"
 
 
+def test_what_an_adapter_takes_of_the_context_counts(script):
+    """`check_length` comes after `adapt`."""
+    adapted = [call.lineno for call in calls(function(script, "main"), "adapt")]
+    checked = [call.lineno for call in calls(function(script, "main"), "check_length")]
+    assert len(checked) == 1 and (not adapted or min(adapted) < checked[0])
+
+
 def test_nothing_runs_at_import(script):
     body = tree(script).body
     assert ast.get_docstring(tree(script))

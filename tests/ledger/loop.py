@@ -786,8 +786,8 @@ MUTANTS = [
         (
             "positions that the model was never built for",
             "loop.py",
-            "if self.args.max_length > (most := model.config.max_length):",
-            "if self.args.max_length > 2 * (most := model.config.max_length):",
+            "if self.args.max_length > (most := model.context):",
+            "if self.args.max_length > 2 * (most := model.context):",
             "test_sft.py::test_a_context_that_the_model_lacks_is_refused",
         ),
         (

@@ -7,6 +7,7 @@ FIRST = "test_at_first_nothing_has_changed"
 HAND = "test_lora_by_hand"
 ONLY = "test_only_the_adapter_learns"
 MERGED = "test_merged_is_adapted"
+WORDS, SAYS = "test_words_that_are_not_understood", "test_it_says_which_modules_learn"
 SAVED = "test_a_saved_adapter_is_itself_when_it_is_loaded"
 FROM_PEFT = "test_what_peft_saved_is_loaded_here"
 TO_PEFT = "test_what_is_saved_here_peft_loads"
@@ -394,8 +395,8 @@ IN_LORA = [
     ),
     (
         "--merge wants a short --max-length",
-        "    if not args.merge:\n        loop.check",
-        "    if True:\n        loop.check",
+        "    if args.merge:\n        return",
+        "    loop.check_length(model)\n    if args.merge:\n        return",
         MERGE,
     ),
     ("--merge wants a tokenizer", "with_tokenizer=not args.merge", "with_tokenizer=True", MERGE),
@@ -495,7 +496,10 @@ IN_LORA = [
         "model.prefix().transpose(1, 2).flatten(1)\n",
         TO_PEFT,
     ),
-    ("qlora is loaded as lora", '({"method": "qlora"} if self.method == "qlora" else {})', "{}", SAVED),
+    ("qlora is loaded as lora", '{"method": "qlora"} if self.method == "qlora" else {}', "{}", SAVED),
+    ("decay is not stored", ', "decay": self.decay}', "}", SAVED),
+    ("the rate of B is not stored", '"lora_plus": self.lora_plus, ', "", SAVED),
+    ("decay to what pissa left", 'found.get("init") == "pissa" and found["decay"]', "False", WORDS),
     (
         "hyperparameters are not stored",
         "for name in METHODS[c.method][1]}\n    if config",
@@ -543,9 +547,10 @@ IN_LORA = [
         "    whole += 0 * n\n",
         "test_it_says_which_modules_learn",
     ),
-    ("a half of Adam's memory", "8 * trained / 1e6", "4 * trained / 1e6", "test_it_says_which_modules_learn"),
-    ("a moment is forgotten in the result", "8 * n / 1e6)", "4 * n / 1e6)", LOOP),
+    ("a half of Adam's memory", "8 * n_held(model) / 1e6:", "4 * n_held(model) / 1e6:", SAYS),
+    ("a moment is forgotten in the result", "8 * n_held(model) / 1e6)", "4 * n_held(model) / 1e6)", LOOP),
     ("the share of what does not learn", "100 * n / n_whole", "100 - 100 * n / n_whole", LOOP),
+    ("a fish mask saves moments, it says", "8 * n_held(model) / 1e6)", "8 * n / 1e6)", f"{RESUME}[fishmask]"),
     (
         "a fish mask learns whole matrices, it says",
         'getattr(p, "learns", p.numel())',
@@ -576,8 +581,14 @@ IN_LORA = [
     # the task
     (
         "trained on operands of the test",
+        "world.draw_problem(known_as, rng, split)",
+        'world.draw_problem(known_as, rng, "test")',
+        TASK,
+    ),
+    (
+        "trained on operands of the test of what is known",
+        "world.draw_problem(known_as, rng, split)",
         "world.draw_problem(skill, rng, split)",
-        'world.draw_problem(skill, rng, "test")',
         TASK,
     ),
     ("the same question again and again", 'world.rng_for("lora", task, *key)', 'world.rng_for("lora", task)', TASK),
