@@ -388,7 +388,8 @@ def evaluate(model: Transformer, teachers: Sequence[Transformer], tokenizer: Tok
         n_tokens = statistics.fmean(sum(e.completion_mask) for e in test)
         found["KL"] = [x / n_tokens for x in kls]
     if teachers and not args.data and args.task == "weather":
-        own = [e for (e,) in continued(model, tokenizer, test, 1, 1.0, ("test",), args, loop)]
+        own = [e._replace(completion_mask=[0] * e.n_prompt + e.completion_mask[e.n_prompt :])  # what it wrote itself
+               for (e,) in continued(model, tokenizer, test, 1, 1.0, ("test",), args, loop)]  # fmt: skip
         n_tokens, kls = statistics.fmean(sum(e.completion_mask) for e in own), []
         for some in batches_of(own, args):
             batch = collate(some, loop.device, 64 if loop.compiled else 1)
@@ -456,7 +457,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                "--eval-data", "--seed", "--device", "--dtype", "--compile", "--parallel", "--log-every", "--eval-every",
                "--save-every", "--resume"),
         defaults=told(DEFAULTS, ("", "with --data")) | dict.fromkeys(("lr", "weight_decay", "steps"))
-        | {"epochs": 1.0, "schedule": "cosine", "grad_clip": 1.0},
+        | {"epochs": {"with --data": 1.0}, "schedule": "cosine", "grad_clip": 1.0},
     )
     cli.add_argument("--loss", default="forward_kl", metavar="NAME", help="one of " + ", ".join(LOSSES) + ", also with "
                      "other values (jsd:skew=0.1,on_policy=1), or all: a table (default: %(default)s)")  # fmt: skip
@@ -515,11 +516,14 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
         except argparse.ArgumentTypeError as error:
             raise UserError(f"--loss {args.loss}: {key}: {error}") from None
     args.loss = name
+    asked, weather = (args.check, args.epochs), not args.data and args.task == "weather"
     if not args.data and name == "hard":
         fill(args, {"steps": (HARD_STEPS.get(args.task),)}, 0)
     if not args.data:
         fill(args, {key: (value,) for key, value in WORLD[args.task].items() if not (key == "lr" and args.model)}, 0)
     fill(args, DEFAULTS, args.data is not None)
+    if args.data:
+        fill(args, {"epochs": (1.0,)}, 0)
     kind, defaults = LOSSES[name]
     for key in HYPER:
         if getattr(args, key) is None and key in defaults:
@@ -532,6 +536,9 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
     if args.check:
         checkers.load_reward(args.check)
     for is_wrong, text in (
+        (asked[0] and (name != "sequence" or weather),
+         "--check: of answers that a teacher writes, --loss sequence; of the weather there are none"),
+        (asked[1] and not args.data, "--epochs counts passes over --data: texts of the world come by --steps"),
         (args.alpha > 1, "--alpha: expected a number of at most 1"),
         (args.on_policy > 1, "--on-policy: expected a share of at most 1"),
         (args.temperature == 0, "--temperature: expected a number above 0"),
@@ -624,7 +631,7 @@ def conclude(teachers: Sequence[Transformer], tokenizer: Tokenizer, test: list[E
     metric, baselines, hard, best = next(iter(after)), {}, None, max if "exact match" in after else min
     if args.baseline and args.loss != "hard" and teachers and not args.data and not args.model:
         loop.say("\nthe same student on hard labels:")
-        changes = {"loss": "hard", "out": loop.out / "hard", "resume": False, "hidden": 0.0}
+        changes = {"loss": "hard", "out": loop.out / "hard", "resume": False, "hidden": 0.0, "check": None}
         changes |= dict.fromkeys((*HYPER, "top_k")) | {"steps": min(args.steps, HARD_STEPS.get(args.task, args.steps))}
         hard = main(resolved(argparse.Namespace(**vars(args) | changes)))["after"]
         baselines["the same student on hard labels"] = hard

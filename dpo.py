@@ -48,7 +48,7 @@ from tqdm import tqdm
 from data import chat, formats, manners, world
 from data.formats import UserError
 from data.tokenizer import Tokenizer
-from kernels import IGNORED, linear_logps
+from kernels import IGNORED, linear_logits, linear_logps
 from loop import COUNT, REAL, ROOT, Loop, adamw, clip, compare, fill, parser, run, set_lr, told
 from lora import adapt, rates_of
 from model import Transformer, frozen, generate, load, token_logps
@@ -347,15 +347,15 @@ class Batch(NamedTuple):
 def score(model: Transformer, ref_model: Transformer | None, batch: Batch, args: argparse.Namespace) -> Scored:
     """All answers of a batch in one forward pass; without ref_model, and none computed before, ref_logps are 0."""
     B, K = batch.scores.shape
-    kls = None
+    kls, ref_logps = None, batch.ref_logps
     if args.loss == "tdpo":
-        logps, kls = logps_and_kls(model, ref_model, batch)
+        logps, ref_logps, kls = logps_and_kls(model, ref_model, batch)
     else:
         logps = answer_logps(model, batch)
-    ref_logps = torch.zeros_like(logps[: B * K]) if batch.ref_logps is None else batch.ref_logps
-    if ref_model is not None and batch.ref_logps is None:
+    if ref_model is not None and ref_logps is None:
         with torch.no_grad():
             ref_logps = answer_logps(ref_model, batch)
+    ref_logps = torch.zeros_like(logps[: B * K]) if ref_logps is None else ref_logps
     # a rank without rows ran one row of padding: B = 0 drops it, but its gradient, 0, is there to be summed
     logps, ref_logps, lengths = (x[: B * K].view(B, K) for x in (logps, ref_logps, batch.completion_mask.sum(-1)))
     kls = None if kls is None else kls[: B * K].view(B, K)
@@ -368,17 +368,21 @@ def answer_logps(model: Transformer, batch: Batch) -> Tensor:
     return linear_logps(model.hidden_before(batch.input_ids), model.head.weight, targets).sum(-1)
 
 
-def logps_and_kls(model: Transformer, ref_model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(B K,) twice: answer_logps, and the sum over the answer of KL(ref || pi); logits of all its tokens are held."""
+def logps_and_kls(model: Transformer, ref_model: Transformer, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """(B K,) thrice: log pi and log ref of each answer, and the sum of KL(ref || pi) over its tokens.
+
+    The logits of all these tokens are held.
+    """
     kept = batch.completion_mask.bool()
 
     def distributions(model: Transformer) -> Tensor:  # log pi(. | tokens before) (n, V) at each of the n tokens
-        return model.head(model.hidden_before(batch.input_ids)[kept]).float().log_softmax(-1)
+        return linear_logits(model.hidden_before(batch.input_ids)[kept], model.head.weight).log_softmax(-1)
 
     now = distributions(model)
     with torch.no_grad():
         before = distributions(ref_model)
-    of_tokens = now.gather(-1, batch.input_ids[kept][:, None])[:, 0], (before.exp() * (before - now)).sum(-1)
+    said = batch.input_ids[kept][:, None]
+    of_tokens = now.gather(-1, said)[:, 0], before.gather(-1, said)[:, 0], (before.exp() * (before - now)).sum(-1)
     zeros = now.new_zeros(kept.shape)
     return tuple(zeros.masked_scatter(kept, x).sum(-1) for x in of_tokens)
 

@@ -7,7 +7,7 @@
 (DeepSeekMath, Shao et al. 2024, arXiv 2402.03300, equations 3, 4 and 21; DeepSeek-R1, Guo et al. 2025, 2501.12948.)
 Each prompt gets a group of sampled answers, a rule says which are right, and what is better than the group's mean
 becomes more likely. --loss picks a variant among the functions below, each with its paper; their defaults are in
-LOSSES. Plain `grpo` does not rest at ref * exp(reward / beta), where dr_grpo and rloo do: see `standardized`.
+LOSSES. Plain `grpo` does not rest at ref * exp(reward / beta), where rloo does: see `standardized`.
 
     --reward exact format=0.2     rules of data/checkers.py, each with a weight; FILE.py:function is your own
     --reward majority             agreement with most of the group, no answers needed (TTRL, 2504.16084)
@@ -85,9 +85,10 @@ def moments(reward: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def standardized(reward: Tensor, counted: Tensor, baseline: float) -> Tensor:
     """(r - mean) / std of the group (GRPO, 2402.03300, section 4.1.2).
 
-    Because of std, grpo rests (with --kl k2) at ref * exp(reward / (beta * std)), where dr_grpo and rloo, with k2 or
-    k3 --kl-weighted, rest at ref * exp(reward / beta): of three arms with reward 1, .5, 0, ref .2, .3, .5 and beta 1
-    the latter is .35, .32, .33 and grpo's fixed point .75, .19, .06.
+    Because of std, grpo rests (with --kl k2) at ref * exp(reward / (beta * std)), where rloo, with k2 or k3
+    --kl-weighted, rests at ref * exp(reward / beta), and so does dr_grpo with as many answers that the one itself
+    hardly moves their mean (with G of them reward counts (G - 1) / G): of three arms with reward 1, .5, 0, ref .2, .3,
+    .5 and beta 1 the latter is .35, .32, .33 and grpo's fixed point .75, .19, .06.
     """
     _, mean, std = moments(reward, counted)
     return torch.where(counted, (reward - mean) / (std + 1e-4), 0.0)
@@ -106,7 +107,7 @@ def leave_one_out(reward: Tensor, counted: Tensor, baseline: float) -> Tensor:
 
 
 def batch_standardized(reward: Tensor, counted: Tensor, baseline: float) -> Tensor:
-    """(r - mean) / std over all rows of the step (REINFORCE++, 2501.03262, equation 4)."""
+    """(r - mean) / std over all of the step, r (B, T) of every token (REINFORCE++, 2501.03262, equation 4)."""
     _, mean, std = moments(reward.flatten(), counted.flatten())
     return torch.where(counted, (reward - mean) / (std + 1e-4), 0.0)
 
@@ -433,14 +434,20 @@ def values_of(name: str, rollout: Rollout, tasks: Sequence[Task], steps: tuple[T
 @torch.no_grad()
 def step_scores(prm: Transformer, rollout: Rollout, tokenizer: Tokenizer, G: int, args: argparse.Namespace, loop: Loop
                 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """P(step is right) at the last token of each step, and where these are, (P, G, T); a step ends with a full stop."""
+    """P(step is right) at the last token of each step, and where these are, (P, G, T).
+
+    As reward.py was taught: a step of the world ends with a full stop, one of --data before the line does.
+    """
     with loop.autocast():
         parts = [running_rewards(prm, ids) for ids in rollout.input_ids.split(args.micro_batch_size)]
-    scores = torch.cat(parts).float().sigmoid()
-    stops = [i for i in range(tokenizer.vocab_size) if tokenizer.decode([i]).endswith(".")]
-    said = rollout.completion_mask.bool()
+    scores, ids, said = torch.cat(parts).float().sigmoid(), rollout.input_ids, rollout.completion_mask.bool()
+    texts = {i: tokenizer.decode([i]) for i in ids.unique().tolist()}
+    marks = [i for i, text in texts.items() if ("\n" in text if args.data else text.endswith("."))]
+    marked = said & torch.isin(ids, torch.tensor(marks, device=ids.device))
+    if args.data:
+        marked = said & F.pad(marked[:, 1:] & ~marked[:, :-1], (0, 1))  # the token before
     last = said & (rollout.completion_mask.flip(-1).cumsum(-1).flip(-1) == 1)
-    ends = (said & torch.isin(rollout.input_ids, torch.tensor(stops, device=scores.device))) | last
+    ends = marked | last
     return scores.view(-1, G, scores.shape[1]), ends.view(-1, G, scores.shape[1])
 
 
@@ -524,12 +531,12 @@ def advantages_of(rollout: Rollout, reward: Tensor, counted: Tensor, steps: tupl
         to_go = reward.float().to(device).flatten()[:, None] - (0.0 if kl_to_go is None else args.kl_coef * kl_to_go)
         to_go, longest = to_go.expand(-1, width), int(everybodys(torch.tensor([float(width)]), loop).amax())
         whole, all_counted = (everybodys(F.pad(x, (0, longest - width)), loop) for x in (to_go, mask.float()))
-        first = loop.rank * P * G if loop.world_size > 1 else 0
+        first = loop.rank * P * G
         return of_group(whole, all_counted > 0, baseline)[first : first + P * G, :width].float()
     if kl_to_go is not None:
         reward = reward - args.kl_coef * kl_to_go[:, 0].cpu().view(P, G).to(reward)
     whole = of_group(everybodys(reward, loop), everybodys(counted.double(), loop) > 0, baseline).float().to(device)
-    first = loop.rank * P if loop.world_size > 1 else 0
+    first = loop.rank * P
     advantages = whole[first : first + P].reshape(-1, 1).expand(-1, width)
     if steps is not None and args.process_weight:
         ends = steps[1] & mask.view(P, G, width)
@@ -709,7 +716,7 @@ LOGGED = """logged every --log-every steps, with what is healthy (printed once a
   reward            mean over answers                                  rises
   pass_rate         share that passes the first of --reward            0.2 to 0.8 teaches most
   no_spread         groups whose answers are worth the same, length aside    below 0.5; such groups teach nothing
-  loss              mean over the step's updates, about 0 in a first one: it is no progress measure
+  loss              mean over the step's updates: it is no measure of progress
   length            tokens of an answer                                no sudden jump
   unfinished        share of answers cut off at --max-new-tokens       below 0.1
   entropy           nats a token, of the rows trained on               falls slowly; near 0: nothing new is tried
@@ -766,7 +773,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--entropy-adapt", type=REAL, default=0.0,
                      help="times exp(-this * variance of rewards): equation 22 of the survey, not of R1")
     cli.add_argument("--tools", action="store_true", help="products, and a calculator that the model may call")
-    cli.add_argument("--questions", type=COUNT, help="different ones of the world (default: never one twice)")
+    cli.add_argument("--questions", type=COUNT, help="different ones of the world (default: never one twice, but "
+                     "in further turns of --dynamic-sampling)")  # fmt: skip
     cli.add_argument("--sft-steps", type=WHOLE, help="supervised steps before RL (default: of --preset, else 0)")
     cli.add_argument("--sft-data", metavar="WHAT", help="worked, annotation or a JSONL file (default: of --preset)")
     cli.add_argument("--sft-lr", type=REAL, default=1e-3, help="of these steps (default: %(default)s)")
@@ -815,7 +823,9 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
          f"--group-size 1: --loss {args.loss} compares the answers of a group"),
         (args.temperature == 0, "--temperature 0: all answers of a group would be the same"),
         (args.parallel == "fsdp", "--parallel fsdp: ranks decode unequal numbers of tokens; only replicas work here"),
-        (args.importance_cap < 1, "--importance-cap: expected at least 1, where nothing is corrected"),
+        (args.importance_cap < 1, "--importance-cap: expected at least 1, with which no token counts for more"),
+        (args.process_weight and args.loss == "reinforce++",
+         "--process-weight: --loss reinforce++ credits tokens, and has no groups whose steps are compared"),
         ((args.clip_low or 0) >= 1, "--clip-low: expected less than 1"),
         (args.overlong_buffer > args.max_new_tokens, "--overlong-buffer is longer than --max-new-tokens"),
         (args.data and args.preset, "--preset is a recipe of the generated world: it takes no --data"),

@@ -815,6 +815,17 @@ def _supervised(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor,
     return hidden, labels, kept
 
 
+def linear_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Logits (..., V) of states (..., D) and a head (V, D), held as a whole, in at least fp32.
+
+    F.linear under autocast rounds its sums to bf16, and a small divergence is then mostly rounding. Here the operands
+    are rounded as autocast would have them, and the sums are not.
+    """
+    h, w = (x.to(_wide(x.dtype)) for x in _operands(hidden, weight))
+    with torch.autocast(h.device.type, enabled=False):
+        return F.linear(h, w)
+
+
 def _operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Both in the dtype of the products: autocast's where it is on (as in F.linear, fp64 stays), else the weight's."""
     device, dtype = weight.device.type, weight.dtype
@@ -1016,7 +1027,7 @@ def linear_top_k(teachers: Teachers, k: int, *, temperature: float, mixture: Ten
         size, parts = chunk_size or _chunk_size(flat[0][1]), []
         for start in range(0, len(flat[0][0]), size):
             rows = slice(start, start + size)
-            logits = [F.linear(*_operands(h[rows], w)) for h, w in flat]
+            logits = [linear_logits(h[rows], w) for h, w in flat]
             logp = _mean_logps(logits, None if shares is None else shares[rows], temperature)
             best, ids = logp.topk(k)
             parts.append((ids, torch.cat([best, _log_rest(logp, ids)], dim=-1).clamp(min=NEVER)))

@@ -202,7 +202,7 @@ class QuantMatrix(nn.Module):
         else:
             y = kernels.quantized_linear(x, self.q)
         y = y if of_kept is None else y + of_kept
-        return y if seed is None else kernels.rotate(y, seed, back=True)
+        return y if seed is None else kernels.rotate(y, seed + 1, back=True)
 
     def _for_few_rows(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """What kernels.few_rows_linear reads, a second copy, made when a bf16 model on a CPU first decodes."""

@@ -163,10 +163,9 @@ def score(model: Transformer, ids: Tensor, mask: Tensor, tokenizer: Tokenizer, t
     targets, hidden = ids.masked_fill(mask == 0, IGNORED), model.hidden_before(ids)
     head, values = model.head.weight[: tokenizer.vocab_size], None  # ids beyond it are never sampled
     logps, entropy = linear_logps(hidden, head, targets, temperature=temperature, with_entropy=True)
-    if isinstance(critic, nn.Linear):
-        values = critic(hidden).squeeze(-1).float()
-    elif critic is not None:
-        values = (critic.hidden_before(ids) * critic.head.weight).sum(-1).float()
+    if critic is not None:
+        trunk, head = (hidden, critic) if isinstance(critic, nn.Linear) else (critic.hidden_before(ids), critic.head)
+        values = (trunk * head.weight).sum(-1).float()
     return logps, entropy, None if values is None else values.masked_fill(mask == 0, 0.0)
 
 
@@ -627,6 +626,11 @@ def main(args: argparse.Namespace) -> dict:
     if not model.adapter:  # else the base is kept so already
         loop.narrow(ref_model)
     judge = judge_of(ref_model, args, loop) if args.judge == "ai" else None
+    if args.reward == "model" and args.rm_pairs and not args.resume:
+        mine = range(loop.rank, args.rm_pairs, loop.world_size)
+        rows = (world_row(("lesson", args.seed, i), "train", args) for i in mine)
+        own = [task_of(row, tokenizer, args) for row in rows]
+        lesson(reward_model, model, judge, own, tokenizer, 0, args, loop)
     loop.seed(0)  # the critic's head is the same whatever was drawn before it
     critic = new_critic(model, reward_model if args.reward == "model" else None, args.critic)
     for p in critic.parameters():
@@ -639,11 +643,6 @@ def main(args: argparse.Namespace) -> dict:
         if kept := {key.removeprefix(f"{name}."): value for key, value in extra.items() if key.startswith(f"{name}.")}:
             module.load_state_dict(kept)
     loop.describe(model)
-    if args.reward == "model" and args.rm_pairs and not args.resume:
-        mine = range(loop.rank, args.rm_pairs, loop.world_size)
-        rows = (world_row(("lesson", args.seed, i), "train", args) for i in mine)
-        own = [task_of(row, tokenizer, args) for row in rows]
-        lesson(reward_model, model, judge, own, tokenizer, 0, args, loop)
     before = extra.get("before") or evaluate(model, None, reward_model, test, tokenizer, args, loop)
     scale = {"mean": 0.0, "std": 1.0}  # of the scores of the start
     if args.reward in LEARNED:

@@ -680,7 +680,9 @@ def main(args: argparse.Namespace) -> dict:
     # 5. Apply
     began = time.perf_counter()
     model, masks = METHODS[args.method][0](copy.deepcopy(dense), batches, args)
-    if model.config == dense.config and not masks and args.method != "dense":
+    c, old = model.config, dense.config
+    same = [c.heads == old.heads, c.ffn_width == old.ffn_width] if args.units == "both" else [c == old and not masks]
+    if any(same) and args.method != "dense":
         raise UserError(f"--sparsity {args.sparsity:g} is less than one of the units of --method {args.variant}")
     loop.say(f"{args.variant}: {len(some)} rows of {n_tokens:,} tokens, {time.perf_counter() - began:.1f} s")
     pruned = measured(model, tokenizer, test, args, loop)

@@ -20,8 +20,8 @@ is the baseline; what is better minimizes what a calibration text with inputs X 
 
 --kv quantizes what attention remembers: keys by channel, values by token (KIVI, 2402.02750); it is measured, and the
 checkpoint holds nothing of it. --plant multiplies a few channels behind each norm, and divides the weights that read
-them: the same function, to the bit, of which all that is hard in large models is now true (a small model has no
-outliers of its own; every table says where they were planted).
+them: the same function (to the bit if the factor is a power of 2), of which all that is hard in large models is now
+true (a small model has no outliers of its own; every table says where they were planted).
 
     python quantize.py                                                          gptq, 4 bits, on the tiny model
     python quantize.py --model DIR --data rows.jsonl --method awq --bits 4      a real model, real rows
@@ -39,6 +39,7 @@ import argparse
 import copy
 import math
 import random
+import re
 import shlex
 import time
 from collections.abc import Callable, Iterator
@@ -253,8 +254,11 @@ def kept_columns(weight: Tensor, kept: Tensor) -> dict[str, Tensor]:
 
 
 def quip(weight: Tensor, inputs: Inputs, c: argparse.Namespace) -> dict[str, Tensor]:
-    """gptq of R W R^T, R random rotations: no weight and no input stands out any more (2307.13304, section 3.2)."""
-    rotated = kernels.rotate(kernels.rotate(weight, c.seed).T.contiguous(), c.seed).T.contiguous()
+    """gptq of U W V^T, U and V random rotations: no weight and no input stands out any more (2307.13304, section 3.2).
+
+    They are two, of two seeds: R W R^T of one would leave a square W's share of the identity as it is.
+    """
+    rotated = kernels.rotate(kernels.rotate(weight, c.seed).T.contiguous(), c.seed + 1).T.contiguous()
     gram = kernels.rotate(kernels.rotate(inputs.gram, c.seed).T.contiguous(), c.seed)
     codes, grid, _ = optimal_brain(rotated, gram, c)
     return tensors_of(codes, grid)
@@ -415,7 +419,7 @@ class FakeQuantLinear(nn.Module):
 def kl_of(ref_hidden: Tensor, ref_head: Tensor, hidden: Tensor, head: Tensor) -> Tensor:
     """KL(reference, model) of each token (n,) in nats; hidden (n, D) and head (V, D) of each."""
     pairs = (ref_hidden, ref_head), (hidden, head)
-    ref_logps, logps = (F.log_softmax(F.linear(h, w).float(), dim=-1) for h, w in pairs)
+    ref_logps, logps = (kernels.linear_logits(h, w).log_softmax(-1) for h, w in pairs)
     return (ref_logps.exp() * (ref_logps - logps)).sum(-1)
 
 
@@ -698,7 +702,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--group-size", type=WHOLE, help="weights beside each other that share a scale; 0: all of a row "
                      "(default: 64; 0 of w8a8 and its like)")  # fmt: skip
     cli.add_argument("--symmetric", action=argparse.BooleanOptionalAction, help="codes about 0, no zero stored")
-    cli.add_argument("--rows", type=COUNT, help="of text to calibrate on (default: 256)")
+    cli.add_argument("--rows", type=COUNT, help="of text to calibrate on, of the generated world as many "
+                     "chats and texts each; qat learns by steps (default: 256)")  # fmt: skip
     cli.add_argument("--damping", type=REAL, default=0.01, help="share of the mean of X^T X's diagonal added to it "
                      "(gptq, owq, quip; default: %(default)s)")  # fmt: skip
     cli.add_argument("--act-order", action="store_true", help="gptq: columns of large inputs first")
@@ -734,7 +739,7 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
     except ValueError as error:  # a quote that is not closed, or nothing at all
         raise UserError(f"--method {args.method!r}: {error}") from None
     of_row = get_args(["--method", method, *flags]) if flags else args
-    own = {flag[2:].replace("-", "_") for flag in flags if flag.startswith("--")}
+    own = {re.sub("^--(no-)?|=.*", "", flag).replace("-", "_") for flag in flags if flag.startswith("--")}
     args = argparse.Namespace(**vars(args) | {name: getattr(of_row, name) for name in own} | {"method": method})
     if method not in (*METHODS, "qat", "none"):
         raise UserError(f"--method {method}: expected one of {', '.join(METHODS)}, qat, none, all")

@@ -178,11 +178,15 @@ def to_messages(row: dict, completion: str = "completion") -> list[dict]:
 def hold_out(rows: list[dict]) -> tuple[list[dict], list[dict]]:
     """(train, held out): the last 5% by the hash of their content, 16 to 512 of them; none of fewer than 32 rows.
 
-    It depends on nothing but the rows themselves; equal rows are on one side together.
+    It depends on nothing but the rows themselves. Rows of the same prompt are on one side together, for who has trained
+    on two answers has seen a third; of fewer than 32 prompts, equal rows are.
     """
     if len(rows) < 32:
         return rows, []
-    keys = [hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest() for row in rows]
+    contents = [json.dumps(row.get("prompt", row), sort_keys=True) for row in rows]
+    if len(set(contents)) < 32:
+        contents = [json.dumps(row, sort_keys=True) for row in rows]
+    keys = [hashlib.sha256(content.encode()).hexdigest() for content in contents]
     wanted = min(512, max(16, len(rows) // 20))
     least = sorted(keys)[-wanted]
     train = [row for row, key in zip(rows, keys, strict=True) if key < least]

@@ -647,7 +647,7 @@ def test_bits_and_divergences_are_those_of_the_rows(folders, tmp_path):
     total = n = 0.0
     for e in own:
         p, q = probs(teacher, e.input_ids), probs(model, e.input_ids)
-        places = [t for t, counts in enumerate(e.completion_mask) if counts]
+        places = [t for t, counts in enumerate(e.completion_mask) if counts and t >= e.n_prompt]  # what it wrote itself
         total, n = total + sum(kl(q[t], p[t]) for t in places), n + len(places)
     assert statistics.fmean(found["reverse KL"]) == pytest.approx(total / n, rel=1e-4)
     itself = distill.evaluate(teacher, [teacher], tiny(), test, 1024, args, loop)
@@ -1087,6 +1087,9 @@ def test_defaults_are_those_of_the_loss_the_task_and_the_kind_of_run(folders):
         (["--loss", "sequence", "--teacher", "a,b"], "--loss sequence and --hidden have one teacher"),
         (["--hidden", "1", "--teacher", "a,b"], "--loss sequence and --hidden have one teacher"),
         (["--check", "nice", "--loss", "sequence"], "nice"),
+        (["--check", "exact", "--loss", "sequence"], "of the weather there are none"),
+        (["--check", "exact", "--task", "steps", "--loss", "jsd"], "of answers that a teacher writes"),
+        (["--epochs", "2"], "--epochs counts passes over --data"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(flags, said):

@@ -566,6 +566,21 @@ def test_an_empty_batch_is_worth_nothing_and_still_runs():
         assert loss.item() == 0 and all(p.grad.abs().max() == 0 for p in model.parameters())
 
 
+def test_kls_of_tdpo_are_not_rounded():
+    """Under autocast states are in bf16, logits are not: the KL of two models that are nearly one is small."""
+    model, ref_model = small(), small()
+    with torch.no_grad():
+        model.head.weight += 1e-3 * torch.randn_like(model.head.weight)
+    batch = collate(ragged_examples(), CPU)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = score(model, ref_model, batch, of("tdpo")).kls.flatten()
+        hidden = [m.hidden_before(batch.input_ids) for m in (model, ref_model)]
+    now, then = ((h.bfloat16().double() @ m.head.weight.bfloat16().double().T).log_softmax(-1)
+                 for h, m in zip(hidden, (model, ref_model), strict=True))  # fmt: skip
+    wanted = ((then.exp() * (then - now)).sum(-1) * batch.completion_mask).sum(-1)
+    torch.testing.assert_close(found.double(), wanted, rtol=0.01, atol=1e-6)
+
+
 def test_kls_of_tdpo_are_those_of_whole_distributions():
     model, ref_model, rows = small().double(), small(seed=1).double(), ragged_examples()
     args = of("tdpo")
@@ -989,7 +1004,7 @@ def test_a_run_begins_where_the_policy_is_its_reference(checkpoint, data, tmp_pa
         run(checkpoint, data, tmp_path / "out", "--loss", name, "--steps", 4, "--dtype", precision)
         first, *_, last = logged(tmp_path / "out")
         assert first["loss"] == pytest.approx(start, abs=1e-6) and abs(last["loss"] - start) > 1e-4
-        assert abs(first["margin"]) < 1e-6 and first["chosen_reward"] == pytest.approx(0, abs=1e-6)
+        assert abs(first["margin"]) < 3e-6 and first["chosen_reward"] == pytest.approx(0, abs=3e-6)
     before = dict(load(checkpoint)[0].named_parameters())
     (ref_model,) = {id(ref): ref for model, ref, _ in seen[: len(seen) // 2] if ref is not None}.values()
     assert all(ref is not model for model, ref, _ in seen) and any(training for *_, training in seen)

@@ -2,6 +2,7 @@
 
 import json
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -208,7 +209,8 @@ def test_how_many_are_held_out(n, wanted):
     train, held_out = hold_out(numbered(n))
     assert (len(train), len(held_out)) == (n - wanted, wanted)
     assert sorted(map(str, train + held_out)) == sorted(map(str, numbered(n)))
-    assert [row for row in numbered(n) if row in train] == train  # the order stays
+    places = {row["prompt"]: i for i, row in enumerate(numbered(n))}
+    assert all(a < b for a, b in pairwise(places[row["prompt"]] for row in train))  # the order stays
 
 
 def test_held_out_depends_on_the_rows_alone():
@@ -232,6 +234,17 @@ def test_rows_of_files_and_what_is_held_out_of_them():
     assert split(["a", "b"], "c", files.get, said.append) == ([files["a"], files["b"]], files["c"]) and said == []
     assert split(["b", "c"], None, files.get, said.append) == ([files["b"], files["c"]], files["b"] + files["c"])
     assert said == ["only 30 rows: none are held out, and what is measured are the training rows"]
+
+
+def test_answers_to_one_prompt_stay_together():
+    """Also where a prompt is a list of messages; of fewer than 32 prompts rows are parted, as none would be left."""
+    for as_prompt in (str, lambda i: [{"role": "user", "content": str(i)}]):
+        rows = [{"prompt": as_prompt(i % 60), "chosen": f"a {i}", "rejected": f"b {i}"} for i in range(360)]
+        train, held_out = hold_out(rows)
+        sides = [{str(row["prompt"]) for row in side} for side in (train, held_out)]
+        assert not sides[0] & sides[1] and len(sides[1]) == 3 and len(held_out) == 18  # 5% of 360: three prompts
+    few = [row | {"prompt": "one"} for row in rows]
+    assert len(hold_out(few)[1]) == 18 and hold_out(few[:300]) != (few[:300], [])
 
 
 def test_equal_rows_stay_together():

@@ -19,6 +19,7 @@ from data.tokenizer import tiny
 from grpo import KLS, LOSSES, Rollout, Tokens, get_args, main, objective, token_weights
 from loop import Loop, RunFailed
 from model import Config, Transformer, load, save
+from reward import file_example
 from tests.oracle import oracle
 from tests.test_loop import on_two_ranks
 from tests.test_ppo import NoFloat64
@@ -722,6 +723,22 @@ def test_steps_are_scored_where_they_end(checkpoint, tmp_path, monkeypatch):
     assert read == [1, 1]
 
 
+def test_steps_of_files_end_before_the_line_does(checkpoint, tmp_path, monkeypatch):
+    """As a reward model of --data has learned it: at the last token before a line break; no decimal point ends one."""
+    monkeypatch.setattr(grpo, "running_rewards", lambda model, ids: torch.zeros_like(ids, dtype=torch.float))
+    args, loop, _, _ = asked(checkpoint, tmp_path, "--reward", "prm")
+    args.data = "rows.jsonl"
+    completions = ["3 * 0.5 = 1.5\nSo x is 1.5.\n\nDone", "5."]
+    rollout, task = scripted(completions), grpo.Task([1], {"prompt": "A"})
+    _, _, _, (_, ends) = grpo.reward_of(rollout, [task], tiny(), None, args, loop)
+    row = {"prompt": "A", "completions": ["3 * 0.5 = 1.5", "So x is 1.5.", "", "Done"], "labels": [1] * 4}
+    taught = file_example(row, tiny(), Namespace(feedback="steps", chat_format=None))
+    before = [tiny().decode([i]) for i in rollout.input_ids[0][ends[0, 0]].tolist()]
+    said = [tiny().decode([taught.rows[0].input_ids[t]]) for t, _ in taught.steps]
+    assert before[:2] == said[:2] == ["5", "."] and len(before) == 3
+    assert ends[0, 1].sum() == 1
+
+
 @pytest.mark.parametrize("chat_format", ["chatml", "qwen2.5", "qwen3"])
 def test_tools_are_called_and_masked(checkpoint, tmp_path, monkeypatch, chat_format):
     """The model says <tool>12 * 3</tool>, reads 36, says 36: rendered as a conversation; only its own words count."""
@@ -1078,6 +1095,7 @@ def test_no_steps_are_a_measurement(checkpoint, tmp_path, monkeypatch):
     (("--parallel", "fsdp"), "only replicas"), (("--reward", "nothing"), "expected exact"),
     (("--loss", "cispo", "--clip-low", 0.1), "--loss cispo has none"), (("--reward", "x.py:f"), "there is no file"),
     (("--data", "x", "--preset", "zero"), "takes no --data"), (("--process-weight", 1), "needs --reward prm"),
+    (("--process-weight", 1, "--reward", "prm", "--loss", "reinforce++"), "has no groups whose steps"),
     (("--clip-low", 1), "less than 1"), (("--importance-cap", 0.5), "at least 1"),
     (("--data", "x", "--sft-steps", 3), "give --sft-data"), (("--tools", "--sft-steps", 3), "give --sft-data"),
     (("--sft-data", "x"), "--sft-data needs --sft-steps"), (("--prm", "x"), "needs --reward prm"),

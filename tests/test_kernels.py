@@ -888,6 +888,14 @@ def test_what_is_stored_of_a_teacher():
             found = kernels.linear_top_k(said, 4, temperature=0.7, mixture=mixture, chunk_size=size)
             assert torch.equal(found.ids, ids)
             close(found.logps.exp(), torch.cat([best, 1 - best.sum(-1, keepdim=True)], dim=-1), 1e-6)
+    h, w = teachers(torch.float32)[0]
+    with torch.autocast("cpu", torch.bfloat16):  # the products', not their sums'
+        found, logits = kernels.linear_top_k([(h, w)], 4, temperature=1.0), kernels.linear_logits(h, w)
+    wanted = h.bfloat16().double() @ w.bfloat16().double().T
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), wanted, rtol=1e-5, atol=1e-5)
+    close(found.logps[..., :4], wanted.log_softmax(-1).topk(4).values, 1e-5)
+    torch.testing.assert_close(kernels.linear_logits(h.double(), w.double()), h.double() @ w.double().T)
     folded = kernels.linear_top_k([(h.view(7, 1, -1), w) for h, w in teachers()], 4, temperature=0.7)
     assert folded.ids.shape == (7, 1, 4) and folded.logps.shape == (7, 1, 5)
 

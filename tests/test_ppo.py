@@ -288,6 +288,27 @@ def rollout(checkpoint, tmp_path, *flags):
     return args, loop, model, tasks, ppo.answers_to(model, tasks, tiny(), 2, args.temperature, (1, 2), args, loop)
 
 
+def test_values_are_not_rounded(checkpoint, tmp_path):
+    """Under autocast states are in bf16, and the shared critic's products are not."""
+    _, _, model, _, (found, _) = rollout(checkpoint, tmp_path)
+    critic = ppo.new_critic(model, None, "shared")
+    with torch.autocast("cpu", torch.bfloat16):
+        values = ppo.score(model, found.input_ids, found.completion_mask, tiny(), 1.0, critic)[2]
+        hidden = model.hidden_before(found.input_ids)
+    wanted = (hidden.double() @ critic.weight[0].double()).masked_fill(found.completion_mask == 0, 0.0)
+    torch.testing.assert_close(values.double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_the_critic_begins_as_the_reward_model_that_pays(checkpoint, tmp_path, monkeypatch):
+    """After the lesson of --rm-pairs, not before."""
+    begun, new_critic = [], ppo.new_critic
+    before = load(checkpoint / "reward", labels=1)[0].blocks[0].ffn.down.weight
+    monkeypatch.setattr(ppo, "lesson", lambda reward_model, *_: reward_model.blocks[0].ffn.down.weight.data.add_(1))
+    monkeypatch.setattr(ppo, "new_critic", lambda *a: begun.append(new_critic(*a)) or begun[-1])
+    run(checkpoint, tmp_path / "out", "--rm-pairs", 4, "--steps", 0)
+    torch.testing.assert_close(begun[0].blocks[0].ffn.down.weight, before + 1)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_what_was_sampled_is_scored_alike(checkpoint, tmp_path, temperature):
     args, loop, model, _, (found, texts) = rollout(checkpoint, tmp_path, "--temperature", temperature)

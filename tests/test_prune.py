@@ -1068,6 +1068,8 @@ def test_a_method_brings_its_flags():
 def test_too_little_sparsity_is_refused(checkpoint, data, tmp_path):
     with pytest.raises(UserError, match="--sparsity 0.1 is less than one of the units of --method shortgpt"):
         prune.main(args_for(checkpoint, data, tmp_path / "a", "--method", "shortgpt", "--sparsity", 0.1))
+    with pytest.raises(UserError, match="--sparsity 0.25 is less than one of the units of --method flap"):  # one head
+        prune.main(args_for(checkpoint, data, tmp_path / "a", "--method", "flap", "--units", "both"))
     assert not (tmp_path / "a").exists()
 
 

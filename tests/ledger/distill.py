@@ -301,6 +301,12 @@ ROWS_OF_BUGS = [
     ("characters for bytes", "skip_special=True).encode())", "skip_special=True))", BITS),
     ("K1: KL is the other way round", 'divergences("forward_kl", model', 'divergences("reverse_kl", model', BITS),
     ("K1: reverse KL is forward KL", 'divergences("reverse_kl", model', 'divergences("forward_kl", model', BITS),
+    (
+        "reverse KL of tokens that were given",
+        "[0] * e.n_prompt + e.completion_mask[e.n_prompt :]",
+        "e.completion_mask",
+        BITS,
+    ),
     ("reverse KL on the data", "batches_of(own, args)", "batches_of(test, args)", BITS),
     ("KL of another row", "[(h[i], w) for h, w in targets]", "[(h[i - 1], w) for h, w in targets]", BITS),
     ("K8: measuring leaves a teacher in training mode", "model.train(training)", "model.train()", FROZEN),
@@ -485,6 +491,9 @@ ROWS_OF_BUGS = [
         "    if False:\n        check_room(",
         FILE_RULE,
     ),
+    ("the weather's answers are checked", '(name != "sequence" or weather)', '(name != "sequence")', FLAGS),
+    ("--check of what nobody writes", '(name != "sequence" or weather)', "(weather)", FLAGS),
+    ("--epochs of the world", "asked[1] and not args.data", "False", FLAGS),
     ("one of several teachers writes", '((args.hidden or name == "sequence") and', "(args.hidden and", FLAGS),
     (
         "the states of one of several teachers",

@@ -472,9 +472,33 @@ MUTANTS = [
         ),
         (
             "prm: the last token is no end",
-            ", device=scores.device))) | last",
-            ", device=scores.device)))",
+            "ends = marked | last",
+            "ends = marked",
             "test_steps_are_scored_where_they_end",
+        ),
+        (
+            "prm: steps of --data end with a full stop",
+            '("\\n" in text if args.data else text.endswith("."))',
+            'text.endswith(".")',
+            "test_steps_of_files_end_before_the_line_does",
+        ),
+        (
+            "prm: steps of --data end with the break",
+            "        marked = said & F.pad(marked[:, 1:] & ~marked[:, :-1], (0, 1))  # the token before\n",
+            "        pass\n",
+            "test_steps_of_files_end_before_the_line_does",
+        ),
+        (
+            "prm: an empty line is a step",
+            "F.pad(marked[:, 1:] & ~marked[:, :-1], (0, 1))",
+            "F.pad(marked[:, 1:], (0, 1))",
+            "test_steps_of_files_end_before_the_line_does",
+        ),
+        (
+            "process rewards that reinforce++ does not see",
+            'args.process_weight and args.loss == "reinforce++"',
+            "False",
+            "test_flags_that_do_not_go_together_are_refused",
         ),
         (
             "prm: no sigmoid",
@@ -641,7 +665,7 @@ MUTANTS = [
             "n_rows = max(1, int(mask[rows].any(-1).sum()))",
             RANKS,
         ),
-        ("ranks take each other's advantages", "first = loop.rank * P if", "first = 0 * P if", RANKS),
+        ("ranks take each other's advantages", "first = loop.rank * P\n", "first = 0\n", RANKS),
         ("the running mean of rewards is not kept", '"baseline": baseline}', '"baseline": None}', f"{RESUME}[flags1]"),
         (
             "the start is not kept where SFT came before",

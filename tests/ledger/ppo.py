@@ -184,15 +184,34 @@ MUTANTS = [
         ("the controller jumps", "(1 + 0.1 * max", "(1 + max", STEER),
         (
             "P13: the critic sees the token that it values",
-            "values = (critic.hidden_before(ids) * critic.head",
-            "values = (critic.hidden(ids) * critic.head",
+            "else (critic.hidden_before(ids), critic.head)",
+            "else (critic.hidden(ids), critic.head)",
             f"{BEFORE}[own]",
         ),
         (
             "P13: the shared critic sees the token",
-            "values = critic(hidden).squeeze(-1).float()",
-            "values = critic(model.hidden(ids)).squeeze(-1).float()",
+            "(hidden, critic) if isinstance(critic, nn.Linear)",
+            "(model.hidden(ids), critic) if isinstance(critic, nn.Linear)",
             f"{BEFORE}[shared]",
+        ),
+        (
+            "values in bf16",
+            "values = (trunk * head.weight).sum(-1).float()",
+            "values = F.linear(trunk, head.weight)[..., 0].float()",
+            "test_values_are_not_rounded",
+        ),
+        (
+            "the critic is the reward model before its lesson",
+            """        lesson(reward_model, model, judge, own, tokenizer, 0, args, loop)
+    loop.seed(0)  # the critic's head is the same whatever was drawn before it
+    critic = new_critic(model, reward_model if args.reward == "model" else None, args.critic)
+""",
+            """        critic = new_critic(model, reward_model, args.critic)
+        lesson(reward_model, model, judge, own, tokenizer, 0, args, loop)
+    else:
+        critic = new_critic(model, reward_model if args.reward == "model" else None, args.critic)
+""",
+            "test_the_critic_begins_as_the_reward_model_that_pays",
         ),
         (
             "P17: a large head",

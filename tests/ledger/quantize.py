@@ -206,6 +206,13 @@ IN_QUANTIZE = [
         MIXED,
     ),
     # QuIP
+    ("flags of a row in one spelling only", '"^--(no-)?|=.*", "", flag)', '"^--", "", flag)', FLAGS),
+    (
+        "QuIP: one rotation for both sides",
+        "c.seed).T.contiguous(), c.seed + 1)",
+        "c.seed).T.contiguous(), c.seed)",
+        "test_quip_spreads_what_stands_out",
+    ),
     (
         "QuIP: the gram is not rotated",
         "optimal_brain(rotated, gram, c)",
@@ -214,7 +221,7 @@ IN_QUANTIZE = [
     ),
     (
         "QuIP: one side only",
-        "rotated = kernels.rotate(kernels.rotate(weight, c.seed).T.contiguous(), c.seed).T.contiguous()",
+        "rotated = kernels.rotate(kernels.rotate(weight, c.seed).T.contiguous(), c.seed + 1).T.contiguous()",
         "rotated = kernels.rotate(weight, c.seed)",
         PARTS,
     ),
@@ -636,7 +643,7 @@ ELSEWHERE = [
     (
         "model.py",
         "the output is not rotated back",
-        "return y if seed is None else kernels.rotate(y, seed, back=True)",
+        "return y if seed is None else kernels.rotate(y, seed + 1, back=True)",
         "return y",
         PARTS,
     ),
