@@ -197,7 +197,7 @@ MUTANTS = [
         (
             "values in bf16",
             "values = (trunk * head.weight).sum(-1).float()",
-            "values = F.linear(trunk, head.weight)[..., 0].float()",
+            "values = nn.functional.linear(trunk, head.weight)[..., 0].float()",
             "test_values_are_not_rounded",
         ),
         (
