@@ -376,7 +376,8 @@ def test_every_token_gets_its_answers_advantage():
 @pytest.mark.parametrize("name", ["grpo", "reinforce++"])
 def test_advantages_need_no_float64(name):
     """Rewards are float64 on the CPU; on the device, here meta, nothing is."""
-    args, loop = one_rank("--loss", name, "--batch-size", 3, "--reward", "prm", "--process-weight", 1)
+    steps_count = ("--process-weight", 1) if name == "grpo" else ()
+    args, loop = one_rank("--loss", name, "--batch-size", 3, "--reward", "prm", *steps_count)
     torch.set_default_dtype(torch.float32)
     rollout, counted = some_rollout(3, 4), torch.ones(3, 4, dtype=torch.bool)
     rollout = rollout._replace(**{name: x.to("meta") for name, x in rollout._asdict().items() if torch.is_tensor(x)})

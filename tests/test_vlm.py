@@ -20,7 +20,7 @@ from data import chat, pictures, world
 from data.formats import UserError
 from data.tokenizer import tiny
 from loop import Loop
-from lora import adapt
+from lora import METHODS, adapt
 from model import Config, Transformer, generate, load, read_safetensors, save
 from tests.test_loop import on_two_ranks
 from vlm import (
@@ -1190,7 +1190,7 @@ def test_default_plan_and_rates():
     for flags in ([], ["--adapter", "lora"], ["--model", "x"]):
         assert get_args(flags).optimizer == ("adamw" if flags else "muon")
     with_lora = get_args(["--adapter", "lora"])
-    assert with_lora.lr == 2 * STAGES["instruct"]["lr"][0]
+    assert with_lora.lr == pytest.approx(METHODS["lora"][1]["lr"] * STAGES["instruct"]["lr"][0])
 
 
 def test_broken_folders_are_refused(start, tmp_path):
