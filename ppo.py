@@ -164,8 +164,9 @@ def score(model: Transformer, ids: Tensor, mask: Tensor, tokenizer: Tokenizer, t
     head, values = model.head.weight[: tokenizer.vocab_size], None  # ids beyond it are never sampled
     logps, entropy = linear_logps(hidden, head, targets, temperature=temperature, with_entropy=True)
     if critic is not None:
-        trunk, head = (hidden, critic) if isinstance(critic, nn.Linear) else (critic.hidden_before(ids), critic.head)
-        values = (trunk * head.weight).sum(-1).float()
+        of_shared = isinstance(critic, nn.Linear)
+        trunk, value_head = (hidden, critic) if of_shared else (critic.hidden_before(ids), critic.head)
+        values = (trunk * value_head.weight).sum(-1).float()  # no product that autocast would round
     return logps, entropy, None if values is None else values.masked_fill(mask == 0, 0.0)
 
 

@@ -839,6 +839,16 @@ def test_speed_is_tokens_of_all_rows_a_second(monkeypatch):
     assert asked == [([list(range(16)), list(range(5))], 7, ())] * 3
 
 
+def test_the_kl_is_not_rounded():
+    """Under autocast the operands are in bf16, their sums are not: the KL of nearly equal models is small."""
+    hidden, head = normal(50, 16), normal(300, 16)
+    other = hidden + 0.01 * normal(50, 16, seed=9)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = quantize.kl_of(hidden, head, other, head)
+    p, q = ((h.bfloat16().double() @ head.bfloat16().double().T).log_softmax(-1) for h in (hidden, other))
+    torch.testing.assert_close(found.double(), (p.exp() * (p - q)).sum(-1), rtol=0.01, atol=1e-6)
+
+
 def test_quip_spreads_what_stands_out(monkeypatch):
     """Of a square matrix, too, that is mostly a multiple of the identity, which R W R^T would leave as it is."""
     seen = []

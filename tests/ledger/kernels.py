@@ -812,6 +812,24 @@ MUTANTS = [
             "test_what_is_kept_while_generating_serves_training",
         ),
         (
+            "linear_logits: sums in bf16",
+            "h, w = (x.to(_wide(x.dtype)) for x in _operands(hidden, weight))",
+            "h, w = _operands(hidden, weight)",
+            "test_what_is_stored_of_a_teacher",
+        ),
+        (
+            "linear_logits: operands that autocast would round are not",
+            "h, w = (x.to(_wide(x.dtype)) for x in _operands(hidden, weight))",
+            "h, w = (x.to(_wide(x.dtype)) for x in (hidden, weight))",
+            "test_what_is_stored_of_a_teacher",
+        ),
+        (
+            "what is stored of a teacher is rounded to bf16",
+            "logits = [linear_logits(h[rows], w) for h, w in flat]",
+            "logits = [F.linear(h[rows], w) for h, w in flat]",
+            "test_what_is_stored_of_a_teacher",
+        ),
+        (
             "rotations that generation leaves are closed to training",
             "@torch.inference_mode(False)  # as above",
             "#",

@@ -190,14 +190,14 @@ MUTANTS = [
         ),
         (
             "P13: the shared critic sees the token",
-            "(hidden, critic) if isinstance(critic, nn.Linear)",
-            "(model.hidden(ids), critic) if isinstance(critic, nn.Linear)",
+            "(hidden, critic) if of_shared",
+            "(model.hidden(ids), critic) if of_shared",
             f"{BEFORE}[shared]",
         ),
         (
             "values in bf16",
-            "values = (trunk * head.weight).sum(-1).float()",
-            "values = nn.functional.linear(trunk, head.weight)[..., 0].float()",
+            "values = (trunk * value_head.weight).sum(-1).float()",
+            "values = nn.functional.linear(trunk, value_head.weight)[..., 0].float()",
             "test_values_are_not_rounded",
         ),
         (

@@ -206,6 +206,12 @@ IN_QUANTIZE = [
         MIXED,
     ),
     # QuIP
+    (
+        "the KL of logits in bf16",
+        "(kernels.linear_logits(h, w).log_softmax(-1) for h, w in pairs)",
+        "(F.linear(h, w).float().log_softmax(-1) for h, w in pairs)",
+        "test_the_kl_is_not_rounded",
+    ),
     ("flags of a row in one spelling only", '"^--(no-)?|=.*", "", flag)', '"^--", "", flag)', FLAGS),
     (
         "QuIP: one rotation for both sides",
