@@ -28,7 +28,7 @@ and `loss`. With --adapter the reference is the same model, but for the adapter 
     torchrun --nproc-per-node 8 dpo.py --model DIR --data FILE.jsonl --parallel fsdp
     python dpo.py --loss all --seeds 3                                    a table of all losses
 
-The last lines say how often the annotator prefers the new answers: `win rate: 0.500 before, 0.8xx after`.
+The last lines say how often the annotator prefers the new answers: `win rate: 0.500 before, 0.7xx after`.
 """
 
 import argparse
@@ -549,15 +549,18 @@ def examples(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer,
     return rows, test
 
 
-def of_other_prompts(rows: Sequence[Example]) -> list[Example]:
-    """Each prompt with the best answer to the next other prompt, for kto; [] if all prompts are the same.
+def of_other_prompts(rows: Sequence[Example], max_length: int) -> list[Example]:
+    """Each prompt with the answers to the next other prompt, good and bad, for kto; [] if all prompts are the same.
 
-    The next of all rows, not of the batch as in the paper: so a batch of one row has such an answer, too.
+    The next of all rows, not of the batch as in the paper: so a batch of one row has such answers, too.
     """
     n, found = len(rows), []
     for i, e in enumerate(rows):
         other = next((x for j in range(1, n) if (x := rows[(i + j) % n]).prompt != e.prompt), None)
-        found += [Example(e.prompt, other.answers[:1], [0.0])] if other else []
+        if other:
+            room = max_length - len(e.prompt)
+            answers = [chat.Row(ids[:room], mask[:room]) for ids, mask in other.answers]
+            found.append(Example(e.prompt, answers, [0.0] * len(answers)))
     return found
 
 
@@ -891,9 +894,9 @@ def main(args: argparse.Namespace) -> dict:
     resolved_values = (f"{name} {value:g}" for name in HYPER if (value := getattr(args, name)) is not None)
     loop.say(f"--loss {args.loss}: {', '.join(resolved_values)}")
     rows, test = examples(args, model, tokenizer, loop)
-    others = of_other_prompts(rows) if args.loss == "kto" and not args.online else []
+    others = of_other_prompts(rows, args.max_length) if args.loss == "kto" and not args.online else []
     if args.loss == "kto" and "pairs" in test:
-        test["others"] = of_other_prompts(test["pairs"])
+        test["others"] = of_other_prompts(test["pairs"], args.max_length)
     total = args.steps if args.steps is not None else math.ceil(args.epochs * len(rows) / args.batch_size)
     if args.rounds > max(1, min(total, len(rows))):
         raise UserError(f"--rounds {args.rounds}: there are {total} steps and {len(rows)} rows")
@@ -926,7 +929,7 @@ def main(args: argparse.Namespace) -> dict:
         elif step == starts[i] + 1 or not unrelated:
             if step == starts[i] + 1:
                 current = sampled_rows(model, tokenizer, rows[i :: args.rounds], args, loop)
-            unrelated = of_other_prompts(current)
+            unrelated = of_other_prompts(current, args.max_length)
         indices = list(loop.micro_batches(len(current), step - starts[i]))
         batches = [collate([current[j] for j in some], loop.device, 64 if loop.compiled else 1) for some in indices]
         n_read = loop.sum_over_ranks(sum(batch.input_ids.numel() for batch in batches))

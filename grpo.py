@@ -31,6 +31,7 @@ The last lines say how many held-out sums the model gets right: `accuracy: 0.1xx
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import math
 import statistics
@@ -55,6 +56,7 @@ from lora import adapt, rates_of
 from model import Transformer, frozen, generate, load
 from ppo import (
     Task,
+    beyond_clip,
     check_length,
     clipped_surrogate,
     everybodys,
@@ -550,7 +552,7 @@ def observe(sums: Tensor, largest: Tensor, x: Tokens, loss: Tensor, kl: Tensor, 
     """Add to sums (5,) loss and, over tokens, entropy, KL, clipped ones and 1; raise largest (2,): ratio, mismatch."""
     ratio, m = LOSSES[args.loss][0](x), x.completion_mask
     low, high = (math.inf if value is None else value for value in (args.clip_low, args.clip_high))
-    beyond = (ratio < 1 - low) | (ratio > 1 + high)
+    beyond = beyond_clip(ratio, clip_low=low, clip_high=high)
     sums += torch.stack([loss.detach(), *((value * m).sum() for value in (entropy, kl, beyond, torch.ones_like(kl)))])
     gap = ((x.old_logps - sampled_logps) * m).abs()
     largest.copy_(torch.maximum(largest, torch.stack([ratio.amax(), gap.amax()])))
@@ -925,11 +927,13 @@ def main(args: argparse.Namespace) -> dict:
 
         # updates: forward -> loss -> backward -> clip -> step
         sums, largest, n_read = torch.zeros(5, device=loop.device), torch.zeros(2, device=loop.device), 0
-        for rows in (some for _ in range(args.passes) for some in torch.randperm(B).tensor_split(args.minibatches)):
-            n_tokens = max(1, loop.sum_over_ranks(int(mask[rows].sum())))
-            n_rows = max(1, loop.sum_over_ranks(int(mask[rows].any(-1).sum())))
+        passes = (torch.randperm(B).tensor_split(args.minibatches) for _ in range(args.passes))
+        for minibatch in itertools.chain.from_iterable(passes):
+            n_tokens = max(1, loop.sum_over_ranks(int(mask[minibatch].sum())))
+            n_rows = max(1, loop.sum_over_ranks(int(mask[minibatch].any(-1).sum())))
+            rows = minibatch
             if not args.beta and not entropy_coef:  # rows without an advantage add nothing
-                rows = rows[(advantages[rows] != 0).any(-1).cpu()]
+                rows = minibatch[(advantages[minibatch] != 0).any(-1).cpu()]
             for part in by_length(batch, rows.tolist(), args.micro_batch_size):
                 with loop.autocast():
                     logps, entropy, _ = score(model, part.input_ids, part.completion_mask, tokenizer, args.temperature)

@@ -14,8 +14,8 @@ An answer that is cut off ends there like any other, and its reward is --eos-pen
 
     detail of N+                                               here
     reward -1 for an answer without its ending token           --eos-penalty, in `final_reward`
-    the mean reward of the start is 0                          `final_reward`, which also divides by its deviation
-    critic: the reward model's weights, new head std 1/sqrt(D+1)   `new_critic`
+    the mean reward of demonstrations is 0                     `scale_of`: that of the start; and its deviation is 1
+    critic: the reward model's weights                         `new_critic`; its head is new, std 1/sqrt(D+1)
     advantages whitened over real tokens, rewards not          `whitened`
     4 passes over a rollout, 1 minibatch                       --passes 4 --minibatches 1
     gamma 1, lam 0.95, clip_eps 0.2, vf_coef 0.1, kl_coef 0.05    the defaults; in the generated world kl_coef is 0.1
@@ -124,6 +124,11 @@ def whitened(x: Tensor, completion_mask: Tensor, loop: Loop) -> Tensor:
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float) -> Tensor:
     """min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) (1707.06347, equation 7): no gain from going further."""
     return torch.min(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+
+
+def beyond_clip(ratio: Tensor, *, clip_low: float, clip_high: float) -> Tensor:
+    """1.0 where the ratio lies beyond the clip, on whichever side, else 0.0: what clip_fraction is the mean of."""
+    return ((ratio < 1 - clip_low) | (ratio > 1 + clip_high)).float()
 
 
 def policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, completion_mask: Tensor, *, clip_eps: float
@@ -449,6 +454,16 @@ def evaluate(model: Transformer, ref_model: Transformer | None, reward_model: Tr
     return rows
 
 
+def scale_of(before: dict[str, list[float]], args: argparse.Namespace) -> dict[str, float]:
+    """Mean and deviation of the start's scores by a learned reward, which `final_reward` takes out; of a rule 0 and 1.
+
+    --refresh-rm, whose lessons move and stretch all scores, measures them anew.
+    """
+    if args.reward not in LEARNED:
+        return {"mean": 0.0, "std": 1.0}
+    return {"mean": statistics.fmean(before["reward"]), "std": max(statistics.pstdev(before["reward"]), 1e-3)}
+
+
 def best_of_4(model: Transformer, reward_model: Transformer | None, tasks: list[Task], tokenizer: Tokenizer,
               args: argparse.Namespace, loop: Loop) -> float:  # fmt: skip
     """The true utility of that one of four samples of the start which --reward likes best."""
@@ -553,7 +568,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--vf-coef", type=REAL, default=0.1, help="weight of the value loss (default: %(default)s)")
     cli.add_argument("--rm-pairs", type=WHOLE, help="of the start's own answers that --judge compares "
                      "for the reward model before PPO (default: 6000; 0 with --data)")  # fmt: skip
-    cli.add_argument("--refresh-rm", type=WHOLE, default=0, help="steps between further lessons of it; 0: none")
+    cli.add_argument("--refresh-rm", type=WHOLE, default=0, help="steps between further lessons of it, after "
+                     "which its rewards are on another scale (default: 0, none)")  # fmt: skip
     cli.add_argument("--judge", choices=("annotator", "ai"), default="annotator", help="who compares in these lessons; "
                      "ai: --model itself, or out/judge, by the constitution of reward.py")  # fmt: skip
     cli.add_argument("--rm-lr", type=REAL, default=1e-3, help="learning rate of these lessons (default: %(default)s)")
@@ -645,9 +661,7 @@ def main(args: argparse.Namespace) -> dict:
             module.load_state_dict(kept)
     loop.describe(model)
     before = extra.get("before") or evaluate(model, None, reward_model, test, tokenizer, args, loop)
-    scale = {"mean": 0.0, "std": 1.0}  # of the scores of the start
-    if args.reward in LEARNED:
-        scale = {"mean": statistics.fmean(before["reward"]), "std": max(statistics.pstdev(before["reward"]), 1e-3)}
+    scale = scale_of(before, args)
     baselines = extra.get("baselines", {})
     if "utility" in before and not extra:
         baselines["best of 4 by the same reward"] = best_of_4(model, reward_model, test, tokenizer, args, loop)
@@ -661,6 +675,8 @@ def main(args: argparse.Namespace) -> dict:
         some = [tasks[i] for i in loop.batch_indices(len(tasks), step)[loop.rank :: loop.world_size]]
         if args.refresh_rm and step % args.refresh_rm == 0:
             lesson(reward_model, model, judge, some, tokenizer, step, args, loop)
+            before |= {"reward": evaluate(ref_model, None, reward_model, test, tokenizer, args, loop)["reward"]}
+            scale = scale_of(before, args)
         found, texts = answers_to(model, some, tokenizer, 1, args.temperature, (args.seed, step, loop.rank), args, loop)
         scores = scores_of(found, texts, some, tokenizer, reward_model, args, loop)
         reward = final_reward(scores, found.finished.to(loop.device), clip_at=args.reward_clip,
@@ -696,7 +712,8 @@ def main(args: argparse.Namespace) -> dict:
                 loss = args.vf_coef * value_losses + (losses if step > args.critic_warmup else 0.0)
                 (loss.sum() / n_tokens).backward()
                 with torch.no_grad():
-                    beyond = ((ratio - 1).abs() > (args.clip_eps or math.inf)).float()
+                    clip_eps = args.clip_eps or math.inf
+                    beyond = beyond_clip(ratio, clip_low=clip_eps, clip_high=clip_eps)
                     step_kl = ratio - 1 - ratio.log()  # of pi_old to pi
                     parts = (losses, value_losses, entropy, beyond, step_kl)
                     update += torch.stack([x.sum() for x in parts]) / n_tokens

@@ -146,12 +146,12 @@ def losses_of(model: Transformer, batch: "Batch", args: argparse.Namespace) -> t
     rewards = rewards_of(model, batch.input_ids, batch.completion_mask).view_as(batch.answers)  # (B, K)
     there = batch.answers[:, 0]  # a rank without rows has a row of padding
     rewards, answers, labels = rewards[there], batch.answers[there], batch.labels[there]
-    labels = args.label_smoothing + (1 - 2 * args.label_smoothing) * labels
+    smooth = args.label_smoothing + (1 - 2 * args.label_smoothing) * labels
     if args.feedback == "binary":
-        return binary(rewards[:, 0], labels), rewards[:, 0] * (2 * labels - 1)
+        return binary(rewards[:, 0], smooth), rewards[:, 0] * (2 * labels - 1)
     if args.feedback == "rank":
         return plackett_luce(rewards, answers), rewards[:, 0] - rewards[:, 1]
-    return bradley_terry(rewards[:, 0], rewards[:, 1], labels, args.margin, args.centre), rewards[:, 0] - rewards[:, 1]
+    return bradley_terry(rewards[:, 0], rewards[:, 1], smooth, args.margin, args.centre), rewards[:, 0] - rewards[:, 1]
 
 
 # 2. Data
@@ -248,16 +248,32 @@ def world_examples(args: argparse.Namespace, tokenizer: Tokenizer) -> Iterator[E
             yield Example(encode(row["prompt"], [row["chosen"], row["rejected"]], tokenizer, args.chat_format))
 
 
-def file_example(row: dict, tokenizer: Tokenizer, args: argparse.Namespace) -> Example:
-    """The example of a row of --data in the schema of --feedback. Answers of equal scores stay in the file's order.
+def file_rows(args: argparse.Namespace, loop: Loop, path: str) -> list[dict]:
+    """The rows of a JSONL file in the schema of --feedback; lists that rank nothing are dropped and counted."""
+    schema = {"comparison": "preference", "binary": "label", "rank": "scores", "steps": "steps"}[args.feedback]
+    rows = formats.read_jsonl(path, schema, mapping=formats.parse_map(args.map))
+    if args.feedback != "rank":
+        return rows
+    if any(len(row["scores"]) < 2 for row in rows):
+        raise UserError(f"{path}: a row has one answer only: there is nothing to rank")
+    kept = [row for row in rows if len(set(row["scores"])) > 1]
+    if len(kept) < len(rows):
+        loop.say(f"{len(rows) - len(kept)} rows with equal scores: dropped")
+    return kept
 
-    Steps stand on lines of their own; one ends with the last token that it shares with the longer text.
+
+def file_example(row: dict, tokenizer: Tokenizer, args: argparse.Namespace) -> Example:
+    """The example of a row of --data in the schema of --feedback. Of answers of equal scores the first stays.
+
+    Plackett-Luce knows no ties: an order of theirs would be the file's. Steps stand on lines of their own; one ends
+    with the last token that it shares with the longer text.
     """
     label, steps = 1.0, ()
     if args.feedback == "binary":
         replies, label = [row["completion"]], float(row["label"])
     elif args.feedback == "rank":
-        replies = [row["completions"][i] for i in sorted(range(len(row["scores"])), key=lambda i: -row["scores"][i])]
+        first = dict(reversed([*zip(row["scores"], row["completions"], strict=True)]))
+        replies = [first[score] for score in sorted(first, reverse=True)]
     elif args.feedback == "steps":
         replies = ["\n".join(row["completions"][: i + 1]) for i in range(len(row["completions"]))]
     else:
@@ -273,12 +289,8 @@ def examples(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer,
              ) -> tuple[Iterable[Example], dict[str, list]]:
     """The feedback to train on, and what `evaluate` measures: {"examples", of the world "pairs", "requests"}."""
     if args.data:
-        schema = {"comparison": "preference", "binary": "label", "rank": "scores", "steps": "steps"}[args.feedback]
-        read = partial(formats.read_jsonl, schemas=schema, mapping=formats.parse_map(args.map))
-        (rows,), held_out = formats.split([args.data], args.eval_data, read, loop.say)
+        (rows,), held_out = formats.split([args.data], args.eval_data, partial(file_rows, args, loop), loop.say)
         rows = ai_labels(model, tokenizer, rows, args, loop) if args.labels == "ai" else rows
-        if args.feedback == "rank" and any(len(row["scores"]) < 2 for row in rows + held_out):
-            raise UserError(f"{args.data}: a row has one answer only: there is nothing to rank")
         train, test = ([file_example(row, tokenizer, args) for row in part] for part in (rows, held_out))
         return train, {"examples": list(fit(test, args.max_length, args.too_long, Counter()))}
     if args.feedback == "steps":
@@ -631,7 +643,8 @@ def conclude(before: dict[str, list[float]], after: dict[str, list[float]], base
 def baselines(test: dict[str, list], tokenizer: Tokenizer, args: argparse.Namespace) -> dict[str, float]:
     """What the numbers of the generated world are to be compared with."""
     if "pairs" in test:
-        longer = [float(len(row["chosen"]) > len(row["rejected"])) for row in test["pairs"]]
+        lengths = [(len(row["chosen"]), len(row["rejected"])) for row in test["pairs"]]
+        longer = [(a > b) + 0.5 * (a == b) for a, b in lengths]
         return {"ceiling: the annotator's own utility": manners.best_accuracy(test["pairs"]),
                 "the longer answer": fmean(longer)}  # fmt: skip
     if args.feedback != "steps" or args.data:
@@ -666,7 +679,8 @@ LOGGED = """logged every --log-every steps, of the rows of that step before its 
   grad_norm, lr, seconds, tokens_per_second
 
 measured before and after on held-out rows:
-  pair accuracy              as above (label accuracy, step accuracy for other feedback); to compare with: the ceiling
+  pair accuracy              as above, of lists on all their pairs (label accuracy, step accuracy for other feedback);
+                             to compare with: the ceiling
   pairs that differ in ...   the same on pairs of which one answer greets, is rude, thanks, ends well, tells a fact
   calibration error          mean distance of what the model says, sigmoid(margin), and what comes true, in five buckets
   correlation with utility   Pearson's, of the rewards of 8 answers to each of 64 prompts

@@ -95,7 +95,8 @@ def boxed(prompt: str, completion: str, row: dict) -> float:
     said, gold = last_boxed(completion), row["answer"]
     if said is None:
         return 0.0
-    said, gold = (re.sub(r"\s|\\[!,;: ]|\$", "", text) for text in (said, last_boxed(gold) or gold))
+    gold = last_boxed(gold) or gold.rpartition("####")[2]
+    said, gold = (re.sub(r"\s|\\[!,;: ]|\$", "", text) for text in (said, gold))
     same_number = number_in(said) is not None and number_in(said) == number_in(gold)
     return float(said != "" and (said == gold or same_number))
 
@@ -115,7 +116,9 @@ def check_answers(name: str, rows: list[dict]) -> None:
     """UserError unless checker `name` finds the right answer of every row right, else nothing could be rewarded."""
     for i, row in enumerate(rows, start=1):
         gold = row["answer"]
-        said = gold if name != "boxed" or last_boxed(gold) else f"\\boxed{{{gold}}}"
+        said = gold
+        if name == "boxed" and not last_boxed(gold):  # it is the answer itself, of one line, or stands behind ####
+            said = f"\\boxed{{{gold.rpartition('####')[2]}}}" if "####" in gold or "\n" not in gold.strip() else ""
         if CHECKERS[name]("", said, row) != 1.0:
             raise UserError(f"--reward {name}: row {i}: the answer {gold[:40]!r} is not one that it can find right")
 

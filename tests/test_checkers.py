@@ -58,6 +58,11 @@ def test_numbers_are_exact():
     assert CHECKERS["number"]("", "It is 18.", {"answer": "16 - 3 - 4 = 9 eggs. 9 * 2 = 18.\n#### 18"}) == 1.0
     assert CHECKERS["boxed"]("", r"\boxed{\frac{1}{2}}", {"answer": r"so $\boxed{\frac12}$"}) == 0.0
     assert CHECKERS["boxed"]("", r"\boxed{\frac{1}{2} }", {"answer": r"\frac{1}{2}"}) == 1.0
+    for answer in ("16 - 3 - 4 = 9 eggs. 9 * 2 = 18.\n#### 18", "18", r"so it is \boxed{18}"):
+        assert CHECKERS["boxed"]("", r"It is \boxed{18}.", {"answer": answer}) == 1.0
+        assert CHECKERS["boxed"]("", r"It is \boxed{9}.", {"answer": answer}) == 0.0
+    for said, answer in ((r"\boxed{10\,000}", "10000"), (r"\boxed{10000}", r"10,\!000"), (r"\boxed{x\ y}", "xy")):
+        assert CHECKERS["boxed"]("", said, {"answer": answer}) == 1.0
 
 
 def test_reft_pays_a_tenth_for_a_number():
@@ -103,8 +108,9 @@ def test_200_hostile_completions_neither_hang_nor_pay():
 
 def test_answers_that_can_never_be_right_are_refused():
     check_answers("number", [{"answer": "7"}, {"answer": "#### 1,000"}])
-    check_answers("boxed", [{"answer": "7"}, {"answer": r"\boxed{x}"}])
-    for name, answer in (("number", "seven"), ("number", "1 or 2"), ("exact", " "), ("boxed", " ")):
+    check_answers("boxed", [{"answer": "7"}, {"answer": r"\boxed{x}"}, {"answer": "6 + 1 = 7\n#### 7"}])
+    for name, answer in (("number", "seven"), ("number", "1 or 2"), ("exact", " "), ("boxed", " "),
+                         ("boxed", "6 + 1 = 7\nso 7"), ("boxed", "6 + 1 = 7\n####")):  # fmt: skip
         with pytest.raises(UserError, match="row 2: the answer"):
             check_answers(name, [{"answer": "7"}, {"answer": answer}])
 

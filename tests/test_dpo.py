@@ -331,10 +331,14 @@ def test_answers_to_other_prompts():
         return Example(prompt, [Row(a, [1] * len(a)) for a in answers], [1.0, 0.0])
 
     rows = [example([1], [5], [6]), example([1], [7], [8]), example([2], [9], [10]), example([3], [11], [12])]
-    found = dpo.of_other_prompts(rows)
+    found = dpo.of_other_prompts(rows, 99)
     assert [(e.prompt, [a.input_ids for a in e.answers]) for e in found] == [
-        ([1], [[9]]), ([1], [[9]]), ([2], [[11]]), ([3], [[5]])]  # fmt: skip
-    assert dpo.of_other_prompts(rows[:2]) == [] and dpo.of_other_prompts(rows[:1]) == []
+        ([1], [[9], [10]]), ([1], [[9], [10]]), ([2], [[11], [12]]), ([3], [[5], [6]])]  # fmt: skip
+    assert all(e.scores == [0.0, 0.0] for e in found)
+    assert dpo.of_other_prompts(rows[:2], 99) == [] and dpo.of_other_prompts(rows[:1], 99) == []
+    long = [example([1, 2, 3], [5], [6]), example([2], [7, 8, 9], [7, 8])]
+    cut, whole = dpo.of_other_prompts(long, 5)
+    assert cut.answers == [Row([7, 8], [1, 1])] * 2 and whole.answers == [Row([5], [1]), Row([6], [1])]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -811,8 +815,9 @@ def test_the_annotator_labels_samples_by_its_coin(one, monkeypatch):
     first = statistics.fmean(chat.completion_text(e.answers[0].input_ids, tiny()) == kind for e in rows)
     assert first == pytest.approx(sigmoid(0.3), abs=0.06)
     assert dpo.sampled_rows(small(), tiny(), prompts, one.args, one) == rows
-    loop_module.Loop.step = 7
+    loop_module.Loop.step, before = 7, {call.seed for call in calls}
     assert dpo.sampled_rows(small(), tiny(), prompts, one.args, one) != rows
+    assert not before & {call.seed for call in calls[6:]}  # other samples, not only other coins
     assert all(e.scores == [1.0, 0.0] and e.answers[0].completion_mask[-1] == 1 for e in rows)
 
 
@@ -947,8 +952,8 @@ def test_a_run_is_a_plain_loop(checkpoint, data, tmp_path, name):
         z = 0.0
         if name == "kto":
             for i, e in enumerate(rows):
-                other = Example(e.prompt, rows[(i + 1) % 8].answers[:1], [0.0])
-                z += (logp_by_hand(model, other, 0) - logp_by_hand(ref_model, other, 0)) / 8
+                other = Example(e.prompt, rows[(i + 1) % 8].answers, [0.0, 0.0])
+                z += sum(logp_by_hand(model, other, k) - logp_by_hand(ref_model, other, k) for k in (0, 1)) / 16
         losses = []
         for e in rows:
             s = Scored(

@@ -699,6 +699,28 @@ def test_what_is_cut_off_is_not_right(checkpoint, tmp_path, monkeypatch):
     assert judged.reward.tolist() == [[0, 0, 1]]
 
 
+def test_pass_at_8_is_of_the_best_and_pass_at_1_of_all(checkpoint, tmp_path, monkeypatch):
+    args, loop, model, _ = asked(checkpoint, tmp_path, "--reward", "exact")
+    test = {"test": [grpo.Task([1], {"prompt": "A", "answer": answer}) for answer in "789"]}
+    said = {1: ["7", "7", "9"], 8: ["7"] * 2 + ["0"] * 6 + ["7"] * 8 + ["9"] * 8}
+    monkeypatch.setattr(grpo, "rollout_of", lambda model, tokenizer, tasks, samples, *_: scripted(said[samples]))
+    found = grpo.evaluate(model, None, None, tiny(), test, args, loop)
+    assert found["accuracy"] == [1, 0, 1] and found["pass@1"] == [0.25, 0, 1] and found["pass@8"] == [1, 0, 1]
+
+
+@pytest.mark.parametrize("preset", ["", "zero"])
+def test_what_is_measured_is_held_out(checkpoint, tmp_path, preset):
+    """Sums of operands that no training sum has; the longer ones are longer than any of training."""
+    args, loop, _, _ = asked(checkpoint, tmp_path, "--preset", preset, "--tests", 40, "--batch-size", 20)
+    train, test = grpo.tasks_of(args, tiny(), loop)
+    for tasks, split, terms in ((train, "train", {3, 4, 5}), (test["test"], "test", {3, 4, 5}),
+                                (test["longer"], "test", {6, 7, 8})):  # fmt: skip
+        numbers = [[word for word in task.row["prompt"].strip("?").split() if word.isdigit()] for task in tasks]
+        assert {len(some) for some in numbers} == terms and len(tasks) >= 40
+        assert {world.split_of(f"sum {' '.join(some)}") for some in numbers} == {split}
+        assert all(str(sum(map(int, some))) == task.row["answer"] for some, task in zip(numbers, tasks, strict=True))
+
+
 def test_majority_needs_no_answers(checkpoint, tmp_path):
     args, loop, _, _ = asked(checkpoint, tmp_path, "--reward", "majority")
     tasks = [grpo.Task([1], {"prompt": "A"})] * 2
@@ -792,14 +814,14 @@ def batches_of(monkeypatch) -> list:
     return seen
 
 
-SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("rloo", "dr_grpo")]
+PLAIN = [("grpo", 0.2), ("dr_grpo", 0.0), pytest.param("rloo", 0.2, marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize("name", ["grpo", *SLOWER])
-def test_a_run_is_a_plain_loop(checkpoint, tmp_path, mine, monkeypatch, name):
+@pytest.mark.parametrize(("name", "beta"), PLAIN)
+def test_a_run_is_a_plain_loop(checkpoint, tmp_path, mine, monkeypatch, name, beta):
     """Loss, clipping, schedule and AdamW, as somebody would write it who scores one answer at a time."""
     seen = batches_of(monkeypatch)
-    flags = ("--loss", name, "--reward", mine, "--beta", 0.2, "--grad-clip", 0.1, "--weight-decay", 0.1, "--warmup", 2)
+    flags = ("--loss", name, "--reward", mine, "--beta", beta, "--grad-clip", 0.1, "--weight-decay", 0.1, "--warmup", 2)
     args = args_for(checkpoint, tmp_path / "out", *flags)
     main(args)
     model, ref = load(checkpoint)[0], load(checkpoint)[0]
@@ -808,7 +830,9 @@ def test_a_run_is_a_plain_loop(checkpoint, tmp_path, mine, monkeypatch, name):
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     assert len(seen) == 3
     for step, ((batch, rows), line) in enumerate(zip(seen, logged(tmp_path / "out"), strict=True), start=1):
-        assert sorted(rows) == list(range(12))
+        taught = batch.advantages.any(-1)  # others are left out where no KL is held against them
+        assert sorted(rows) == (list(range(12)) if beta else taught.nonzero().flatten().tolist())
+        assert {-1, 1} <= set(batch.advantages[taught].sum(-1).sign().tolist())
         optimizer.zero_grad()
         losses, kls = [], []
         for b in range(12):
@@ -820,14 +844,14 @@ def test_a_run_is_a_plain_loop(checkpoint, tmp_path, mine, monkeypatch, name):
             a = batch.advantages[b][mask]
             term = -(lp - lp.detach()).exp() * a if name != "rloo" else -(lp.sum() - lp.sum().detach()).exp() * a
             n = 12 if name == "dr_grpo" else len(lp)
-            losses.append((term + 0.2 * kl).sum() / n)
+            losses.append((term + beta * kl).sum() / n)
             kls += kl.tolist()
         loss = torch.stack(losses).mean()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         assert line["loss"] == pytest.approx(loss.item(), abs=1e-5)
         assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
-        assert line["kl"] == pytest.approx(statistics.fmean(kls), rel=1e-3, abs=1e-6)
+        assert line["kl"] == (pytest.approx(statistics.fmean(kls), rel=1e-3, abs=1e-6) if beta else 0.0)
         assert line["lr"] == pytest.approx(1e-3 * min(1, step / 2))
         assert line["ratio_max"] == 1.0 and line["clip_fraction"] == 0.0
         for group in optimizer.param_groups:
@@ -989,6 +1013,7 @@ def test_rows_that_are_cut_off_can_be_left_out(checkpoint, tmp_path, mine, monke
         groups = zip(step.judged.reward.tolist(), ended.view(4, 3).tolist(), strict=True)
         told_apart = [len({r for r, whole in zip(*group, strict=True) if whole}) > 1 for group in groups]
         assert line["no_spread"] == 1 - statistics.fmean(told_apart)
+        assert line["unfinished"] == pytest.approx(1 - ended.float().mean().item())
         by_the_cut += int((step.judged.reward.std(-1) > 0).sum()) - sum(told_apart)
         baseline = reward.mean().item()
     assert by_the_cut  # there are groups that only differ in what is left out

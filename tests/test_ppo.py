@@ -158,6 +158,9 @@ def test_rewards_are_scaled_clipped_and_withheld():
     clips = [get_args(flags).reward_clip for flags in ([], ["--reward", "judge"], ["--reward", "exact"],
                                                        ["--reward", "exact", "--reward-clip", "2"])]  # fmt: skip
     assert clips == [5, 5, 0, 2]  # a rule's reward is in no deviations
+    for name, mean, std in (("model", 2.5, 1.5), ("judge", 2.5, 1.5), ("exact", 0.0, 1.0)):
+        assert ppo.scale_of({"reward": [1.0, 4.0]}, get_args(["--reward", name])) == {"mean": mean, "std": std}
+    assert ppo.scale_of({"reward": [2.0, 2.0]}, get_args([])) == {"mean": 2.0, "std": 1e-3}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -181,6 +184,13 @@ def test_losses_by_brute_force():
     torch.testing.assert_close(free, -(logps - old).exp() * advantages * mask)
     torch.testing.assert_close(value_loss(logps, old, returns, mask, value_clip=0.0),
                                0.5 * ((logps - returns) * mask).square())  # fmt: skip
+
+
+def test_both_sides_are_beyond_the_clip():
+    ratio = torch.tensor([0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 1.29, 1.31])
+    assert ppo.beyond_clip(ratio, clip_low=0.2, clip_high=0.2).tolist() == [1, 1, 0, 0, 0, 1, 1, 1]
+    assert ppo.beyond_clip(ratio, clip_low=0.4, clip_high=0.3).tolist() == [1, 0, 0, 0, 0, 0, 0, 1]
+    assert not ppo.beyond_clip(ratio, clip_low=math.inf, clip_high=math.inf).any()
 
 
 def test_gradients_of_the_clips():
@@ -449,6 +459,7 @@ def test_a_run_is_a_plain_loop(checkpoint, tmp_path, monkeypatch):
             optimizer.step()
         policy, value = map(statistics.fmean, zip(*losses, strict=True))
         assert line["loss"] == pytest.approx(policy, abs=2e-4)
+        assert line["unfinished"] == pytest.approx(1 - found.finished.float().mean().item())
         assert line["value_loss"] == pytest.approx(value, rel=2e-3)
         assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-2)
         assert line["lr"] == pytest.approx(1e-3 * (step / 2 if step < 3 else 1.0))
@@ -736,6 +747,54 @@ def test_the_reward_model_learns_from_new_answers(checkpoint, tmp_path, monkeypa
     assert agree.float().mean() > 0.8 and not any(p.requires_grad for p in judge.parameters())
 
 
+def test_a_lesson_is_a_plain_loop(checkpoint, tmp_path, monkeypatch):
+    """Two updates of 16 and 4 pairs: Bradley-Terry of soft labels, centring, clipping, AdamW, warm-up and decay."""
+    args, loop, model, _, _ = rollout(checkpoint, tmp_path, "--judge", "ai", "--rm-lr", 1e-2)
+    tasks = [ppo.task_of(ppo.world_row(("y", i), "train", args), tiny(), args) for i in range(20)]
+    answers, answer = [], ppo.answers_to
+    monkeypatch.setattr(ppo, "answers_to", lambda *a: answers.append(answer(*a)) or answers[-1])
+    monkeypatch.setattr(ppo, "opinions_of", lambda judge, tokenizer, texts, *_: [len(text) / 50 for text in texts])
+    taught, mine = (load(checkpoint / "reward", labels=1)[0] for _ in range(2))
+    for judge in (taught, mine):
+        judge.head.weight.data *= 20  # far from centred, and gradients to be clipped
+    ppo.lesson(taught, model, model, tasks, tiny(), 1, args, loop)
+    ((found, texts),) = answers
+    optimizer = torch.optim.AdamW(mine.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+    for n, pairs in enumerate((range(16), range(16, 20))):
+        loss = 0.0
+        for i in pairs:
+            rows = slice(2 * i, 2 * i + 2)
+            a, b = reward_module.rewards_of(mine, found.input_ids[rows], found.completion_mask[rows])
+            p = 1 / (1 + math.exp((len(texts[2 * i + 1]) - len(texts[2 * i])) / 50))
+            loss = loss - p * (a - b).sigmoid().log() - (1 - p) * (b - a).sigmoid().log() + 0.01 * (a + b) ** 2
+        (loss / len(pairs)).backward()
+        assert torch.nn.utils.clip_grad_norm_(mine.parameters(), 1.0) > 1.2
+        optimizer.param_groups[0]["lr"] = 1e-2 * (n + 1) / 5 * (1 - n / 2)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert difference(dict(taught.named_parameters()), dict(mine.named_parameters())) < 1e-4
+
+
+def test_rewards_keep_their_scale_when_the_reward_model_learns(checkpoint, tmp_path, monkeypatch):
+    """--refresh-rm: what is taken out are mean and deviation of the start's answers by the model as it is now."""
+    paid, learners, whole = [], [], ppo.final_reward
+    start = dict(load(checkpoint / "policy")[0].named_parameters())
+
+    def lesson(reward_model, model, *_):
+        reward_model.head.weight.data *= 3
+        learners.append(difference(start, dict(model.named_parameters())))
+
+    monkeypatch.setattr(ppo, "lesson", lesson)
+    monkeypatch.setattr(ppo, "final_reward", lambda *a, mean, std, **how: (
+        paid.append((mean, std)), whole(*a, mean=mean, std=std, **how))[1])  # fmt: skip
+    result = run(checkpoint, tmp_path / "out", "--refresh-rm", 2, "--steps", 4, "--lr", 1e-2)
+    (mean, std), *later = paid
+    for found, times in zip(later, (3, 3, 9), strict=True):
+        assert found == (pytest.approx(times * mean, rel=1e-3), pytest.approx(times * std, rel=1e-3))
+    assert std > 1e-2 and result["metrics"]["reward"]["before"] == pytest.approx(9 * mean, rel=1e-3)
+    assert len(learners) == 2 and learners[0] > 1e-4  # it compares answers of the policy as it is now
+
+
 @pytest.mark.parametrize("flags", [("--reward", "judge"), ("--judge", "ai", "--rm-pairs", 16, "--refresh-rm", 1)])
 def test_the_judge_is_the_start_and_does_not_learn(checkpoint, tmp_path, monkeypatch, flags):
     """--reward judge and --judge ai of a --model of one's own."""
@@ -792,6 +851,20 @@ def test_a_sampler_that_differs_fails_the_run(checkpoint, tmp_path, monkeypatch)
     monkeypatch.setattr(ppo, "generate", off)
     with pytest.raises(RunFailed, match="differ by 0.002"):
         run(checkpoint, tmp_path / "out")
+
+
+@pytest.mark.parametrize("flags", [(), ("--preset", "reft")])
+def test_what_is_measured_is_held_out(checkpoint, tmp_path, flags):
+    """Requests are about entities that no training request is about, sums of operands that no training sum has."""
+    args = args_for(checkpoint, tmp_path / "out", *flags)
+    args.tests = 40
+    for tasks, split in zip(ppo.tasks_of(args, tiny(), Loop(args, "ppo")), ("train", "test"), strict=True):
+        for row in (task.row for task in tasks[:40]):
+            if flags:
+                numbers = [word for word in row["prompt"].strip("?").split() if word.isdigit()]
+                assert world.split_of(f"sum {' '.join(numbers)}") == split
+            else:
+                assert world.split_of(f"{row['asker']} asks about {row['name']}") == split
 
 
 def test_reft_imitates_then_searches(checkpoint, tmp_path):

@@ -152,5 +152,23 @@ MUTANTS = [
             "test_a_file_of_rewards_runs_once",
         ),
         ("a NaN is a reward", " or not math.isfinite(value):", ":", "test_a_function_of_your_own"),
+        (
+            "boxed: the working of GSM8K is the answer",
+            'last_boxed(gold) or gold.rpartition("####")[2]',
+            "last_boxed(gold) or gold",
+            "test_numbers_are_exact",
+        ),
+        (
+            "boxed: thin spaces count",
+            r're.sub(r"\s|\\[!,;: ]|\$", "", text) for text in',
+            r're.sub(r"\s|\$", "", text) for text in',
+            "test_numbers_are_exact",
+        ),
+        (
+            "boxed: any text is an answer",
+            ' if "####" in gold or "\\n" not in gold.strip() else ""',
+            "",
+            "test_answers_that_can_never_be_right_are_refused",
+        ),
     ]
 ]

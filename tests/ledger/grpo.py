@@ -5,7 +5,7 @@ from tests.mutants import Mutant
 TESTS = "tests/test_grpo.py::"
 PAPER = "test_every_loss_is_that_of_its_paper"
 POISON = "test_masked_positions_are_poisoned"
-LOOP = "test_a_run_is_a_plain_loop[grpo]"
+LOOP = "test_a_run_is_a_plain_loop[grpo-0.2]"
 SPLIT = "test_splitting_a_batch_changes_nothing"
 RANKS = "test_two_ranks_are_one_batch"
 RESUME = "test_resuming_is_exact"
@@ -655,14 +655,14 @@ MUTANTS = [
         ("ranks do not share gradients", "            loop.all_reduce(model)\n", "", RANKS),
         (
             "ranks count their own tokens",
-            "n_tokens = max(1, loop.sum_over_ranks(int(mask[rows].sum())))",
-            "n_tokens = max(1, int(mask[rows].sum()))",
+            "n_tokens = max(1, loop.sum_over_ranks(int(mask[minibatch].sum())))",
+            "n_tokens = max(1, int(mask[minibatch].sum()))",
             RANKS,
         ),
         (
             "ranks count their own rows",
-            "n_rows = max(1, loop.sum_over_ranks(int(mask[rows].any(-1).sum())))",
-            "n_rows = max(1, int(mask[rows].any(-1).sum()))",
+            "n_rows = max(1, loop.sum_over_ranks(int(mask[minibatch].any(-1).sum())))",
+            "n_rows = max(1, int(mask[minibatch].any(-1).sum()))",
             RANKS,
         ),
         ("ranks take each other's advantages", "first = loop.rank * P\n", "first = 0\n", RANKS),
@@ -761,5 +761,17 @@ MUTANTS = [
             "]",
             "test_the_pipeline_of_r1",
         ),
+        ("answers below the mean teach nothing", "(advantages[minibatch] != 0)", "(advantages[minibatch] > 0)",
+         "test_a_run_is_a_plain_loop[dr_grpo-0.0]"),
+        ("pass@8 is pass@1", "eights.amax(-1).tolist()", "eights.mean(-1).tolist()",
+         "test_pass_at_8_is_of_the_best_and_pass_at_1_of_all"),
+        ("longer sums are no longer", '"test", 6 + i % 3)', '"test", 3 + i % 3)',
+         "test_what_is_measured_is_held_out"),
+        ("longer sums of training", '"rl longer", i), "test", 6', '"rl longer", i), "train", 6',
+         "test_what_is_measured_is_held_out"),
+        ("the test is of training", '("rl test", i), "test")', '("rl test", i), "train")',
+         "test_what_is_measured_is_held_out"),
+        ("unfinished are the finished", "1 - rollout.finished.float().mean()", "rollout.finished.float().mean()",
+         "test_rows_that_are_cut_off_can_be_left_out"),
     ]
 ]

@@ -9,6 +9,8 @@ ENDS = "test_gae_at_its_ends"
 POISON = "test_masked_positions_are_poisoned"
 WHITE = "test_whitening_is_over_real_tokens"
 SCALED = "test_rewards_are_scaled_clipped_and_withheld"
+REFRESHED = "test_rewards_keep_their_scale_when_the_reward_model_learns"
+LESSON = "test_a_lesson_is_a_plain_loop"
 BRUTE = "test_losses_by_brute_force"
 TABLE = "test_gradients_of_the_clips"
 STEER = "test_the_controller_steers_to_its_target"
@@ -536,6 +538,42 @@ MUTANTS = [
             "test_answers_are_decoded_as_many_at_a_time_as_asked",
         ),
         ("a2c clips", '"a2c": {"clip_eps": 0.0,', '"a2c": {"clip_eps": 0.2,', "test_a2c_is_one_pass_without_a_clip"),
+        (
+            "judge: its rewards keep their own scale",
+            "    if args.reward not in LEARNED:\n        return {",
+            '    if args.reward != "model":\n        return {',
+            SCALED,
+        ),
+        (
+            "--refresh-rm: the scale stays that of the old reward model",
+            "            scale = scale_of(before, args)\n",
+            "",
+            REFRESHED,
+        ),
+        (
+            "--refresh-rm: what is taken out is the policy's, not the start's",
+            "evaluate(ref_model, None, reward_model, test",
+            "evaluate(model, None, reward_model, test",
+            REFRESHED,
+        ),
+        (
+            "--refresh-rm compares answers of the start",
+            "lesson(reward_model, model, judge, some,",
+            "lesson(reward_model, ref_model, judge, some,",
+            REFRESHED,
+        ),
+        ("a lesson does not centre", "few, 0.0, 0.01)", "few, 0.0, 0.0)", LESSON),
+        ("a lesson without warm-up", "args.rm_lr * min(1, (n + 1) / 5) *", "args.rm_lr *", LESSON),
+        ("a lesson without decay", " * (1 - n / total)", "", LESSON),
+        ("a lesson of sums", ".sum() / n_pairs).backward()", ".sum()).backward()", LESSON),
+        ("a lesson without clipping", "        clip(reward_model, 1.0)\n", "", LESSON),
+        ("clip_fraction: one side", "((ratio < 1 - clip_low) | (ratio > 1 + clip_high))", "(ratio > 1 + clip_high)",
+         "test_both_sides_are_beyond_the_clip"),
+        ("unfinished are the finished", "1 - found.finished.float().mean(),", "found.finished.float().mean(),", LOOP),
+        ("requests of the test are those of training", '("ppo test", i), "test", args)',
+         '("ppo test", i), "train", args)', "test_what_is_measured_is_held_out"),
+        ("training requests are those of the test", 'args.seed, i), "train", args), tokenizer',
+         'args.seed, i), "test", args), tokenizer', "test_what_is_measured_is_held_out"),
     ]
 ] + [
     Mutant(name, "reward.py", old, new, TESTS + OTHER)

@@ -49,6 +49,7 @@ RESUME = "test_resuming_is_exact"
 ONCE = "test_rows_are_trained_on_once_an_epoch_and_held_out_ones_never"
 BY_AI = "test_a_file_is_labelled_by_the_ai"
 SORTED = "test_ranked_answers_are_sorted_by_their_scores"
+TIES = "test_answers_of_equal_scores_have_no_order"
 DTYPE = "test_compiled_runs_see_few_lengths_and_forward_passes_are_in_dtype"
 NONE = "test_no_steps_are_no_steps"
 DEFAULTS = "test_defaults_are_of_one_table"
@@ -185,8 +186,9 @@ MUTANTS = [
             # the losses of a batch
             ("margins of steps without their labels", "* (2 * right - 1)", "* 1", MET),
             ("margins of good without their labels", "rewards[:, 0] * (2 * labels - 1)", "rewards[:, 0]", MET),
-            ("no smoothing", "labels = args.label_smoothing + (1 - 2 * args.label_smoothing) * labels", "", LOSSES),
+            ("no smoothing", "args.label_smoothing + (1 - 2 * args.label_smoothing) * labels", "labels", LOSSES),
             ("smoothing counts once", "(1 - 2 * args.label_smoothing)", "(1 - args.label_smoothing)", LOSSES),
+            ("margins of smooth labels", "rewards[:, 0] * (2 * labels - 1)", "rewards[:, 0] * (2 * smooth - 1)", MET),
             (
                 "a row of padding is a comparison",
                 "there = batch.answers[:, 0]",
@@ -271,12 +273,13 @@ MUTANTS = [
                 FOUR,
             ),
             ("ranked by noise of another law", "-math.log(-math.log(rng.random()))", "3 * rng.gauss(0, 1)", FOUR),
-            ("ranked from bad to good", "key=lambda i: -row", "key=lambda i: row", SORTED),
+            ("ranked from bad to good", "sorted(first, reverse=True)", "sorted(first)", SORTED),
+            ("of equal scores the last", "dict(reversed([*zip(row", "dict(([*zip(row", TIES),
+            ("rows of equal scores are ranked", 'if len(set(row["scores"])) > 1]', "]", TIES),
             (
                 "what is measured is trained on",
-                "(rows,), held_out = formats.split([args.data], args.eval_data, read, loop.say)",
-                "(rows,), held_out = formats.split([args.data], args.eval_data, read, loop.say)\n"
-                "        rows = rows + held_out",
+                "args.eval_data, partial(file_rows, args, loop), loop.say)\n",
+                "args.eval_data, partial(file_rows, args, loop), loop.say)\n        rows = rows + held_out\n",
                 ONCE,
             ),
             ("--eval-data is not read", "split([args.data], args.eval_data,", "split([args.data], None,", ONCE),
