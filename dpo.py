@@ -294,7 +294,7 @@ LOSSES = {
     "rdpo": (rdpo, log_ratio, {"lr": (2e-4, 5e-7), "beta": (0.2, 0.1), "alpha": (0.02, 0.01)}),
     "tdpo": (tdpo, log_ratio, {"lr": (4e-4, 5e-7), "beta": (0.2, 0.1), "alpha": (0.1, 0.5)}),
     "lipo": (lipo, log_ratio, {"lr": (2e-4, 5e-7), "beta": (0.2, 0.1)}),
-    "npo": (npo, log_ratio, {"lr": (1e-4, 5e-7), "beta": (1.0, 0.1)}),
+    "npo": (npo, log_ratio, {"lr": (5e-5, 5e-7), "beta": (1.0, 0.1)}),
     "nn": (nn, log_ratio, {"lr": (1e-4, 5e-7), "beta": (0.2, 0.1), "alpha": (0.2, 0.1)}),
     "orpo": (orpo, mean_logps, {"lr": (4e-4, 5e-6), "beta": (4.0, 0.1), "sft_weight": (1.0, 1.0)}),
     "simpo": (simpo, mean_logps, {"lr": (2e-4, 1e-6), "beta": (2.0, 2.5), "gamma": (1.0, 1.4)}),
