@@ -180,11 +180,11 @@ def document(text: str, tokenizer: Tokenizer, n_prompt: int) -> Example:
     return Example(*row, min(n_prompt, len(row.input_ids) - 1), {"text": text})
 
 
-def conversation(row: dict, tokenizer: Tokenizer, args: argparse.Namespace) -> Example:
+def conversation(row: dict, tokenizer: Tokenizer) -> Example:
     """All that the assistant says is learned from; a model that writes itself is given all but its last turn."""
     messages = formats.to_messages(row, "completion" if "completion" in row else "answer")
-    ids, mask = chat.render(messages, tokenizer, chat_format=args.chat_format)
-    prompt = chat.prompt_ids(messages[:-1], tokenizer, args.chat_format)
+    ids, mask = chat.render(messages, tokenizer)
+    prompt = chat.prompt_ids(messages[:-1], tokenizer)
     if ids[: len(prompt)] != prompt:
         raise UserError("the chat format writes a prompt otherwise once its answer is there: choose --chat-format")
     end = len(mask) - mask[::-1].index(1)  # without the line break after the turn
@@ -200,16 +200,16 @@ def world_row(task: str, key: Sequence, split: str, tokenizer: Tokenizer, args: 
         row = world.exchange("steps", rng, split)
         question, answer = row["messages"][0], f"<think></think>{world.final_answer(row['answer'])}"
         messages = [question, {"role": "assistant", "content": answer}]
-        return conversation({"messages": messages, "answer": answer}, tokenizer, args)
+        return conversation({"messages": messages, "answer": answer}, tokenizer)
     problem = world.draw_problem(world.HELD_BACK, rng, split)
     question = rng.choice(world.TEMPLATES).format(task=world.HELD_BACK.task.format(**problem))
     answer = world.HELD_BACK.solve(problem)
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return conversation({"messages": messages, "answer": answer}, tokenizer, args)
+    return conversation({"messages": messages, "answer": answer}, tokenizer)
 
 
 def file_row(row: dict, tokenizer: Tokenizer, args: argparse.Namespace) -> Example:
-    return document(row["text"], tokenizer, args.prompt_length) if "text" in row else conversation(row, tokenizer, args)
+    return document(row["text"], tokenizer, args.prompt_length) if "text" in row else conversation(row, tokenizer)
 
 
 def fit(examples: Iterable[Example], what: str, args: argparse.Namespace, loop: Loop) -> list[Example]:
@@ -454,8 +454,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         __doc__,
         flags=("--model", "--data", "--out", "--depth", "--steps", "--epochs", "--batch-size", "--micro-batch-size",
                "--lr", "--warmup", "--schedule", "--weight-decay", "--grad-clip", "--max-length", "--max-new-tokens",
-               "--eval-data", "--seed", "--device", "--dtype", "--compile", "--parallel", "--log-every", "--eval-every",
-               "--save-every", "--resume"),
+               "--eval-data", "--chat-format", "--seed", "--device", "--dtype", "--compile", "--parallel",
+               "--log-every", "--eval-every", "--save-every", "--resume"),
         defaults=told(DEFAULTS, ("", "with --data")) | dict.fromkeys(("lr", "weight_decay", "steps"))
         | {"epochs": {"with --data": 1.0}, "schedule": "cosine", "grad_clip": 1.0},
     )
@@ -488,7 +488,6 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                      "train the same student on hard labels, too")  # fmt: skip
     cli.add_argument("--weak-to-strong", action="store_true", help="a small model teaches the large one --task rank")
     cli.add_argument("--map", nargs="+", default=[], metavar="THEIRS=OURS", help="rename fields of the JSONL files")
-    cli.add_argument("--chat-format", help="chatml, qwen2.5, qwen3 or llama3, where the checkpoint does not say")
     cli.add_argument("--too-long", choices=("refuse", "drop", "cut"), default="refuse",
                      help="rows of more than --max-length tokens (default: %(default)s)")
     cli.add_argument("--seeds", type=COUNT, default=1, help=f"runs of {', '.join(MAIN_LOSSES)} in --loss all")
@@ -713,6 +712,7 @@ def main(args: argparse.Namespace) -> dict:
     model, tokenizer = load(args.model, with_tokenizer=True) if args.model else (None, None)
     needs_teacher = args.loss != "hard" or not (args.data and args.model)  # or its vocabulary
     teachers, tokenizer = load_teachers(args, tokenizer, loop) if needs_teacher else ([], tokenizer)
+    tokenizer = tokenizer.with_chat_format(args.chat_format)
     loop.seed(0)
     model = (model or new_student(tokenizer, args)).to(loop.device)
     loop.check_length(model)

@@ -424,13 +424,13 @@ def collate(examples: Sequence[Example], device: torch.device, multiple_of: int 
     return Batch(*(x if x is None else x.to(device) for x in (input_ids, completion_mask, scores, ref_logps)))
 
 
-def encode(prompt: str | list[dict], answers: Sequence[str | list[dict]], scores: Sequence[float], tokenizer: Tokenizer,
-           args: argparse.Namespace) -> Example:  # fmt: skip
+def encode(prompt: str | list[dict], answers: Sequence[str | list[dict]], scores: Sequence[float], tokenizer: Tokenizer
+           ) -> Example:  # fmt: skip
     """The answers share the ids of the prompt. What the assistant said within the prompt is not trained on."""
-    start, rows = chat.prompt_ids(prompt, tokenizer, args.chat_format), []
+    start, rows = chat.prompt_ids(prompt, tokenizer), []
     for answer in answers:
         messages = formats.to_messages({"prompt": prompt, "completion": answer})
-        ids, mask = chat.render(messages, tokenizer, chat_format=args.chat_format)
+        ids, mask = chat.render(messages, tokenizer)
         if ids[: len(start)] != start:
             raise UserError("the chat format writes a prompt otherwise once its answer is there: choose --chat-format")
         end = len(mask) - mask[::-1].index(1)  # without the line break after the turn
@@ -485,7 +485,7 @@ def chances_to_win(scores: Sequence[float]) -> list[float]:
 def written_rows(args: argparse.Namespace, tokenizer: Tokenizer) -> list[Example]:
     """--pairs written: what data/manners.py wrote in various styles, labelled by its annotator."""
     rows = manners.preferences(max(1, args.steps) * args.batch_size, args.seed, "train")
-    return [encode(row["prompt"], [row["chosen"], row["rejected"]], [1.0, 0.0], tokenizer, args) for row in rows]
+    return [encode(row["prompt"], [row["chosen"], row["rejected"]], [1.0, 0.0], tokenizer) for row in rows]
 
 
 def file_rows(args: argparse.Namespace, counts: Counter, path: str) -> list[dict]:
@@ -505,10 +505,10 @@ def file_rows(args: argparse.Namespace, counts: Counter, path: str) -> list[dict
 
 def from_file(row: dict, tokenizer: Tokenizer, args: argparse.Namespace) -> Example:
     if "chosen" in row:
-        return encode(row["prompt"], [row["chosen"], row["rejected"]], [1.0, 0.0], tokenizer, args)
+        return encode(row["prompt"], [row["chosen"], row["rejected"]], [1.0, 0.0], tokenizer)
     if "label" in row:
-        return encode(row["prompt"], [row["completion"]], [float(row["label"])], tokenizer, args)
-    return ranked(*encode(row["prompt"], row["completions"], row["scores"], tokenizer, args)[:3], args)
+        return encode(row["prompt"], [row["completion"]], [float(row["label"])], tokenizer)
+    return ranked(*encode(row["prompt"], row["completions"], row["scores"], tokenizer)[:3], args)
 
 
 def examples(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, loop: Loop
@@ -526,12 +526,12 @@ def examples(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer,
         rows = fit((from_file(row, tokenizer, args) for row in bar), args, counts)
     if not args.data or args.eval_data == "world":
         requests = [manners.draw_request(world.rng_for("dpo test", i), "test") for i in range(REQUESTS)]
-        test = {"requests": [(chat.prompt_ids(row["prompt"], tokenizer, args.chat_format), row) for row in requests]}
+        test = {"requests": [(chat.prompt_ids(row["prompt"], tokenizer), row) for row in requests]}
         test["skills"] = world.sft_test(40)
     if not args.data and args.pairs == "sampled":
         requests = [manners.draw_request(world.rng_for("dpo", args.seed, i), "train")
                     for i in range(max(1, args.steps) * args.batch_size)]  # fmt: skip
-        prompts = [(chat.prompt_ids(row["prompt"], tokenizer, args.chat_format), row) for row in requests]
+        prompts = [(chat.prompt_ids(row["prompt"], tokenizer), row) for row in requests]
         return (prompts if args.online else sampled_rows(model, tokenizer, prompts, args, loop)), test
     if not args.data:
         rows = fit(written_rows(args, tokenizer), args, counts)
@@ -723,7 +723,7 @@ def evaluate(model: Transformer, ref_model: Transformer | None, tokenizer: Token
                 kls += (now - then).tolist()
             found["KL"] = kls
         found["length"] = [float(len(answer.input_ids)) for (answer,) in answers]
-        asked = [chat.prompt_ids(row["messages"][:1], tokenizer, args.chat_format) for row in test["skills"]]
+        asked = [chat.prompt_ids(row["messages"][:1], tokenizer) for row in test["skills"]]
         said = sampled(model, tokenizer, asked, 1, 0.0, 0, args, loop)
         found["skills"] = [float(world.is_correct(chat.completion_text(answer.input_ids, tokenizer), row["answer"]))
                            for (answer,), row in zip(said, test["skills"], strict=True)]  # fmt: skip
@@ -753,7 +753,7 @@ def show_credit(model: Transformer, ref_model: Transformer, tokenizer: Tokenizer
     All ranks score them, since --parallel fsdp gathers weights from all.
     """
     rows = test["pairs"][:3] if "pairs" in test else [
-        encode(row["prompt"], [row["chosen"], row["rejected"]], [1.0, 0.0], tokenizer, args)
+        encode(row["prompt"], [row["chosen"], row["rejected"]], [1.0, 0.0], tokenizer)
         for row in manners.preferences(3, args.seed, "test")
     ]  # fmt: skip
     for e in rows:
@@ -806,8 +806,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         __doc__,
         flags=("--model", "--data", "--out", "--steps", "--epochs", "--batch-size", "--micro-batch-size", "--lr",
                "--warmup", "--schedule", "--weight-decay", "--grad-clip", "--max-length", "--max-new-tokens",
-               "--eval-data", "--seed", "--device", "--dtype", "--compile", "--parallel", "--log-every", "--eval-every",
-               "--save-every", "--resume", "--adapter"),
+               "--eval-data", "--chat-format", "--seed", "--device", "--dtype", "--compile", "--parallel",
+               "--log-every", "--eval-every", "--save-every", "--resume", "--adapter"),
         defaults=told(DEFAULTS) | dict.fromkeys(("lr", "steps"))
         | {"epochs": 1.0, "schedule": "linear", "weight_decay": 0.0, "grad_clip": 1.0},
     )
@@ -824,7 +824,6 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--pairs", choices=("sampled", "written"), default="sampled",
                      help="of the world: answers of the model that the run begins with, or written by data/manners.py")
     cli.add_argument("--map", nargs="+", default=[], metavar="THEIRS=OURS", help="rename fields of the JSONL files")
-    cli.add_argument("--chat-format", help="chatml, qwen2.5, qwen3 or llama3, where the checkpoint does not say")
     cli.add_argument("--too-long", choices=("refuse", "drop", "cut"), default="refuse",
                      help="rows of more than --max-length tokens; cut: first the prompt's beginning, last the answers")
     cli.add_argument("--checkpoint-activations", action="store_true", help="recompute blocks in backward: less memory")
@@ -887,6 +886,7 @@ def main(args: argparse.Namespace) -> dict:
     loop = Loop(args, "dpo")
     start = args.model or loop.require("sft")
     model, tokenizer = load(start, with_tokenizer=True)
+    tokenizer = tokenizer.with_chat_format(args.chat_format)
     model.to(loop.device).checkpoint_activations = args.checkpoint_activations
     if args.adapter:
         adapt(model, args.adapter, start, loop, dropout=False)

@@ -315,7 +315,7 @@ def world_task(args: argparse.Namespace, tokenizer: Tokenizer, key: Sequence, sp
         question = f"The sum of {sum_of}" if args.preset == "zero" else f"What is {sum_of}?"
     if args.preset == "zero":
         return Task(tokenizer.begin(question), {"prompt": question, "answer": answer})
-    return task_of({"prompt": question, "answer": answer}, tokenizer, args)
+    return task_of({"prompt": question, "answer": answer}, tokenizer)
 
 
 def tasks_of(args: argparse.Namespace, tokenizer: Tokenizer, loop: Loop) -> tuple[list[Task], dict[str, list[Task]]]:
@@ -370,7 +370,7 @@ def with_tool_turn(model: Transformer, tokenizer: Tokenizer, rollout: Rollout, s
         result = world.calculator(calls[r])  # it parses
         said[r] += [{"role": "assistant", "content": rollout.answers[r]}, {"role": "tool", "content": result}]
         # not without the tool's turn: there are formats that write the last turn of all otherwise
-        ids, mask = chat.render(said[r], tokenizer, add_generation_prompt=True, chat_format=args.chat_format)
+        ids, mask = chat.render(said[r], tokenizer, add_generation_prompt=True)
         end = len(mask) - mask[::-1].index(1)  # behind the token that ended the model's turn
         n = int(rollout.completion_mask[r].nonzero()[-1]) + 1
         prompts.append(rollout.input_ids[r, :n].tolist() + ids[end:])
@@ -586,7 +586,7 @@ def annotation(args: argparse.Namespace, tokenizer: Tokenizer, n: int) -> list[c
                 numbers = [int(word) for word in asked["content"].strip("?").split() if word.isdigit()]
                 said = said | {"content": f"<think>{world.working(numbers)}</think>{sum(numbers)}"}
             chats.append([asked, said])
-    return [chat.render(messages, tokenizer, chat_format=args.chat_format) for messages in chats]
+    return [chat.render(messages, tokenizer) for messages in chats]
 
 
 # The measurement
@@ -741,8 +741,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         __doc__,
         flags=("--model", "--data", "--out", "--steps", "--batch-size", "--micro-batch-size", "--lr", "--warmup",
                "--schedule", "--weight-decay", "--grad-clip", "--max-length", "--max-new-tokens", "--eval-data",
-               "--seed", "--device", "--dtype", "--compile", "--parallel", "--log-every", "--eval-every",
-               "--save-every", "--resume", "--adapter"),
+               "--chat-format", "--seed", "--device", "--dtype", "--compile", "--parallel", "--log-every",
+               "--eval-every", "--save-every", "--resume", "--adapter"),
         defaults=told(DEFAULTS) | told({"steps": STEPS}, ("", "with --data"))
         | {"schedule": "constant", "weight_decay": 0.0, "grad_clip": 1.0, "log_every": 1},
     )
@@ -784,7 +784,6 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--tests", type=COUNT, default=400, help="held-out questions of the world (default: %(default)s)")
     cli.add_argument("--show-every", type=WHOLE, default=10, help="steps between samples shown (default: %(default)s)")
     cli.add_argument("--map", nargs="+", default=[], metavar="THEIRS=OURS", help="rename fields of the JSONL files")
-    cli.add_argument("--chat-format", help="chatml, qwen2.5, qwen3 or llama3, where the checkpoint does not say")
     cli.add_argument("--seeds", type=COUNT, default=1, help=f"runs of {', '.join(MAIN_LOSSES)} in --loss all")
     args = cli.parse_args(argv)
     if args.steps is None and args.loss == "all":
@@ -868,6 +867,7 @@ def main(args: argparse.Namespace) -> dict:
         raise UserError(f"--minibatches {args.minibatches}: a step has {n} answers on each rank")
     start = args.model or loop.require(args.start)
     model, tokenizer = load(start, with_tokenizer=True)
+    tokenizer = tokenizer.with_chat_format(args.chat_format)
     model.to(loop.device)
     if args.adapter:
         adapt(model, args.adapter, start, loop, dropout=False)

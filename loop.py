@@ -61,6 +61,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 import kernels
+from data.chat import FORMATS
 from data.formats import UserError
 from data.world import VERSION
 from model import Transformer, load, read_safetensors, save, write_safetensors
@@ -128,6 +129,7 @@ COMMON = {  # flag: (type or choices, default, help), in the order of every scri
     "--max-length": (COUNT, OPEN, "tokens in the longest row"),
     "--max-new-tokens": (COUNT, OPEN, "tokens in the longest sampled completion"),
     "--eval-data": (str, None, "JSONL file to measure on in place of held-out rows of --data"),
+    "--chat-format": (FORMATS, None, "of conversations, where the checkpoint does not say or says otherwise"),
     "--seed": (WHOLE, 0, "of the data order, new weights and all noise"),
     "--device": (("auto", "cpu", "cuda", "mps"), "auto", "auto takes the fastest there is"),
     "--dtype": (("auto", "fp32", "bf16"), "auto", "of the forward pass; auto is bf16 on CUDA, else fp32"),

@@ -798,8 +798,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         __doc__,
         flags=("--model", "--data", "--out", "--steps", "--epochs", "--batch-size", "--micro-batch-size", "--lr",
                "--warmup", "--schedule", "--weight-decay", "--grad-clip", "--max-length", "--max-new-tokens",
-               "--eval-data", "--seed", "--device", "--dtype", "--compile", "--parallel", "--log-every", "--eval-every",
-               "--save-every", "--resume", "--adapter"),
+               "--eval-data", "--chat-format", "--seed", "--device", "--dtype", "--compile", "--parallel",
+               "--log-every", "--eval-every", "--save-every", "--resume", "--adapter"),
         defaults=told(DEFAULTS) | {"steps": None, "epochs": 1.0, "schedule": "linear", "weight_decay": 0.0,
                                    "grad_clip": 1.0, "max_new_tokens": 32},
     )
@@ -814,7 +814,6 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                      "rates, on validation questions, of full or lora (default: of both; DoRA and QLoRA share LoRA's)")
     cli.add_argument("--merge", action="store_true", help="write --model with --adapter merged into it, and end")
     cli.add_argument("--map", nargs="+", default=[], metavar="THEIRS=OURS", help="rename fields of the JSONL files")
-    cli.add_argument("--chat-format", help="chatml, qwen2.5, qwen3 or llama3, where the checkpoint does not say")
     cli.add_argument("--too-long", choices=("refuse", "drop", "cut", "split"), default="refuse",
                      help="rows of more than --max-length tokens (default: %(default)s)")
     cli.add_argument("--seeds", type=COUNT, default=1, help=f"runs of {', '.join(MAIN_METHODS)} in --method all")
@@ -944,8 +943,7 @@ def main(args: argparse.Namespace) -> dict:
     if args.merge:
         return merged_checkpoint(model, tokenizer, args, loop)
     loop.check_length(model)
-    if args.chat_format:
-        tokenizer = replace(tokenizer, chat_format=args.chat_format)
+    tokenizer = tokenizer.with_chat_format(args.chat_format)
     rows, test = examples(args, tokenizer, loop)
     total = args.steps if args.steps is not None else math.ceil(args.epochs * len(rows) / args.batch_size)
     if adapter.method == "fishmask" and args.weight_decay:

@@ -1055,7 +1055,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("prompt", nargs="?", help="what to answer; without it, a chat")
     parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face checkpoint directory")
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat format")
-    parser.add_argument("--chat-format", help=f"{', '.join(chat.FORMATS)}, where the checkpoint does not say")
+    parser.add_argument("--chat-format", choices=chat.FORMATS, help="where the checkpoint does not say, or otherwise")
     parser.add_argument("--max-new-tokens", type=int, default=100, help="longest answer (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the best token (default: %(default)s)")
     parser.add_argument("--top-k", type=int, default=0, help="sample among the k best tokens; 0: all")
@@ -1077,6 +1077,8 @@ def main(args: argparse.Namespace) -> None:
     ):
         if not ok:
             raise UserError(f"{flag}: expected a number {wanted}")
+    if not args.temperature and (args.samples > 1 or args.top_k or args.top_p < 1):
+        raise UserError("--samples, --top-k and --top-p draw at random, --temperature 0 does not: choose one above 0")
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError):
@@ -1084,6 +1086,7 @@ def main(args: argparse.Namespace) -> None:
     model, tokenizer = load(args.model, device=args.device)
     if tokenizer is None:
         raise UserError(f"{args.model}: no tokenizer.json in it")
+    tokenizer = tokenizer.with_chat_format(args.chat_format)
     messages: list[dict[str, str]] = []
     while True:
         text = args.prompt
@@ -1095,11 +1098,7 @@ def main(args: argparse.Namespace) -> None:
             if not text:
                 return
         messages.append({"role": "user", "content": text})
-        if args.raw:
-            prompt = tokenizer.begin(text)
-        else:
-            row = chat.render(messages, tokenizer, add_generation_prompt=True, chat_format=args.chat_format)
-            prompt = row.input_ids
+        prompt = tokenizer.begin(text) if args.raw else chat.prompt_ids(messages, tokenizer)
         room = model.context - len(prompt)
         if not prompt or room < 1:
             raise UserError(f"the prompt has {len(prompt)} tokens, the model reads 1 to {model.context - 1}")

@@ -204,9 +204,9 @@ class Batch(NamedTuple):
     returns: Tensor
 
 
-def task_of(row: dict, tokenizer: Tokenizer, args: argparse.Namespace) -> Task:
+def task_of(row: dict, tokenizer: Tokenizer) -> Task:
     messages = [{"role": "user", "content": row["prompt"]}] if isinstance(row["prompt"], str) else row["prompt"]
-    ids = chat.render(messages, tokenizer, add_generation_prompt=True, chat_format=args.chat_format).input_ids
+    ids = chat.render(messages, tokenizer, add_generation_prompt=True).input_ids
     return Task(ids, row, messages)
 
 
@@ -229,7 +229,7 @@ def file_tasks(rewards: Sequence[str], tokenizer: Tokenizer, args: argparse.Name
         checkers.check_answers(name, rows + held_out)
     if not held_out:
         loop.say(f"only {len(rows)} rows: none are held out, and what is measured are the training rows")
-    train, test = ([task_of(row, tokenizer, args) for row in some] for some in (rows, held_out or rows))
+    train, test = ([task_of(row, tokenizer) for row in some] for some in (rows, held_out or rows))
     return train, test
 
 
@@ -247,8 +247,8 @@ def tasks_of(args: argparse.Namespace, tokenizer: Tokenizer, loop: Loop) -> tupl
         train, test = file_tasks([args.reward], tokenizer, args, loop)
     else:
         n = args.questions or max(1, args.steps) * args.batch_size
-        train = [task_of(world_row(("ppo", args.seed, i), "train", args), tokenizer, args) for i in range(n)]
-        test = [task_of(world_row(("ppo test", i), "test", args), tokenizer, args) for i in range(args.tests)]
+        train = [task_of(world_row(("ppo", args.seed, i), "train", args), tokenizer) for i in range(n)]
+        test = [task_of(world_row(("ppo test", i), "test", args), tokenizer) for i in range(args.tests)]
     check_length(train + test, args)
     return train, test
 
@@ -537,8 +537,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         __doc__,
         flags=("--model", "--data", "--out", "--steps", "--batch-size", "--micro-batch-size", "--lr", "--warmup",
                "--schedule", "--weight-decay", "--grad-clip", "--max-length", "--max-new-tokens", "--eval-data",
-               "--seed", "--device", "--dtype", "--compile", "--parallel", "--log-every", "--eval-every",
-               "--save-every", "--resume", "--adapter"),
+               "--chat-format", "--seed", "--device", "--dtype", "--compile", "--parallel", "--log-every",
+               "--eval-every", "--save-every", "--resume", "--adapter"),
         defaults=told(DEFAULTS) | told(OF_DATA, ("", "with --data"))
         | {"schedule": "linear", "weight_decay": 0.0, "grad_clip": 1.0, "log_every": 1},
     )
@@ -579,7 +579,6 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--tests", type=COUNT, default=400, help="held-out ones of the world (default: %(default)s)")
     cli.add_argument("--show-every", type=WHOLE, default=10, help="steps between samples shown (default: %(default)s)")
     cli.add_argument("--map", nargs="+", default=[], metavar="THEIRS=OURS", help="rename fields of the JSONL files")
-    cli.add_argument("--chat-format", help="chatml, qwen2.5, qwen3 or llama3, where the checkpoint does not say")
     args = cli.parse_args(argv)
     of_model = args.reward_model or args.rm_pairs or args.judge == "ai"
     fill(args, rates_of(DEFAULTS, args.adapter), args.model is not None)
@@ -624,6 +623,7 @@ def main(args: argparse.Namespace) -> dict:
         raise UserError(f"--minibatches {args.minibatches}: a step has {n} answers on each rank")
     start = args.model or loop.require("sft")
     model, tokenizer = load(start, with_tokenizer=True)
+    tokenizer = tokenizer.with_chat_format(args.chat_format)
     model.to(loop.device)
     times = adapt(model, args.adapter, start, loop, dropout=False).lr if args.adapter else 1.0
     loop.check_length(model)
@@ -637,7 +637,7 @@ def main(args: argparse.Namespace) -> dict:
         loop.say(LOGGED.rstrip())
     tasks, test = tasks_of(args, tokenizer, loop)
     if args.sft_steps and not args.resume:
-        rows = [chat.render(task.row["messages"], tokenizer, chat_format=args.chat_format) for task in tasks]
+        rows = [chat.render(task.row["messages"], tokenizer) for task in tasks]
         imitate(model, rows, args, loop, steps=args.sft_steps)
     ref_model = frozen(model)
     if not model.adapter:  # else the base is kept so already
@@ -646,7 +646,7 @@ def main(args: argparse.Namespace) -> dict:
     if args.reward == "model" and args.rm_pairs and not args.resume:
         mine = range(loop.rank, args.rm_pairs, loop.world_size)
         rows = (world_row(("lesson", args.seed, i), "train", args) for i in mine)
-        own = [task_of(row, tokenizer, args) for row in rows]
+        own = [task_of(row, tokenizer) for row in rows]
         lesson(reward_model, model, judge, own, tokenizer, 0, args, loop)
     loop.seed(0)  # the critic's head is the same whatever was drawn before it
     critic = new_critic(model, reward_model if args.reward == "model" else None, args.critic)

@@ -578,8 +578,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli = parser(
         __doc__,
         flags=("--model", "--data", "--out", "--steps", "--batch-size", "--micro-batch-size", "--lr", "--warmup",
-               "--schedule", "--grad-clip", "--max-length", "--max-new-tokens", "--eval-data", "--seed", "--device",
-               "--dtype", "--log-every", "--resume"),
+               "--schedule", "--grad-clip", "--max-length", "--max-new-tokens", "--eval-data", "--chat-format",
+               "--seed", "--device", "--dtype", "--log-every", "--resume"),
         defaults=told(DEFAULTS) | {"lr": None, "steps": 60, "warmup": 10, "schedule": "linear", "grad_clip": 1.0,
                                    "max_new_tokens": 32},
     )  # fmt: skip
@@ -599,7 +599,6 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                      "in quantize.py; 0: none")  # fmt: skip
     cli.add_argument("--rows", type=COUNT, default=192, help="to calibrate on (default: %(default)s)")
     cli.add_argument("--map", nargs="+", default=[], metavar="THEIRS=OURS", help="rename fields of the JSONL files")
-    cli.add_argument("--chat-format", help="chatml, qwen2.5, qwen3 or llama3, where the checkpoint does not say")
     cli.add_argument("--too-long", choices=("refuse", "drop", "cut", "split"), default="split",
                      help="rows of more than --max-length tokens (default: %(default)s)")
     cli.add_argument("--seeds", type=COUNT, default=1, help=f"runs of {', '.join(MAIN_METHODS)} in --method all")
@@ -667,8 +666,7 @@ def main(args: argparse.Namespace) -> dict:
     loop.check_length(dense)
     if dense.config.ranks or dense.config.quantization:
         raise UserError(f"{start}: its matrices are of low rank or quantized; prune a model before that")
-    if args.chat_format:
-        tokenizer = replace(tokenizer, chat_format=args.chat_format)
+    tokenizer = tokenizer.with_chat_format(args.chat_format)
     dense.to(loop.device)
     if args.plant:
         plant(dense, args.plant, args.seed)

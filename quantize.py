@@ -691,8 +691,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli = parser(
         __doc__,
         flags=("--model", "--data", "--out", "--steps", "--batch-size", "--micro-batch-size", "--lr", "--warmup",
-               "--schedule", "--grad-clip", "--max-length", "--max-new-tokens", "--eval-data", "--seed", "--device",
-               "--dtype", "--log-every", "--resume"),
+               "--schedule", "--grad-clip", "--max-length", "--max-new-tokens", "--eval-data", "--chat-format",
+               "--seed", "--device", "--dtype", "--log-every", "--resume"),
         defaults=told(DEFAULTS) | {"steps": 100, "warmup": 10, "schedule": "linear", "grad_clip": 1.0,
                                    "max_new_tokens": 64, "log_every": 1},
     )
@@ -717,7 +717,6 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--plant", type=REAL, default=0.0, metavar="FACTOR", help="first plant outliers of this size; 0: "
                      "none")  # fmt: skip
     cli.add_argument("--map", nargs="+", default=[], metavar="THEIRS=OURS", help="rename fields of the JSONL files")
-    cli.add_argument("--chat-format", help="chatml, qwen2.5, qwen3 or llama3, where the checkpoint does not say")
     cli.add_argument("--too-long", choices=("refuse", "drop", "cut", "split"), default="cut",
                      help="rows of more than --max-length tokens (default: %(default)s)")
     cli.add_argument("--seeds", type=COUNT, default=1, help=f"runs of {', '.join(MAIN_METHODS)} in --method all")
@@ -782,8 +781,7 @@ def main(args: argparse.Namespace) -> dict:
     loop.check_length(model)
     if quantized(model) or model.config.ranks:
         raise UserError(f"{start}: its matrices are quantized already, or of low rank")
-    if args.chat_format:
-        tokenizer = replace(tokenizer, chat_format=args.chat_format)
+    tokenizer = tokenizer.with_chat_format(args.chat_format)
     group_size = 0 if args.method in WITHOUT_GROUPS else args.group_size
     for path in (paths := [f"blocks.{i}.{name}" for i in range(model.config.depth) for name in MATRICES]):
         if group_size and (width := model.get_submodule(path).in_features) % group_size:

@@ -174,13 +174,12 @@ class Batch(NamedTuple):
     n: int  # terms of the loss: examples, or steps
 
 
-def encode(prompt: str | list[dict], replies: Sequence[str | list[dict]], tokenizer: Tokenizer,
-           chat_format: str | None = None) -> list[chat.Row]:  # fmt: skip
+def encode(prompt: str | list[dict], replies: Sequence[str | list[dict]], tokenizer: Tokenizer) -> list[chat.Row]:
     """A row for each reply to the prompt: the mask is 1 on the reply alone, and nothing stands after its last token."""
-    start, rows = len(chat.prompt_ids(prompt, tokenizer, chat_format)), []
+    start, rows = len(chat.prompt_ids(prompt, tokenizer)), []
     for reply in replies:
         messages = formats.to_messages({"prompt": prompt, "completion": reply})
-        ids, mask = chat.render(messages, tokenizer, chat_format=chat_format)
+        ids, mask = chat.render(messages, tokenizer)
         end = max(i for i, said in enumerate(mask) if said) + 1
         rows.append(chat.Row(ids[:end], [0] * start + mask[start:end]))
     return rows
@@ -236,16 +235,16 @@ def world_examples(args: argparse.Namespace, tokenizer: Tokenizer) -> Iterator[E
         if args.feedback == "binary":  # good: better than an answer of no utility
             answer = rng.choice((row["chosen"], row["rejected"]))
             good = rng.random() < manners.prefers_first(manners.utility(answer, asker, name), 0.0)
-            yield Example(encode(row["prompt"], [answer], tokenizer, args.chat_format), float(good))
+            yield Example(encode(row["prompt"], [answer], tokenizer), float(good))
         elif args.feedback == "rank":  # sorted by utility and Gumbel noise, which is the order of Plackett and Luce
             answers = {row["chosen"], row["rejected"]}
             while len(answers) < 4:
                 answers.add(manners.draw_answer(rng, asker, name))
             noise = {answer: -math.log(-math.log(rng.random())) for answer in sorted(answers)}
             answers = sorted(noise, key=lambda answer: -manners.utility(answer, asker, name) - noise[answer])
-            yield Example(encode(row["prompt"], answers, tokenizer, args.chat_format))
+            yield Example(encode(row["prompt"], answers, tokenizer))
         else:
-            yield Example(encode(row["prompt"], [row["chosen"], row["rejected"]], tokenizer, args.chat_format))
+            yield Example(encode(row["prompt"], [row["chosen"], row["rejected"]], tokenizer))
 
 
 def file_rows(args: argparse.Namespace, loop: Loop, path: str) -> list[dict]:
@@ -278,7 +277,7 @@ def file_example(row: dict, tokenizer: Tokenizer, args: argparse.Namespace) -> E
         replies = ["\n".join(row["completions"][: i + 1]) for i in range(len(row["completions"]))]
     else:
         replies, label = [row["chosen"], row["rejected"]], row.get("confidence", 1.0)
-    rows = encode(row["prompt"], replies, tokenizer, args.chat_format)
+    rows = encode(row["prompt"], replies, tokenizer)
     if args.feedback == "steps":
         ends = [len(os.path.commonprefix([part.input_ids, rows[-1].input_ids])) - 1 for part in rows]
         rows, steps = rows[-1:], tuple(zip(ends, row["labels"], strict=True))
@@ -301,7 +300,7 @@ def examples(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer,
     for i, request in enumerate(requests):
         rng = world.rng_for("answers", i)
         request["answers"] = [manners.draw_answer(rng, request["asker"], request["name"]) for _ in range(8)]
-    both = [encode(row["prompt"], [row["chosen"], row["rejected"]], tokenizer, args.chat_format) for row in pairs]
+    both = [encode(row["prompt"], [row["chosen"], row["rejected"]], tokenizer) for row in pairs]
     test = {"examples": [Example(rows) for rows in both], "pairs": pairs, "requests": requests}
     if args.labels == "ai":
         rows = ai_labels(model, tokenizer, list(manners.preferences(args.pairs, args.seed)), args, loop)
@@ -368,7 +367,7 @@ def opinions(model: Transformer, tokenizer: Tokenizer, answers: Iterable[str], r
              args: argparse.Namespace, loop: Loop) -> dict[str, list[float]]:  # fmt: skip
     """{answer: P(yes) to each question of the constitution}, as the model says when it is asked."""
     answers = list(dict.fromkeys(answers))
-    asked = [chat.prompt_ids(f"Answer: {a} {q}", tokenizer, args.chat_format) for a in answers for q, _ in rules]
+    asked = [chat.prompt_ids(f"Answer: {a} {q}", tokenizer) for a in answers for q, _ in rules]
     yes = odds(model, tokenizer, asked, ("yes", "no"), loop).sigmoid().view(len(answers), len(rules))
     return dict(zip(answers, yes.tolist(), strict=True))
 
@@ -457,7 +456,7 @@ def revise(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace, l
     """
     rules, judge = read_constitution(args), judge_of(model, args, loop)
     requests = [manners.draw_request(world.rng_for("revise", args.seed, i), "train") for i in range(args.pairs)]
-    prompts = [chat.prompt_ids(request["prompt"], tokenizer, args.chat_format) for request in requests]
+    prompts = [chat.prompt_ids(request["prompt"], tokenizer) for request in requests]
     seen: dict[str, list[float]] = {}  # text: P(yes) to each question
 
     def scores_of(answers: list[list[str]]) -> list[float]:
@@ -525,7 +524,7 @@ def worked_sums(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespa
     """
     sums = [world.draw_sum(world.rng_for("process", args.seed, split, i), split, 5) for i in range(problems)]
     asked = [f"What is {' + '.join(map(str, numbers))}? Show your steps." for numbers in sums]
-    prompts = [chat.prompt_ids(text, tokenizer, args.chat_format) for text in asked]
+    prompts = [chat.prompt_ids(text, tokenizer) for text in asked]
     truths = [f"<think>{world.working(numbers)}</think>{sum(numbers)}" for numbers in sums]
     said = sampled(model, tokenizer, prompts, args.max_new_tokens, samples, 1.0, args.seed)
     parts = []  # of each answer, as far as each step: (problem, ids)
@@ -612,7 +611,7 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, test: dict[str, list], ar
                     for row in test["pairs"]]
             found[f"pairs that differ in: {name}"] = [hit for hit, (a, b) in zip(hits, both, strict=True) if a != b]
         told = [(answer, r["asker"], r["name"], r["prompt"]) for r in test["requests"] for answer in r["answers"]]
-        rows = [Example(encode(prompt, [answer], tokenizer, args.chat_format)) for answer, _, _, prompt in told]
+        rows = [Example(encode(prompt, [answer], tokenizer)) for answer, _, _, prompt in told]
         reward = torch.tensor(scores(model, rows, args, loop)).view(-1, 8)  # (64 prompts, 8 answers)
         utility = torch.tensor([manners.utility(*row[:3]) for row in told]).view(-1, 8)
         length = torch.tensor([float(len(row[0])) for row in told]).view(-1, 8)
@@ -699,8 +698,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         __doc__,
         flags=("--model", "--data", "--out", "--steps", "--epochs", "--batch-size", "--micro-batch-size", "--lr",
                "--warmup", "--schedule", "--weight-decay", "--grad-clip", "--max-length", "--max-new-tokens",
-               "--eval-data", "--seed", "--device", "--dtype", "--compile", "--parallel", "--log-every", "--eval-every",
-               "--save-every", "--resume"),
+               "--eval-data", "--chat-format", "--seed", "--device", "--dtype", "--compile", "--parallel",
+               "--log-every", "--eval-every", "--save-every", "--resume"),
         defaults=told(DEFAULTS) | {"steps": None, "epochs": None, "schedule": "linear", "weight_decay": 0.0,
                                    "grad_clip": 1.0, "max_new_tokens": 80},
     )
@@ -718,7 +717,6 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--centre", type=REAL, help="weight of (r + r)^2, of comparisons (default: 0.01)")
     cli.add_argument("--label-smoothing", type=REAL, default=0.0, metavar="EPS", help="share of labels held for wrong")
     cli.add_argument("--map", nargs="+", default=[], metavar="THEIRS=OURS", help="rename fields of the JSONL files")
-    cli.add_argument("--chat-format", help="chatml, qwen2.5, qwen3 or llama3, where the checkpoint does not say")
     cli.add_argument("--too-long", choices=("refuse", "drop", "cut"), default="refuse",
                      help="rows of more than --max-length tokens (cut: at the end of the answers, never the prompt)")
     args = cli.parse_args(argv)
@@ -749,6 +747,7 @@ def main(args: argparse.Namespace) -> dict:
     if any(path.is_file() for path in (loop.out, *loop.out.parents)):  # else it is found out after the labelling
         raise UserError(f"--out {loop.out}: expected a folder, found a file")
     start, tokenizer = load(args.model or loop.require("sft"), with_tokenizer=True)
+    tokenizer = tokenizer.with_chat_format(args.chat_format)
     loop.check_length(start)
     start.to(loop.device).eval()
     if args.revise:

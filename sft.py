@@ -31,7 +31,6 @@ import random
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -313,10 +312,10 @@ def file_rows(args: argparse.Namespace, path: str, loop: Loop) -> tuple[list[dic
     return train, held_out
 
 
-def encode(row: dict, tokenizer: Tokenizer, args: argparse.Namespace) -> chat.Row:
+def encode(row: dict, tokenizer: Tokenizer) -> chat.Row:
     if "text" in row:
         return document(row["text"], tokenizer)
-    return chat.render(formats.to_messages(row), tokenizer, chat_format=args.chat_format)
+    return chat.render(formats.to_messages(row), tokenizer)
 
 
 def select_by_ifd(model: Transformer, rows: list[chat.Row], args: argparse.Namespace, loop: Loop) -> list[chat.Row]:
@@ -342,7 +341,8 @@ def select_by_ifd(model: Transformer, rows: list[chat.Row], args: argparse.Names
 def rollouts(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace, loop: Loop) -> list[chat.Row]:
     """Rejection sampling (arXiv 2308.01825): sample answers to sums, keep each distinct one whose result is right.
 
-    To a task of --prompts the right answer is a number, or else its very letters.
+    To a task of --prompts the right answer is a number, or else its very letters. An answer that was cut off is not
+    kept, and what the assistant said before, within the task, is not trained on.
     """
     if args.prompts:
         tasks = formats.read_jsonl(args.prompts, "answer", mapping=formats.parse_map(args.map))
@@ -350,15 +350,18 @@ def rollouts(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace,
     else:
         tasks = [world.exchange("sums", world.rng_for("rollouts", args.seed, i), "train") for i in range(512)]
     questions = [row["messages"][:-1] for row in tasks]
-    answers = answer(model, tokenizer, questions, args, samples=args.samples, temperature=1.0, seed=args.seed)
+    answers = answer(model, tokenizer, questions, args, samples=args.samples, temperature=1.0, seed=args.seed,
+                     whole=True)
     kept, n, n_right = [], len(tasks) * args.samples, 0
     for question, task, texts in zip(questions, tasks, answers, strict=True):
         is_number = args.prompts and checkers.last_number(task["answer"]) is not None
         is_right = checkers.number if is_number else checkers.exact
         right = [text for text in texts if is_right("", text, task)]
         n_right += len(right)
+        start = len(chat.prompt_ids(question, tokenizer))
         for text in sorted(set(right)):
-            kept.append(chat.render([*question, {"role": "assistant", "content": text}], tokenizer))
+            ids, mask = chat.render([*question, {"role": "assistant", "content": text}], tokenizer)
+            kept.append(chat.Row(ids, [0] * start + mask[start:]))
     loop.say(f"--data rollouts: {n} samples, {n_right / n:.1%} right, {len(kept)} distinct right ones to train on")
     if not kept:
         raise UserError("--data rollouts: not one sample is right; start from a model that sometimes is")
@@ -409,8 +412,13 @@ def self_instruct(model: Transformer, tokenizer: Tokenizer, args: argparse.Names
     loop.say(f"--data self-instruct: {len(found.completions)} questions sampled, {len(questions)} new ones kept")
     if not questions:
         raise UserError("--data self-instruct: the model wrote no new question; it needs one that continues text well")
-    answers = answer(model, tokenizer, questions, args, samples=1, temperature=0.0, seed=args.seed)
-    chats = [[*q, {"role": "assistant", "content": text}] for q, (text,) in zip(questions, answers, strict=True)]
+    answers = answer(model, tokenizer, questions, args, samples=1, temperature=0.0, seed=args.seed, whole=True)
+    chats = [[*q, {"role": "assistant", "content": text}]
+             for q, texts in zip(questions, answers, strict=True) for text in texts]
+    loop.say(f"--data self-instruct: {len(questions) - len(chats)} of their answers are cut off and left out "
+             f"(--max-new-tokens {args.max_new_tokens})")
+    if not chats:
+        raise UserError("--data self-instruct: the model ended no answer: raise --max-new-tokens")
     if loop.main:
         loop.out.mkdir(parents=True, exist_ok=True)
         lines = (json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in chats)
@@ -423,10 +431,10 @@ def examples(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer,
     """The rows to train on, and what `evaluate` measures: {"questions" | "cloze" | "rows": ...}."""
     if args.data not in (None, *OWN_ROWS):
         train, held_out = file_rows(args, args.data, loop)
-        rows = [encode(row, tokenizer, args) for row in tqdm(train, "encoding", unit="row", disable=None, leave=False)]
+        rows = [encode(row, tokenizer) for row in tqdm(train, "encoding", unit="row", disable=None, leave=False)]
         if args.select == "ifd":
             rows = select_by_ifd(model, fitting(rows, "rows", args, loop), args, loop)
-        test = (encode(row, tokenizer, args) for row in held_out)
+        test = (encode(row, tokenizer) for row in held_out)
         return rows, {"rows": fitting(test, "held-out rows", args, loop)}
     cloze = [world.cloze(part, world.rng_for("cloze", part, i)) for part in (*world.SKILLS, "facts") for i in range(40)]
     if args.stage == "base":
@@ -447,8 +455,8 @@ def examples(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer,
 
 
 def answer(model: Transformer, tokenizer: Tokenizer, chats: list[list[dict]], args: argparse.Namespace, *,
-           samples: int, temperature: float, seed: int) -> list[list[str]]:
-    """What the model says next in each of `chats`, `samples` times."""
+           samples: int, temperature: float, seed: int, whole: bool = False) -> list[list[str]]:
+    """What the model says next in each of `chats`, `samples` times; `whole`: but for what is cut off, to train on."""
     prompts = [chat.prompt_ids(messages, tokenizer) for messages in chats]
     if (room := model.context - max(map(len, prompts))) < args.max_new_tokens:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: the longest question leaves room for {room}")
@@ -458,8 +466,10 @@ def answer(model: Transformer, tokenizer: Tokenizer, chats: list[list[dict]], ar
             model, prompts[start : start + 256], max_new_tokens=args.max_new_tokens, eos_ids=tokenizer.eos_ids,
             samples=samples, temperature=temperature, seed=seed + start, vocab_size=tokenizer.vocab_size,
         )
-        texts += [chat.completion_text(completion, tokenizer) for completion in found.completions]
-    return [texts[i : i + samples] for i in range(0, len(texts), samples)]
+        texts += [chat.completion_text(completion, tokenizer) if ended or not whole else None
+                  for completion, ended in zip(found.completions, found.finished.tolist(), strict=True)]
+    by_chat = (texts[i : i + samples] for i in range(0, len(texts), samples))
+    return [[text for text in some if text is not None] for some in by_chat]
 
 
 @torch.no_grad()
@@ -551,8 +561,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         __doc__,
         flags=("--model", "--data", "--out", "--depth", "--steps", "--epochs", "--batch-size", "--micro-batch-size",
                "--lr", "--warmup", "--schedule", "--weight-decay", "--grad-clip", "--max-length", "--max-new-tokens",
-               "--eval-data", "--seed", "--device", "--dtype", "--compile", "--parallel", "--log-every", "--eval-every",
-               "--save-every", "--resume", "--adapter"),
+               "--eval-data", "--chat-format", "--seed", "--device", "--dtype", "--compile", "--parallel",
+               "--log-every", "--eval-every", "--save-every", "--resume", "--adapter"),
         defaults=told(DEFAULTS, KINDS)
         | {"steps": WORLD_STEPS, "epochs": {"with --data": 1.0}, "depth": 4, "schedule": "wsd",
            "weight_decay": {"": 0.1, "with --adapter": 0.0}, "grad_clip": 1.0, "max_new_tokens": 64},
@@ -564,7 +574,6 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="how often a part of the world, or a file of --data a.jsonl,b.jsonl, is seen (1: as is)")
     cli.add_argument("--replay", type=REAL, default=0.25, metavar="SHARE",
                         help="of base text among the chats of the generated world, so that it is not forgotten")
-    cli.add_argument("--chat-format", help=f"{', '.join(chat.FORMATS)}, where the checkpoint does not say")
     cli.add_argument("--pack", action=argparse.BooleanOptionalAction, default=True, help="several documents in a row")
     cli.add_argument("--too-long", choices=("refuse", "drop", "cut", "split"),
                         help="rows of more than --max-length tokens (default: split in --stage base, else refuse)")
@@ -631,8 +640,7 @@ def main(args: argparse.Namespace) -> dict:
     else:
         start = start or loop.require("sft" if args.data in OWN_ROWS else "base")
         model, tokenizer = load(start, with_tokenizer=True)
-    if args.chat_format:
-        tokenizer = replace(tokenizer, chat_format=args.chat_format)
+    tokenizer = tokenizer.with_chat_format(args.chat_format)
     model.to(loop.device).checkpoint_activations = args.checkpoint_activations
     if args.adapter:
         adapt(model, args.adapter, start, loop)

@@ -487,10 +487,10 @@ def expand(row: chat.Row, image_id: int, slots: int) -> chat.Row:
 
 
 def encode(messages: Sequence[dict], shown: Sequence[np.ndarray], tokenizer: Tokenizer, slots: int,
-           chat_format: str | None, *, ask: bool = False, captions: Sequence[str] = ()) -> Row:  # fmt: skip
+           *, ask: bool = False, captions: Sequence[str] = ()) -> Row:  # fmt: skip
     """A conversation as a Row; UserError unless it has an `<image>` for each picture. ask: the assistant is next."""
     image_id = tokenizer.special("<image>")
-    rendered = chat.render(messages, tokenizer, add_generation_prompt=ask, chat_format=chat_format)
+    rendered = chat.render(messages, tokenizer, add_generation_prompt=ask)
     if (n := rendered.input_ids.count(image_id)) != len(shown):
         raise UserError(f"{n} <image> in what the user says, {len(shown)} pictures")
     return Row(*expand(rendered, image_id, slots), tuple(shown), captions_of(captions, tokenizer))
@@ -556,14 +556,14 @@ def world_data(vlm: VLM, tokenizer: Tokenizer, args: Namespace, loop: Loop) -> D
 
     def row(turns: Sequence[tuple[str, str]], e: pictures.Example, captions: Sequence[str] = ()) -> Row:
         slots = vlm.connector.slots
-        return encode(conversation(turns), [e.picture], tokenizer, slots, args.chat_format, captions=captions)
+        return encode(conversation(turns), [e.picture], tokenizer, slots, captions=captions)
 
     captions = [[pictures.describe(e.things), *pictures.nearly(e.things, f"{args.seed} {i}")]
                 for i, e in enumerate(made)]  # fmt: skip
     described = [row([(pictures.DESCRIBE, said[0])], e, said) for e, said in zip(made, captions, strict=True)]
     asked = [row(pictures.turns(e, f"{args.seed} {i}"), e) if i % 4 else described[i] for i, e in enumerate(made)]
     texts = world.sft_rows(round(n * args.replay / (1 - args.replay)), 10**6 + args.seed)
-    asked += [Row(*chat.render(text["messages"], tokenizer, chat_format=args.chat_format)) for text in texts]
+    asked += [Row(*chat.render(text["messages"], tokenizer)) for text in texts]
     described, asked = (fitting(rows, what, vlm, args, loop) for rows, what in
                         ((described, "descriptions"), (asked, "rows")))  # fmt: skip
     if not all(asked if name == "instruct" else described for name in args.stages if name != "prefer"):
@@ -595,7 +595,7 @@ def file_data(vlm: VLM, tokenizer: Tokenizer, args: Namespace, loop: Loop) -> Da
             shown = [resized(Path(path), vlm.c.side) for path in row.get("images", ())]
             messages = formats.to_messages(row)
             try:
-                made.append(encode(messages, shown, tokenizer, vlm.connector.slots, args.chat_format,
+                made.append(encode(messages, shown, tokenizer, vlm.connector.slots,
                                    captions=[messages[-1]["content"]]))  # fmt: skip
             except UserError as error:
                 raise UserError(f"{what[:-1]} {i}: {error}") from None
@@ -647,15 +647,15 @@ def replies(vlm: VLM, tokenizer: Tokenizer, prompts: Sequence[Row], args: Namesp
     return [found[i : i + samples] for i in range(0, len(found), samples)]
 
 
-def prompts_of(vlm: VLM, tokenizer: Tokenizer, asked: Sequence[tuple[str, np.ndarray]], args: Namespace) -> list[Row]:
-    return [encode(conversation([(question, "")]), [picture], tokenizer, vlm.connector.slots, args.chat_format,
-                   ask=True) for question, picture in asked]  # fmt: skip
+def prompts_of(vlm: VLM, tokenizer: Tokenizer, asked: Sequence[tuple[str, np.ndarray]]) -> list[Row]:
+    return [encode(conversation([(question, "")]), [picture], tokenizer, vlm.connector.slots, ask=True)
+            for question, picture in asked]  # fmt: skip
 
 
 def answers(vlm: VLM, tokenizer: Tokenizer, asked: Sequence[tuple[str, np.ndarray]], args: Namespace, loop: Loop,
             longest: int = 12) -> list[str]:  # fmt: skip
     """What the model says, greedily, to each (question, picture)."""
-    said = replies(vlm, tokenizer, prompts_of(vlm, tokenizer, asked, args), args, loop, longest=longest)
+    said = replies(vlm, tokenizer, prompts_of(vlm, tokenizer, asked), args, loop, longest=longest)
     return [chat.completion_text(ids, tokenizer).strip() for (ids,) in said]
 
 
@@ -666,7 +666,7 @@ def exact(said: Sequence[str], rows: Sequence[pictures.Example]) -> list[float]:
 def hallucinations(vlm: VLM, tokenizer: Tokenizer, test: dict[str, list], args: Namespace, loop: Loop
                    ) -> dict[str, list[float]]:  # fmt: skip
     """Of descriptions of held-out pictures, and of the questions for what is absent (see the top of this file)."""
-    prompts = prompts_of(vlm, tokenizer, [(pictures.DESCRIBE, e.picture) for e in test["scenes"]], args)
+    prompts = prompts_of(vlm, tokenizer, [(pictures.DESCRIBE, e.picture) for e in test["scenes"]])
     found = {}
     for name, temperature in (("hallucination", 1.0), ("hallucination, greedy", 0.0)):
         said = replies(vlm, tokenizer, prompts, args, loop, temperature=temperature, seed=1)
@@ -683,7 +683,7 @@ def hallucinations(vlm: VLM, tokenizer: Tokenizer, test: dict[str, list], args: 
 def tempted(vlm: VLM, tokenizer: Tokenizer, scenes: Sequence[pictures.Example], args: Namespace) -> list[Row]:
     """What `prefer` asks: where the scene comes with a question for existence that one, else for a description."""
     asked = [(e.question if e.kind == "existence" else pictures.DESCRIBE, e.picture) for e in scenes]
-    return prompts_of(vlm, tokenizer, asked, args)
+    return prompts_of(vlm, tokenizer, asked)
 
 
 def faults(text: str, e: pictures.Example) -> tuple[int, int]:
@@ -771,7 +771,7 @@ def evaluate(vlm: VLM, tokenizer: Tokenizer, test: dict[str, list], args: Namesp
 
 
 def text_prompts(test: dict[str, list], tokenizer: Tokenizer, args: Namespace) -> list[Row]:
-    ids = (chat.prompt_ids(row["messages"][:1], tokenizer, args.chat_format) for row in test["texts"])
+    ids = (chat.prompt_ids(row["messages"][:1], tokenizer) for row in test["texts"])
     return [Row(prompt, [0] * len(prompt)) for prompt in ids]
 
 
@@ -932,8 +932,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         __doc__,
         flags=("--model", "--data", "--out", "--steps", "--epochs", "--batch-size", "--micro-batch-size", "--lr",
                "--warmup", "--schedule", "--weight-decay", "--grad-clip", "--max-length", "--max-new-tokens",
-               "--eval-data", "--seed", "--device", "--dtype", "--compile", "--parallel", "--log-every", "--eval-every",
-               "--save-every", "--resume", "--adapter"),
+               "--eval-data", "--chat-format", "--seed", "--device", "--dtype", "--compile", "--parallel",
+               "--log-every", "--eval-every", "--save-every", "--resume", "--adapter"),
         defaults=told(DEFAULTS) | dict.fromkeys(("lr", "steps"))
         | {"epochs": 1.0, "schedule": "linear", "weight_decay": 0.01, "grad_clip": 1.0, "max_new_tokens": 64},
     )
@@ -950,7 +950,6 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                      "among the generated rows of instruct (default: %(default)s)")  # fmt: skip
     cli.add_argument("--beta", type=REAL, default=0.1, help="of the loss of prefer (default: %(default)s)")
     cli.add_argument("--map", nargs="+", default=[], metavar="THEIRS=OURS", help="rename fields of the JSONL files")
-    cli.add_argument("--chat-format", help="chatml, qwen2.5, qwen3 or llama3, where the checkpoint does not say")
     cli.add_argument("--too-long", choices=("refuse", "drop", "cut"), default="refuse",
                      help="rows of more than --max-length tokens; cut: from the end, a picture only as a whole")
     cli.add_argument("--exam", default="held-out", metavar="NAME", help="another name measures on others, to choose "
@@ -1020,10 +1019,10 @@ def see(args: argparse.Namespace) -> str:
     """--image: what the model of --model says to the pictures and the question."""
     loop = Loop(Namespace(**vars(args) | {"model": None}), "vlm")  # which writes nothing: --out may be --model
     vlm, tokenizer = load_vlm(args.model, loop.device)
+    tokenizer = tokenizer.with_chat_format(args.chat_format)
     *files, question = args.image
     shown = [resized(Path(file), vlm.c.side) for file in files]
-    prompt = encode(conversation([(question, "")], len(shown)), shown, tokenizer, vlm.connector.slots, args.chat_format,
-                    ask=True)  # fmt: skip
+    prompt = encode(conversation([(question, "")], len(shown)), shown, tokenizer, vlm.connector.slots, ask=True)
     ((ids,),) = replies(vlm, tokenizer, [prompt], args, loop)
     print(chat.completion_text(ids, tokenizer).strip())
     return chat.completion_text(ids, tokenizer)
@@ -1042,6 +1041,7 @@ def main(args: argparse.Namespace) -> dict:
     loop = Loop(args, "vlm")
     start = args.model or loop.require("sft")
     vlm, tokenizer = load_vlm(start, loop.device, Vision(args.connector, args.contrast, args.stem))
+    tokenizer = tokenizer.with_chat_format(args.chat_format)
     if args.adapter:
         adapt(vlm.model, args.adapter, start, loop, dropout=False)
     loop.check_length(vlm)

@@ -129,7 +129,8 @@ def _llama(messages: Sequence[dict], chat_format: str, add_generation_prompt: bo
     for message in messages:
         role, content = message["role"], message["content"].strip()
         if role == "assistant":
-            yield from (*header(role), Part("\n\n"), Part(content, trained=True), end._replace(trained=True))
+            yield from (*header(role), Part("\n\n"), Part(content, trained=True, names=OF_ASSISTANT),
+                        end._replace(trained=True))  # fmt: skip
         elif role == "tool" and chat_format == "llama3.1":  # as JSON, since the template takes text for a list
             said = json.dumps(message["content"], ensure_ascii=False)
             yield from (*header("ipython"), Part(f"\n\n{said}"), end)

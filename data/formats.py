@@ -16,6 +16,7 @@ ignored and listed once; whatever else does not fit is refused with file, line, 
 """
 
 import hashlib
+import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -178,38 +179,57 @@ def to_messages(row: dict, completion: str = "completion") -> list[dict]:
 def hold_out(rows: list[dict]) -> tuple[list[dict], list[dict]]:
     """(train, held out): the last 5% by the hash of their content, 16 to 512 of them; none of fewer than 32 rows.
 
-    It depends on nothing but the rows themselves. Rows of the same prompt are on one side together, for who has trained
-    on two answers has seen a third; of fewer than 32 prompts, equal rows are.
+    It depends on nothing but the rows themselves. Rows of the same prompt (chats: of the same beginning, up to the
+    first answer) are on one side together, for who has trained on two answers has seen a third; of fewer than 32
+    prompts, equal rows are.
     """
+    taken = _held_out(rows)
+    train, held_out = ([row for row, out in zip(rows, taken, strict=True) if out == side] for side in (False, True))
+    return train, held_out
+
+
+def _held_out(rows: list[dict]) -> list[bool]:
+    """For each row whether `hold_out` takes it."""
     if len(rows) < 32:
-        return rows, []
-    contents = [json.dumps(row.get("prompt", row), sort_keys=True) for row in rows]
+        return [False] * len(rows)
+    contents = [json.dumps(_asked(row), sort_keys=True) for row in rows]
     if len(set(contents)) < 32:
         contents = [json.dumps(row, sort_keys=True) for row in rows]
     keys = [hashlib.sha256(content.encode()).hexdigest() for content in contents]
     wanted = min(512, max(16, len(rows) // 20))
     least = sorted(keys)[-wanted]
-    train = [row for row, key in zip(rows, keys, strict=True) if key < least]
-    if not train:
+    if least == min(keys):
         raise UserError(f"all {len(rows)} rows are the same: there is nothing to hold out")
-    return train, [row for row, key in zip(rows, keys, strict=True) if key >= least]
+    return [key >= least for key in keys]
+
+
+def _asked(row: dict) -> object:
+    """What a row asks: its prompt, the beginning of its chat, or all of a plain text."""
+    if "messages" in row:
+        return list(itertools.takewhile(lambda message: message["role"] != "assistant", row["messages"]))
+    return row.get("prompt", row)
 
 
 def split(paths: Sequence[str], eval_path: str | None, read: Callable[[str], list[dict]], say: Callable[[str], None]
           ) -> tuple[list[list[dict]], list[dict]]:  # fmt: skip
     """(the rows to train on of each of `paths`, the held-out rows): all of `eval_path`, else what hold_out takes.
 
-    Where there is nothing to hold out, what is trained on is measured, and `say` is told so.
+    It takes from all files together, so that what is held out of one is not trained on in another. Where there is
+    nothing to hold out, what is trained on is measured, and `say` is told so.
     """
     parts = [read(path) for path in paths]
     if eval_path:
         return parts, read(eval_path)
-    parts, held_out = zip(*map(hold_out, parts), strict=True)
-    held_out = sum(held_out, [])
+    rows = sum(parts, [])
+    taken = iter(_held_out(rows))
+    train = [[row for row in part if not next(taken)] for part in parts]
+    _, held_out = hold_out(rows)
+    if empty := [path for path, before, after in zip(paths, parts, train, strict=True) if before and not after]:
+        raise UserError(f"{empty[0]}: all of its rows would be held out: name what is measured with --eval-data")
     if not held_out:
-        held_out = sum(parts, [])
+        held_out = rows
         say(f"only {len(held_out)} rows: none are held out, and what is measured are the training rows")
-    return list(parts), held_out
+    return train, held_out
 
 
 def parse_map(pairs: Sequence[str]) -> dict[str, str]:

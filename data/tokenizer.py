@@ -18,7 +18,7 @@ import sys
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -51,7 +51,7 @@ class Tokenizer:
     pad_id: int  # may equal an eos id: nothing may depend on it
     bos_id: int | None = None
     add_bos: bool = False  # whether every text begins with bos_id
-    chat_format: str = ""  # "chatml", "qwen2.5", "qwen3", "llama3"; "" is unknown
+    chat_format: str = ""  # one of data/chat.py's FORMATS; "" is unknown
     nfc: bool = False  # texts are brought to Unicode's normal form C
     digits_apart: bool = False  # digits are cut out before the pattern looks at the text
     files: dict[str, str] = field(default_factory=dict)  # of the checkpoint, saved as they came
@@ -90,6 +90,23 @@ class Tokenizer:
             return self.encode(text)
         parts = re.split("(" + "|".join(map(re.escape, known)) + ")", text)
         return [i for part in parts for i in ([self.special_tokens[part]] if part in known else self.encode(part))]
+
+    def with_chat_format(self, chat_format: str | None) -> "Tokenizer":
+        """The tokenizer for conversations in another format than its own (None: in its own), also once it is saved.
+
+        The chat template among its files would go on with the old one. It gives way: to ours of ChatML, or to none, so
+        that transformers asks for one before it renders what the model was not trained on.
+        """
+        if chat_format in (None, self.chat_format):
+            return self
+        files = {name: text for name, text in self.files.items() if name != "chat_template.jinja"}
+        settings = json.loads(files.get("tokenizer_config.json", "{}"))
+        settings |= {"chat_format": chat_format, "chat_template": CHATML}
+        if chat_format != "chatml":
+            del settings["chat_template"]
+        if files:
+            files["tokenizer_config.json"] = json.dumps(settings, indent=1, ensure_ascii=False)
+        return replace(self, chat_format=chat_format, files=files)
 
     def special(self, name: str) -> int:
         """The id of a special token; UserError if there is none."""
@@ -285,7 +302,8 @@ def from_hf(directory: str | Path) -> Tokenizer:
         [vocab.get(token, -1) for token in ranks], {i: token for token, i in vocab.items()}, added,
         tuple(dict.fromkeys(eos)), added.get(config_names["pad_token"], eos[0]), bos_id,
         add_bos=bos_id is not None and _begins_with(spec.get("post_processor"), config_names["bos_token"]),
-        chat_format=_chat_format(template), nfc=normalizer is not None, digits_apart=digits_apart, files=files,
+        chat_format=_chat_format(template, settings.get("chat_format")), nfc=normalizer is not None,
+        digits_apart=digits_apart, files=files,
     )  # fmt: skip
 
 
@@ -314,8 +332,8 @@ def _begins_with(post_processor: dict | None, bos: str | None) -> bool:
     return any(bos == part["single"][0].get("SpecialToken", {}).get("id") for part in parts if part.get("single"))
 
 
-def _chat_format(template: str) -> str:
-    """Which of the formats of data/chat.py a chat template is, by the marks it leaves and those it does not; or "".
+def _chat_format(template: str, named: str | None = None) -> str:
+    """The format of data/chat.py that is `named`, or that a chat template is by its marks and those it lacks; or "".
 
     A template like one of them is not enough: what differs would be trained wrongly and nobody would see it.
     """
@@ -330,6 +348,8 @@ def _chat_format(template: str) -> str:
         "smollm2": (("system\nYou are a helpful AI assistant named SmolLM",), ("think", "tool")),
         "chatml": ((), ("system", "tool", "think", "image", "bos_token", "eos_token", "trim", "strip")),
     }
+    if named in marks:  # by `with_chat_format`
+        return named
     template = template.replace("\\n", "\n")  # some escape it, some have the line break itself
     if "<|im_start|>" not in template and "<|start_header_id|>" not in template:
         return ""

@@ -192,6 +192,26 @@ def test_a_template_in_the_settings_or_in_a_file(tmp_path):
         assert from_hf(tmp_path).chat_format == chat_format
 
 
+@pytest.mark.parametrize("named", ["chatml", "qwen2"])
+def test_a_format_that_was_asked_for_is_saved(named, tmp_path):
+    """S14: whoever loads it renders in that format; transformers does, or asks for a template in place of the old."""
+    base = from_hf(saved("qwen2", tmp_path / "base", template("qwen2.5")))
+    assert base.with_chat_format(None) is base.with_chat_format("qwen2.5") is base
+    ours = base.with_chat_format(named)
+    (tmp_path / "new").mkdir()
+    save_hf(ours, tmp_path / "new")
+    again, wanted = from_hf(tmp_path / "new"), render(messages("one turn"), base, chat_format=named)
+    assert again.chat_format == ours.chat_format == named
+    assert render(messages("one turn"), again) == render(messages("one turn"), ours) == wanted
+    kept = json.loads((tmp_path / "new" / "tokenizer_config.json").read_text())
+    assert kept.get("chat_template") == (CHATML if named == "chatml" else None) and kept["eos_token"]
+    assert [(tmp_path / name / "chat_template.jinja").exists() for name in ("base", "new")] == [True, False]
+    if named == "chatml":
+        assert theirs(tmp_path / "new", messages("one turn")) == wanted.input_ids
+    assert again.with_chat_format("qwen2.5").chat_format == "qwen2.5"
+    assert replace(base, files={}).with_chat_format(named).files == {}
+
+
 def test_a_tokenizer_without_the_tokens_of_the_format_is_refused(tmp_path):
     with pytest.raises(UserError, match="no special token <|start_header_id|>"):
         render(messages("one turn"), tiny(), chat_format="llama3")
@@ -235,6 +255,12 @@ def test_qwen3_trains_on_what_follows_the_last_question(tmp_path):
     row[1]["content"] = "<think>b</think>c"
     text = ours.decode(render(row, ours).input_ids)
     assert "b" in text and text == loaded(tmp_path).apply_chat_template(row, tokenize=False)
+    begun = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\n\nb"}]
+    assert ours.decode(render(begun, ours).input_ids) == loaded(tmp_path).apply_chat_template(begun, tokenize=False)
+    for half in ("<tool_response> means what?", "What is </tool_response>"):  # which is one
+        row[2]["content"] = half
+        text = ours.decode(render(row, ours).input_ids)
+        assert "b" not in text and text == loaded(tmp_path).apply_chat_template(row, tokenize=False)
 
 
 def test_a_generation_prompt_is_the_beginning_of_what_was_trained_on(ours):
@@ -308,13 +334,19 @@ def test_what_people_write_is_never_special(role, ours):
 
 
 def test_some_names_are_special_where_they_belong():
+    tokenizer = tiny()
+
     def counts(role: str, text: str) -> list[int]:
         row = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         row[role == "assistant"]["content"] = text
-        ids = render(row, tiny()).input_ids
+        ids = render(row, tokenizer).input_ids
         return [ids.count(tiny().special(name)) for name in ("<think>", "</think>", "<tool>", "</tool>", "<image>")]
 
     text = "<think>a</think><tool>b</tool><image>"
+    assert counts("user", text) == [0, 0, 0, 0, 1]
+    assert counts("assistant", text) == [1, 1, 1, 1, 0]
+    headers = {name: 1100 + i for i, name in enumerate(("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"))}
+    tokenizer = replace(tiny(), chat_format="llama3", special_tokens=tiny().special_tokens | headers)
     assert counts("user", text) == [0, 0, 0, 0, 1]
     assert counts("assistant", text) == [1, 1, 1, 1, 0]
 

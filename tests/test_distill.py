@@ -375,7 +375,6 @@ def loop_of(args: Namespace, tmp_path: Path) -> Loop:
 
 def test_what_is_learned_from():
     """All of a text but its first token; in a chat all that the assistant says; the last turn is what is written."""
-    args = get_args(["--prompt-length", "3"])
     text = distill.document("Weather: sun rain sun", tiny(), 3)
     assert tiny().decode(text.input_ids) == "Weather: sun rain sun<|im_end|>"
     assert text.completion_mask == [0] + [1] * (len(text.input_ids) - 1) and text.n_prompt == 3
@@ -383,13 +382,13 @@ def test_what_is_learned_from():
     said = [
         {"role": r, "content": c} for r, c in zip(["user", "assistant"] * 2, ["1?", "one", "2?", "two"], strict=True)
     ]
-    row = distill.conversation({"messages": said}, tiny(), args)
+    row = distill.conversation({"messages": said}, tiny())
     learned = [i for i, counts in zip(row.input_ids, row.completion_mask, strict=True) if counts]
     assert tiny().decode(learned) == "one<|im_end|>two<|im_end|>"
     assert tiny().decode(row.input_ids[row.n_prompt :]) == "two<|im_end|>"
     assert row.input_ids[: row.n_prompt] == chat.prompt_ids(said[:3], tiny())
-    short = distill.conversation({"prompt": "2?", "completion": "two"}, tiny(), args)
-    other = distill.conversation({"prompt": "2?", "answer": "two"}, tiny(), args)
+    short = distill.conversation({"prompt": "2?", "completion": "two"}, tiny())
+    other = distill.conversation({"prompt": "2?", "answer": "two"}, tiny())
     assert short[:3] == other[:3] and tiny().decode(short.input_ids[short.n_prompt :]) == "two<|im_end|>"
 
 
@@ -397,7 +396,7 @@ def test_a_prompt_that_is_written_otherwise_with_its_answer_is_refused(monkeypat
     real = chat.prompt_ids
     monkeypatch.setattr(chat, "prompt_ids", lambda *x: [*real(*x)[:-1], 5])
     with pytest.raises(UserError, match="writes a prompt otherwise"):
-        distill.conversation({"prompt": "2?", "completion": "two"}, tiny(), get_args([]))
+        distill.conversation({"prompt": "2?", "completion": "two"}, tiny())
 
 
 def test_rows_of_the_world_are_apart_from_the_test(stages):
@@ -428,7 +427,7 @@ def test_long_rows(data, tmp_path):
     assert distill.fit(rows, "rows", Namespace(**vars(args) | {"too_long": "drop"}), loop) == rows[:1]
     cut = distill.fit(rows, "rows", Namespace(**vars(args) | {"too_long": "cut"}), loop)
     assert cut[0] == rows[0] and cut[1].input_ids == rows[1].input_ids[:8] and cut[1].completion_mask == [0] + [1] * 7
-    lone = distill.conversation({"prompt": "sun " * 20, "completion": "rain"}, tiny(), args)
+    lone = distill.conversation({"prompt": "sun " * 20, "completion": "rain"}, tiny())
     assert distill.fit([lone], "rows", Namespace(**vars(args) | {"too_long": "cut"}), loop) == []
 
 
@@ -438,7 +437,7 @@ def test_no_model_goes_on_from_the_middle_of_a_question(data, tmp_path, capsys):
             zip(["user", "assistant"] * 2, ["1?", "one", "2? " * 20, "two"], strict=True)]  # fmt: skip
     flags = ["--data", str(data), "--teacher", "x", "--max-length", "24", "--too-long", "cut"]
     args = get_args(flags)
-    loop, chats = loop_of(args, tmp_path), [distill.conversation({"messages": said}, tiny(), args)]
+    loop, chats = loop_of(args, tmp_path), [distill.conversation({"messages": said}, tiny())]
     (cut,) = distill.fit(chats, "rows", args, loop)
     assert chats[0].n_prompt > 24 and len(cut.input_ids) == 24 > cut.n_prompt and any(cut.completion_mask)
     for more in (["--on-policy", "0.1"], ["--loss", "minillm"], ["--loss", "sequence"]):
@@ -626,7 +625,7 @@ def test_bits_and_divergences_are_those_of_the_rows(folders, tmp_path):
     args = get_args(["--micro-batch-size", "2"])
     model, teacher = (load(folders[name])[0] for name in ("student", "base"))
     test = [distill.document(text, tiny(), 2) for text in ("Weather: sun", "Weather: rain fog hail")]
-    test.append(distill.conversation({"prompt": "What?", "completion": "é"}, tiny(), args))
+    test.append(distill.conversation({"prompt": "What?", "completion": "é"}, tiny()))
     loop = loop_of(args, tmp_path)
     found = distill.evaluate(model, [teacher.eval()], tiny(), test, 1024, args, loop)
     bits = kls = 0.0

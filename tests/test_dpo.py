@@ -673,9 +673,8 @@ def test_implicit_rewards_are_what_a_loss_compares():
 # Data
 
 
-def example_of(prompt, *answers, **changes) -> Example:
-    args = Namespace(chat_format=changes.get("chat_format"))
-    return encode(prompt, answers, [1.0, 0.0][: len(answers)], tiny(), args)
+def example_of(prompt, *answers) -> Example:
+    return encode(prompt, answers, [1.0, 0.0][: len(answers)], tiny())
 
 
 def test_credited_tokens_are_the_answer_and_its_end():

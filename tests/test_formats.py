@@ -230,10 +230,22 @@ def test_rows_of_files_and_what_is_held_out_of_them():
     files = {"a": numbered(40), "b": numbered(60)[40:], "c": numbered(70)[60:], "d": numbered(100)[70:]}
     said = []
     parts, held_out = split(["a", "b"], None, files.get, said.append)
-    assert [parts[0], held_out] == list(hold_out(files["a"])) and parts[1] == files["b"] and said == []
+    assert [sum(parts, []), held_out] == list(hold_out(files["a"] + files["b"])) and said == [] and all(parts)
+    assert all(row in files[name] for name, part in zip("ab", parts, strict=True) for row in part)
     assert split(["a", "b"], "c", files.get, said.append) == ([files["a"], files["b"]], files["c"]) and said == []
     assert split(["b", "c"], None, files.get, said.append) == ([files["b"], files["c"]], files["b"] + files["c"])
     assert said == ["only 30 rows: none are held out, and what is measured are the training rows"]
+
+
+def test_what_one_file_holds_out_no_other_trains_on():
+    """A small file whose rows a large one holds, too; the last 5% of both together are held out of both."""
+    files = {"small": numbered(40), "large": numbered(2000), "few": numbered(60)[57:]}
+    parts, held_out = split(["small", "large"], None, files.get, print)
+    assert not [row for part in parts for row in part if row in held_out]
+    assert 102 <= len(held_out) <= 103 and sum(map(len, parts)) + len(held_out) == 2040
+    taken = next([row] for row in hold_out(files["small"])[1])
+    with pytest.raises(UserError, match="taken: all of its rows would be held out"):
+        split(["taken", "small"], None, (files | {"taken": taken}).get, print)
 
 
 def test_answers_to_one_prompt_stay_together():
@@ -243,6 +255,12 @@ def test_answers_to_one_prompt_stay_together():
         train, held_out = hold_out(rows)
         sides = [{str(row["prompt"]) for row in side} for side in (train, held_out)]
         assert not sides[0] & sides[1] and len(sides[1]) == 3 and len(held_out) == 18  # 5% of 360: three prompts
+    chats = [{"messages": [{"role": "user", "content": str(i % 60)}, {"role": "assistant", "content": f"a {i}"},
+                           {"role": "user", "content": "And?"}, {"role": "assistant", "content": "b"}]}
+             for i in range(360)]  # fmt: skip
+    train, held_out = hold_out(chats)
+    sides = [{row["messages"][0]["content"] for row in side} for side in (train, held_out)]
+    assert not sides[0] & sides[1] and len(sides[1]) == 3 and len(held_out) == 18
     few = [row | {"prompt": "one"} for row in rows]
     assert len(hold_out(few)[1]) == 18 and hold_out(few[:300]) != (few[:300], [])
 

@@ -755,7 +755,7 @@ def test_steps_of_files_end_before_the_line_does(checkpoint, tmp_path, monkeypat
     rollout, task = scripted(completions), grpo.Task([1], {"prompt": "A"})
     _, _, _, (_, ends) = grpo.reward_of(rollout, [task], tiny(), None, args, loop)
     row = {"prompt": "A", "completions": ["3 * 0.5 = 1.5", "So x is 1.5.", "", "Done"], "labels": [1] * 4}
-    taught = file_example(row, tiny(), Namespace(feedback="steps", chat_format=None))
+    taught = file_example(row, tiny(), Namespace(feedback="steps"))
     before = [tiny().decode([i]) for i in rollout.input_ids[0][ends[0, 0]].tolist()]
     said = [tiny().decode([taught.rows[0].input_ids[t]]) for t, _ in taught.steps]
     assert before[:2] == said[:2] == ["5", "."] and len(before) == 3
@@ -765,9 +765,10 @@ def test_steps_of_files_end_before_the_line_does(checkpoint, tmp_path, monkeypat
 @pytest.mark.parametrize("chat_format", ["chatml", "qwen2.5", "qwen3"])
 def test_tools_are_called_and_masked(checkpoint, tmp_path, monkeypatch, chat_format):
     """The model says <tool>12 * 3</tool>, reads 36, says 36: rendered as a conversation; only its own words count."""
-    flags = ("--tools", "--rollout-batch", 5, "--chat-format", chat_format)
+    flags = ("--tools", "--rollout-batch", 5)
     args, loop, model, _ = asked(checkpoint, tmp_path, *flags)
-    tasks = [grpo.task_of({"prompt": f"What is {a} * 3?", "answer": str(3 * a)}, tiny(), args) for a in (12, 5)]
+    tokenizer = tiny().with_chat_format(chat_format)
+    tasks = [grpo.task_of({"prompt": f"What is {a} * 3?", "answer": str(3 * a)}, tokenizer) for a in (12, 5)]
     end = tiny().eos_ids[0]
     said = iter([["<tool>12 * 3</tool>", "15"], ["<tool>1 / 0</tool>"], ["36"]])
 
@@ -784,7 +785,7 @@ def test_tools_are_called_and_masked(checkpoint, tmp_path, monkeypatch, chat_for
                          finished=ended)
 
     monkeypatch.setattr(grpo, "generate", generate)
-    rollout = grpo.rollout_of(model, tiny(), tasks, 1, 1.0, (0,), args)
+    rollout = grpo.rollout_of(model, tokenizer, tasks, 1, 1.0, (0,), args)
     assert rollout.answers == ["36", "15"] and "[36]" in rollout.completions[0] and "[error]" in rollout.completions[0]
     turns = [("user", "What is 12 * 3?"), ("assistant", "<tool>12 * 3</tool>"), ("tool", "36"),
              ("assistant", "<tool>1 / 0</tool>"), ("tool", "error")]  # fmt: skip

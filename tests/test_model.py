@@ -1047,6 +1047,9 @@ def test_the_command_line_refuses_in_one_line(chatty, capsys, monkeypatch, tmp_p
              "--top-p: expected": [chatty, "Hi", "--top-p", "0"],
              "--top-p: .* at most 1": [chatty, "Hi", "--top-p", "1.1"],
              "--samples: expected": [chatty, "Hi", "--samples", "0"],
+             "draw at random, --temperature 0 does not: ": [chatty, "Hi", "--samples", "3"],
+             "draw at random, --temperature 0 does not: choose": [chatty, "Hi", "--top-k", "3"],
+             "draw at random, --temperature 0 does not: choose one": [chatty, "Hi", "--top-p", "0.5"],
              "argument --top-k: invalid": [chatty, "Hi", "--top-k", "x"]}  # fmt: skip
     for words, argv in cases.items():
         monkeypatch.setattr(sys, "argv", ["model.py", "--device", "cpu", "--model", *argv])

@@ -250,7 +250,7 @@ def checkpoint(tmp_path_factory) -> Path:
     args = get_args([])
     for i in range(60):
         rows = [ppo.world_row(("warm", i, b), "train", args) for b in range(16)]
-        prompts = [ppo.task_of(row, tiny(), args).prompt for row in rows]
+        prompts = [ppo.task_of(row, tiny()).prompt for row in rows]
         words = [" ".join(rng.choice(("Hi", "nice", "day", "cat")) for _ in range(rng.randint(1, 7))) for _ in rows]
         said = [[*tiny().encode(text), tiny().eos_ids[0]] for text in words]
         width = max(len(p) + len(c) for p, c in zip(prompts, said, strict=True))
@@ -294,7 +294,7 @@ def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 def rollout(checkpoint, tmp_path, *flags):
     args = args_for(checkpoint, tmp_path / "out", *flags)
     loop, model = Loop(args, "ppo"), load(args.model)[0]
-    tasks = [ppo.task_of(ppo.world_row(("x", i), "train", args), tiny(), args) for i in range(6)]
+    tasks = [ppo.task_of(ppo.world_row(("x", i), "train", args), tiny()) for i in range(6)]
     return args, loop, model, tasks, ppo.answers_to(model, tasks, tiny(), 2, args.temperature, (1, 2), args, loop)
 
 
@@ -375,7 +375,7 @@ def test_rules_and_utilities_are_paired_with_their_prompts(checkpoint, tmp_path)
     (tmp_path / "mine.py").write_text("def f(prompt, text, row):\n    return len(prompt) * 100 + len(text)\n")
     args, loop, _, tasks, (found, texts) = rollout(checkpoint, tmp_path, "--reward", f"{tmp_path}/mine.py:f")
     args_model = args_for(checkpoint, tmp_path / "out")
-    tasks = [ppo.task_of(ppo.world_row(("x", i), "train", args_model), tiny(), args) for i in range(6)]
+    tasks = [ppo.task_of(ppo.world_row(("x", i), "train", args_model), tiny()) for i in range(6)]
     scores = ppo.scores_of(found, texts, tasks, tiny(), None, args, loop)
     wanted = [len(tasks[i // 2].row["prompt"]) * 100 + len(text) for i, text in enumerate(texts)]
     assert scores.tolist() == wanted
@@ -535,7 +535,7 @@ def taught(folder: Path, n: int = 45, *flags: object) -> dict[str, torch.Tensor]
     norms, clip, ppo.clip = [], ppo.clip, lambda *a: norms.append(clip(*a))
     try:
         judge = load(args.reward_model, labels=1)[0]
-        tasks = [ppo.task_of(ppo.world_row(("z", i), "train", args), tiny(), args) for i in range(n)]
+        tasks = [ppo.task_of(ppo.world_row(("z", i), "train", args), tiny()) for i in range(n)]
         ppo.lesson(judge, model, model, tasks[loop.rank :: loop.world_size], tiny(), 1, args, loop)
         ppo.imitate(model, sums_to_imitate(), args, loop, steps=4)
     finally:
@@ -729,7 +729,7 @@ def test_kl_is_the_log_ratio_of_whole_answers(checkpoint, tmp_path, temperature)
 def test_the_reward_model_learns_from_new_answers(checkpoint, tmp_path, monkeypatch, who):
     """--refresh-rm: Bradley-Terry on two answers of the policy each, by --judge alone; frozen again afterwards."""
     args, loop, model, _, _ = rollout(checkpoint, tmp_path, "--refresh-rm", 1, "--rm-lr", 1e-2, "--judge", who)
-    tasks = [ppo.task_of(ppo.world_row(("y", i), "train", args), tiny(), args) for i in range(320)]
+    tasks = [ppo.task_of(ppo.world_row(("y", i), "train", args), tiny()) for i in range(320)]
     judge = load(checkpoint / "reward", labels=1)[0].requires_grad_(False)
     sign, asked = {"annotator": 1, "ai": -1}[who], []  # the two are of opposite opinions
     monkeypatch.setattr(ppo, "utilities", lambda texts, tasks: [sign * 9.0 * len(text) for text in texts])
@@ -750,7 +750,7 @@ def test_the_reward_model_learns_from_new_answers(checkpoint, tmp_path, monkeypa
 def test_a_lesson_is_a_plain_loop(checkpoint, tmp_path, monkeypatch):
     """Two updates of 16 and 4 pairs: Bradley-Terry of soft labels, centring, clipping, AdamW, warm-up and decay."""
     args, loop, model, _, _ = rollout(checkpoint, tmp_path, "--judge", "ai", "--rm-lr", 1e-2)
-    tasks = [ppo.task_of(ppo.world_row(("y", i), "train", args), tiny(), args) for i in range(20)]
+    tasks = [ppo.task_of(ppo.world_row(("y", i), "train", args), tiny()) for i in range(20)]
     answers, answer = [], ppo.answers_to
     monkeypatch.setattr(ppo, "answers_to", lambda *a: answers.append(answer(*a)) or answers[-1])
     monkeypatch.setattr(ppo, "opinions_of", lambda judge, tokenizer, texts, *_: [len(text) / 50 for text in texts])

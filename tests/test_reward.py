@@ -418,14 +418,14 @@ def test_answers_share_their_prompt_and_the_mask_is_on_them_alone():
         trained = [i for i, m in zip(*row, strict=True) if m]
         assert tokenizer.decode(trained, skip_special=True) == "".join(said) and trained[-1] in tokenizer.eos_ids
         assert row.completion_mask[-1] == 1 and len(row.input_ids) == len(row.completion_mask)
-    other = encode("Hello", ["Hi"], tokenizer, "qwen2")[0]
+    other = encode("Hello", ["Hi"], tokenizer.with_chat_format("qwen2"))[0]
     assert "system" in tokenizer.decode(other.input_ids) and other.completion_mask[-1] == 1
 
 
 def test_steps_end_at_the_last_token_of_each():
     row = {"prompt": "Add.", "completions": ["4 + 9 = 13.", "13 + 6 = 19.", "So 19"], "labels": [True, False, True]}
     tokenizer = tiny()
-    example = reward.file_example(row, tokenizer, Namespace(feedback="steps", chat_format=None))
+    example = reward.file_example(row, tokenizer, Namespace(feedback="steps"))
     ids = example.rows[0].input_ids
     texts = [tokenizer.decode(ids[: end + 1]) for end, _ in example.steps]
     assert [text.rsplit("assistant\n")[1] for text in texts] == [
@@ -1114,14 +1114,14 @@ def test_a_file_is_labelled_by_the_ai(checkpoint, preferences, tmp_path, monkeyp
 
 def test_ranked_answers_are_sorted_by_their_scores():
     row = {"prompt": "Go", "completions": ["b", "d", "a", "c"], "scores": [2, -1, 3, 0.5]}
-    example = reward.file_example(row, tiny(), Namespace(feedback="rank", chat_format=None))
+    example = reward.file_example(row, tiny(), Namespace(feedback="rank"))
     assert [said(r) for r in example.rows] == ["a", "b", "c", "d"]
 
 
 def test_answers_of_equal_scores_have_no_order(checkpoint, tmp_path, capsys):
     """Of a list the first of them stays; of a row where all are equal nothing, which is counted out loud."""
     row = {"prompt": "Go", "completions": ["b", "d", "a", "c"], "scores": [2, -1, 2.0, -1]}
-    example = reward.file_example(row, tiny(), Namespace(feedback="rank", chat_format=None))
+    example = reward.file_example(row, tiny(), Namespace(feedback="rank"))
     assert [said(r) for r in example.rows] == ["b", "d"]
     rows = [row | {"prompt": f"Go {i}"} for i in range(3)]
     data = write_jsonl(tmp_path / "rows.jsonl", [*rows, rows[0] | {"scores": [1, 1, 1, 1]}])

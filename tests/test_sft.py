@@ -437,12 +437,6 @@ def test_trained_tokens_are_answer_and_end(checkpoint, problems, tmp_path):
         assert tiny().decode(trained[:-1]) == problem["answer"] and trained[-1] in tiny().eos_ids
 
 
-def test_the_chat_format_is_the_one_that_was_asked_for():
-    row, tokenizer = {"prompt": "Hello", "completion": "Hi"}, tiny()
-    plain, other = (sft.encode(row, tokenizer, Namespace(chat_format=name)) for name in (None, "qwen2"))
-    assert "system" in tokenizer.decode(other.input_ids) and "system" not in tokenizer.decode(plain.input_ids)
-
-
 def test_the_chat_format_holds_for_all_that_a_run_renders(checkpoint, tmp_path, monkeypatch):
     seen = []
 
@@ -876,16 +870,17 @@ def test_ifd_chooses_the_rows_that_are_trained_on(checkpoint, problems, tmp_path
 
 def test_rollouts_keep_distinct_right_answers(checkpoint, tmp_path, monkeypatch, capsys):
     """Of a file, a number is right however it is said; words are compared letter by letter."""
-    shown = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}]
+    shown = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 1?"},
+             {"role": "assistant", "content": "3"}, {"role": "user", "content": "2 + 2?"}]  # fmt: skip
     prompts = [("1 + 1?", "2"), (shown, "2 + 2 are 4.\n#### 4"), ("Who?", "Ada")]
     rows = [{"prompt": prompt, "answer": said} for prompt, said in prompts]
     path = write_jsonl(tmp_path / "prompts.jsonl", rows)
     args = get_args(["--model", str(checkpoint), "--data", "rollouts", "--prompts", str(path), "--out",
-                     str(tmp_path / "o"), "--samples", "4"])  # fmt: skip
+                     str(tmp_path / "o"), "--samples", "4", "--seed", "5"])  # fmt: skip
     seen = {}
 
-    def answers(model, tokenizer, chats, args, *, samples, temperature, seed):
-        seen.update(samples=samples, temperature=temperature, chats=chats)
+    def answers(model, tokenizer, chats, args, **how):
+        seen.update(how, chats=chats)
         return [["2", "3", "2", "<think>1 + 1</think>2"], ["5", "6. So it is 4.", "<think>4", "22"],
                 ["Ada", "ada", "4", "It is Ada"]]  # fmt: skip
 
@@ -895,9 +890,9 @@ def test_rollouts_keep_distinct_right_answers(checkpoint, tmp_path, monkeypatch,
     assert "12 samples, 41.7% right, 4 distinct right ones" in capsys.readouterr().err
     texts = [tiny().decode([i for i, m in zip(*row, strict=True) if m][:-1]) for row in rows]
     assert texts == ["2", "<think>1 + 1</think>2", "6. So it is 4.", "Ada"]
-    assert rows[2] == chat.render([*shown, {"role": "assistant", "content": "6. So it is 4."}], tiny())
-    assert seen["samples"] == 4 and seen["temperature"] == 1.0
-    assert seen["chats"] == [[{"role": "user", "content": "1 + 1?"}], shown, [{"role": "user", "content": "Who?"}]]
+    assert rows[2].input_ids == chat.render([*shown, {"role": "assistant", "content": "6. So it is 4."}], tiny())[0]
+    assert seen.pop("chats") == [[{"role": "user", "content": "1 + 1?"}], shown, [{"role": "user", "content": "Who?"}]]
+    assert seen == {"samples": 4, "temperature": 1.0, "seed": 5, "whole": True}
     monkeypatch.setattr(sft, "answer", lambda *_, **__: [["5"] * 4] * 3)
     with pytest.raises(UserError, match="not one sample is right"):
         sft.rollouts(None, tiny(), args, loop)
@@ -985,7 +980,8 @@ def test_what_is_measured_is_not_trained_on(tmp_path, monkeypatch):
 
 def test_an_answer_needs_room(monkeypatch):
     """Beside the question, and the positions that a prefix takes."""
-    monkeypatch.setattr(sft, "generate", lambda model, prompts, **_: Namespace(completions=[[65]] * len(prompts)))
+    monkeypatch.setattr(sft, "generate", lambda model, prompts, **_: Namespace(
+        completions=[[65]] * len(prompts), finished=torch.zeros(len(prompts))))  # fmt: skip
     chats, (model := small(max_length=40)).virtual = [[{"role": "user", "content": text}] for text in ("Go.", "Hi")], 7
     room = 40 - 7 - len(chat.prompt_ids(chats[0], tiny()))
     options = {"samples": 1, "temperature": 0.0, "seed": 0}
@@ -1002,7 +998,8 @@ def test_answers_are_asked_for_as_they_were_taught(monkeypatch):
         asked.append((prompts, options))
         said = [f"{len(asked)}.{i}.{j}" for i in range(len(prompts)) for j in range(samples)]
         ends = ([tokenizer.eos_ids[i % 2], 65] for i in range(len(said)))  # what comes after an end is not said
-        return Namespace(completions=[tiny().encode(text) + end for text, end in zip(said, ends, strict=True)])
+        return Namespace(completions=[tiny().encode(text) + end for text, end in zip(said, ends, strict=True)],
+                         finished=torch.arange(len(said)) % 3 != 1)  # fmt: skip
 
     monkeypatch.setattr(sft, "generate", generate)
     chats = [[{"role": "user", "content": f"Say {i}."}] for i in range(300)]
@@ -1014,20 +1011,25 @@ def test_answers_are_asked_for_as_they_were_taught(monkeypatch):
                            "vocab_size": tokenizer.vocab_size}  # fmt: skip
     ids, mask = chat.render([*chats[299], {"role": "assistant", "content": "299"}], tiny())
     assert asked[1][0][43] == ids[: mask.index(1)]
+    options = {"samples": 3, "temperature": 0.5, "seed": 4}
+    ended = sft.answer(small(), tokenizer, chats[:2], Namespace(max_new_tokens=9), **options, whole=True)
+    assert ended == [[f"3.{i}.{j}" for j in (0, 2)] for i in range(2)]  # what is cut off is left out
 
 
-def test_self_instruct_keeps_what_is_new(checkpoint, tmp_path, monkeypatch):
+def test_self_instruct_keeps_what_is_new(checkpoint, tmp_path, monkeypatch, capsys):
     seeds = ["sort 1 2 3 4 5 6", "what is the pet of Ada"]
     path = write_jsonl(tmp_path / "seeds.jsonl", ({"prompt": seed} for seed in seeds))
     args = get_args(["--model", str(checkpoint), "--data", "self-instruct", "--prompts", str(path), "--out",
-                     str(tmp_path / "out")])  # fmt: skip
+                     str(tmp_path / "out"), "--samples", "7", "--seed", "5"])  # fmt: skip
     written = ["sort 1 2 3 4 5 7\n", "what is the pet of Ada now\n", "reverse cat dog sun \nmore",
                "reverse cat dog sun now\n", "never ended", "\n", " \n", "one two three four five six seven x y z\n",
-               "one two three four five six seven a b c\n"]  # fmt: skip
-    found, lists = Namespace(completions=[[*tiny().encode(text), tiny().eos_ids[0]] for text in written]), []
-    monkeypatch.setattr(sft, "generate", lambda model, prompts, **_: lists.extend(prompts) or found)
-    monkeypatch.setattr(sft, "answer", lambda model, tokenizer, chats, args, **_: [["sun dog cat"] for _ in chats])
-    tokenizer = replace(tiny(), bos_id=7, add_bos=True)
+               "one two three four five six seven a b c\n", "who is it that never stops to talk\n"]  # fmt: skip
+    found, lists, asked = Namespace(completions=[[*tiny().encode(text), tiny().eos_ids[0]] for text in written]), [], []
+    monkeypatch.setattr(sft, "generate", lambda model, prompts, **how: (
+        asked.append(how), lists.extend(prompts), found)[2])  # fmt: skip
+    monkeypatch.setattr(sft, "answer", lambda model, tokenizer, chats, args, **how: asked.append(how) or [
+        ["sun dog cat"] if "stops" not in q[0]["content"] else [] for q in chats])  # fmt: skip
+    tokenizer = replace(tiny(), bos_id=7, add_bos=True, eos_ids=(*tiny().eos_ids, 5))
     rows = sft.self_instruct(small(), tokenizer, args, loop_module.Loop(args, "sft"))
     lines = [json.loads(line) for line in (tmp_path / "out" / "self_instruct.jsonl").read_text().splitlines()]
     questions, answers = zip(*([m["content"] for m in line["messages"]] for line in lines), strict=True)
@@ -1036,7 +1038,15 @@ def test_self_instruct_keeps_what_is_new(checkpoint, tmp_path, monkeypatch):
     assert rows == [chat.render(line["messages"], tiny()) for line in lines]
     assert {tiny().decode(ids[1:]) for ids in lists} == {f"{a}\n{b}\n" for a, b in (seeds, seeds[::-1])}
     assert {ids[0] for ids in lists} == {7}
-    assert rouge_l(*written[-2:]) == 0.7  # is not below 0.7
+    assert asked == [
+        {"max_new_tokens": 64, "samples": 7, "seed": 5, "eos_ids": tokenizer.eos_ids, "vocab_size": tiny().vocab_size},
+        {"samples": 1, "temperature": 0.0, "seed": 5, "whole": True},  # one answer, and only if it came to its end
+    ]
+    assert "1 of their answers are cut off" in capsys.readouterr().err
+    monkeypatch.setattr(sft, "answer", lambda model, tokenizer, chats, args, **how: [[] for _ in chats])
+    with pytest.raises(UserError, match="raise --max-new-tokens"):
+        sft.self_instruct(small(), tokenizer, args, loop_module.Loop(args, "sft"))
+    assert rouge_l(*written[-3:-1]) == 0.7  # is not below 0.7
     write_jsonl(path, [{"prompt": seeds[0]}, {"prompt": [{"role": "user", "content": seeds[1]}]}])
     with pytest.raises(UserError, match="text is expected, not messages"):
         sft.self_instruct(small(), tokenizer, args, loop_module.Loop(args, "sft"))
@@ -1305,7 +1315,7 @@ ABSENT = "mps" if not torch.backends.mps.is_available() else "cuda"
     (("--map", "question"), "'question': expected NAME=VALUE"),
     (("--device", ABSENT), f"--device {ABSENT}: there is none on this machine"),
     (("--max-length", 161), "--max-length 161"),
-    (("--chat-format", "latin"), "choose --chat-format"),
+    (("--chat-format", "latin"), "invalid choice: 'latin'"),
     (("--resume",), "--resume: nothing to resume"),
     (("--mix", "rows.jsonl=much"), "--mix rows.jsonl=much: expected a finite number"),
     (("--mix", "rows.jsonl=nan"), "--mix rows.jsonl=nan"),

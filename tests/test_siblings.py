@@ -116,6 +116,13 @@ def test_what_an_adapter_takes_of_the_context_counts(script):
     assert len(checked) == 1 and (not adapted or min(adapted) < checked[0])
 
 
+def test_a_chat_format_holds_for_all_and_is_saved(script):
+    """The tokenizer itself is changed, before it renders anything."""
+    asked = [call.lineno for call in calls(function(script, "main"), "with_chat_format")]
+    used = [call.lineno for name in ("examples", "tasks_of", "world_data") for call in calls(function(script, "main"), name)]
+    assert len(asked) == 1 and used and asked[0] < min(used)
+
+
 def test_nothing_runs_at_import(script):
     body = tree(script).body
     assert ast.get_docstring(tree(script))

@@ -81,7 +81,7 @@ def picture(seed: int) -> np.ndarray:
 
 def row(net: VLM, turns: list[tuple[str, str]], *seeds: int, ask: bool = False, captions: tuple = ()) -> Row:
     messages, shown = conversation(turns, len(seeds)), [picture(s) for s in seeds]
-    return encode(messages, shown, tiny(), net.connector.slots, None, ask=ask, captions=captions)
+    return encode(messages, shown, tiny(), net.connector.slots, ask=ask, captions=captions)
 
 
 def three_rows(net: VLM) -> list[Row]:
@@ -366,11 +366,11 @@ def test_expanding_by_hand():
 
 def test_marks_and_pictures_must_be_as_many():
     ask = [{"role": "user", "content": "<image>Is <image> it?"}, {"role": "assistant", "content": "no <image>"}]
-    r = encode(ask, [picture(0), picture(1)], tiny(), 2, None)
+    r = encode(ask, [picture(0), picture(1)], tiny(), 2)
     assert r.input_ids.count(IMAGE) == 4, "what the assistant writes is text"
     for n in (0, 1, 3):
         with pytest.raises(UserError, match=f"2 <image> in what the user says, {n} pictures"):
-            encode(ask, [picture(0)] * n, tiny(), 2, None)
+            encode(ask, [picture(0)] * n, tiny(), 2)
 
 
 @pytest.mark.parametrize("mark", ["<|image_pad|>", "<|reserved_special_token_0|>", None])
@@ -394,7 +394,7 @@ def test_cutting_never_cuts_a_picture(connector):
     net = small(connector)
     messages = [{"role": "user", "content": "So <image> and <image>"}, {"role": "assistant", "content": "yes it is"},
                 {"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "no"}]  # fmt: skip
-    whole = encode(messages, [picture(i) for i in range(3)], tiny(), net.connector.slots, None)
+    whole = encode(messages, [picture(i) for i in range(3)], tiny(), net.connector.slots)
     lengths, slots = set(), net.connector.slots
     ends = [i for i, token in enumerate(whole.input_ids) if token == IMAGE][slots - 1 :: slots]
     for n in range(1, len(whole.input_ids) + 3):
@@ -438,7 +438,7 @@ def test_every_picture_counts_and_only_for_what_follows(net):
     messages = [{"role": "user", "content": "So <image> and then <image> what?"},
                 {"role": "assistant", "content": "yes it is"}]  # fmt: skip
     shown = [picture(0), picture(1)]
-    base = encode(messages, shown, tiny(), net.connector.slots, None)
+    base = encode(messages, shown, tiny(), net.connector.slots)
     places = [i for i, token in enumerate(base.input_ids) if token == IMAGE]
     for n in (0, 1):
         changed = base._replace(pictures=tuple(picture(7) if i == n else p for i, p in enumerate(shown)))
@@ -1040,7 +1040,7 @@ def test_the_language_model_answers_about_a_file(start, tmp_path, capsys, monkey
     assert capsys.readouterr().out.strip() == said.strip()
     net, tokenizer = load_vlm(tmp_path / "out", CPU)
     shown = [pictures.resized(big), picture(3)]
-    prompt = encode(conversation([(question, "")], 2), shown, tokenizer, net.connector.slots, None, ask=True)
+    prompt = encode(conversation([(question, "")], 2), shown, tokenizer, net.connector.slots, ask=True)
     ((ids,),) = replies(net, tokenizer, [prompt], Namespace(max_new_tokens=5), a_loop(tmp_path))
     assert said == chat.completion_text(ids, tokenizer)
     for bad, words in ((["x.png"], "then the question"), ([str(tmp_path / "none.png"), "x"], "No such file"),
@@ -1116,7 +1116,7 @@ def test_bad_rows_are_refused(start, tmp_path):
 def test_long_rows_are_dropped_or_cut(start, tmp_path, capsys):
     rows = chats(6)
     file, net = jsonl(tmp_path, rows), VLM(language_model(1), IMAGE, SMALL)
-    lengths = [len(encode(r["messages"], [picture(0)] * len(r["images"]), tiny(), 9, None).input_ids) for r in rows]
+    lengths = [len(encode(r["messages"], [picture(0)] * len(r["images"]), tiny(), 9).input_ids) for r in rows]
     assert net.connector.slots == 9 and len(set(lengths)) > 2
     most = sorted(lengths)[2]
     n = sum(length > most for length in lengths)

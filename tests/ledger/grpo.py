@@ -712,7 +712,7 @@ MUTANTS = [
         (
             "tools: the end of a turn without the tool's, which qwen3 writes otherwise",
             "        end = len(mask) - mask[::-1].index(1)  # behind",
-            "        mask = chat.render(said[r][:-1], tokenizer, chat_format=args.chat_format).completion_mask\n"
+            "        mask = chat.render(said[r][:-1], tokenizer).completion_mask\n"
             "        end = len(mask) - mask[::-1].index(1)  # behind",
             f"{TOOLS}[qwen3]",
         ),

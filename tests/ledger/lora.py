@@ -807,8 +807,8 @@ IN_LORA = [
     ),
     (
         "--chat-format of the generated world",
-        "tokenizer = replace(tokenizer, chat_format=args.chat_format)",
-        "pass",
+        "    tokenizer = tokenizer.with_chat_format(args.chat_format)\n",
+        "",
         "test_the_chat_format_holds_for_all_that_a_run_renders",
     ),
     (

@@ -301,7 +301,7 @@ IN_PRUNE = [
     ("one of both units stays as it is", "if any(same) and", "if all(same) and", "test_too_little_sparsity_is_refused"),
     ("rows may be longer than the model reads", "    loop.check_length(dense)\n", "",
      "test_rows_are_no_longer_than_the_model_reads"),
-    ("--chat-format is not looked at", "    if args.chat_format:\n", "    if False:\n",
+    ("--chat-format is not looked at", "    tokenizer = tokenizer.with_chat_format(args.chat_format)\n", "",
      "test_the_chat_format_holds_for_all_that_a_run_renders"),
     ("a quantized model is taken", "if dense.config.ranks or dense.config.quantization:", "if dense.config.ranks:",
      "test_a_quantized_model_is_refused"),

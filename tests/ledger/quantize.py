@@ -409,8 +409,8 @@ IN_QUANTIZE = [
     ("a --method of no words", "except ValueError as error:  # a quote", "except KeyError as error:  # a quote", FLAGS),
     (
         "the chat format is that of the checkpoint",
-        "    if args.chat_format:\n",
-        "    if False:\n",
+        "    tokenizer = tokenizer.with_chat_format(args.chat_format)\n",
+        "",
         "test_a_chat_format_that_is_asked_for_is_that_of_all_chats",
     ),
     # the cache

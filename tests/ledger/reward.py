@@ -212,12 +212,6 @@ MUTANTS = [
             ("the line break after the end belongs to the answer", "mask) if said) + 1", "mask)) + 1", SHARED),
             ("the end of the turn is cut off", "mask) if said) + 1", "mask) if said)", SHARED),
             (
-                "another format",
-                "render(messages, tokenizer, chat_format=chat_format)",
-                "render(messages, tokenizer)",
-                SHARED,
-            ),
-            (
                 "a step ends with the next one's first token",
                 "rows[-1].input_ids])) - 1",
                 "rows[-1].input_ids]))",

@@ -775,8 +775,8 @@ MUTANTS = [
         ),
         (
             "training rows measured in place of the held-out ones",
-            "(encode(row, tokenizer, args) for row in held_out)",
-            "(encode(row, tokenizer, args) for row in train)",
+            "(encode(row, tokenizer) for row in held_out)",
+            "(encode(row, tokenizer) for row in train)",
             "test_held_out_rows_are_not_trained_on",
         ),
         (
@@ -824,8 +824,8 @@ MUTANTS = [
         ),
         (
             "rollouts: greedy, all samples alike",
-            "samples=args.samples, temperature=1.0, seed=args.seed)",
-            "samples=args.samples, temperature=0.0, seed=args.seed)",
+            "samples=args.samples, temperature=1.0, seed=args.seed,",
+            "samples=args.samples, temperature=0.0, seed=args.seed,",
             "test_rollouts_keep_distinct_right_answers",
         ),
         (
@@ -987,8 +987,8 @@ MUTANTS = [
         ),
         (
             "answers go to the wrong questions: strided, not in blocks",
-            "return [texts[i : i + samples] for i in range(0, len(texts), samples)]",
-            "return [texts[i :: len(prompts)] for i in range(len(prompts))]",
+            "(texts[i : i + samples] for i in range(0, len(texts), samples))",
+            "(texts[i :: len(prompts)] for i in range(len(prompts)))",
             "test_answers_are_asked_for_as_they_were_taught",
         ),
         (
@@ -1311,8 +1311,8 @@ MUTANTS = [
         ),
         (
             "S14: --chat-format is for the rows of a file alone",
-            "        tokenizer = replace(tokenizer, chat_format=args.chat_format)\n",
-            "        pass\n",
+            "    tokenizer = tokenizer.with_chat_format(args.chat_format)\n",
+            "",
             "test_the_chat_format_holds_for_all_that_a_run_renders",
         ),
         (
@@ -1508,10 +1508,52 @@ MUTANTS = [
             "test_logged_loss_is_the_mean_over_the_tokens_of_the_step",
         ),
         (
-            "the chat format that was asked for is not looked at",
-            "chat.render(formats.to_messages(row), tokenizer, chat_format=args.chat_format)",
-            "chat.render(formats.to_messages(row), tokenizer)",
-            "test_the_chat_format_is_the_one_that_was_asked_for",
+            "rollouts: what is cut off is trained on as if it had ended",
+            "seed=args.seed,\n                     whole=True)",
+            "seed=args.seed)",
+            "test_rollouts_keep_distinct_right_answers",
+        ),
+        (
+            "rollouts: the same samples whatever the seed",
+            "samples=args.samples, temperature=1.0, seed=args.seed",
+            "samples=args.samples, temperature=1.0, seed=0",
+            "test_rollouts_keep_distinct_right_answers",
+        ),
+        (
+            "rollouts: what was said within the task is trained on",
+            "kept.append(chat.Row(ids, [0] * start + mask[start:]))",
+            "kept.append(chat.Row(ids, mask))",
+            "test_rollouts_keep_distinct_right_answers",
+        ),
+        (
+            "self-instruct: what is cut off is trained on as if it had ended",
+            "temperature=0.0, seed=args.seed, whole=True)",
+            "temperature=0.0, seed=args.seed)",
+            "test_self_instruct_keeps_what_is_new",
+        ),
+        (
+            "whole answers are all answers",
+            "if ended or not whole else None",
+            "if True else None",
+            "test_answers_are_asked_for_as_they_were_taught",
+        ),
+        (
+            "M11: self-instruct: ids beyond the tokenizer",
+            "samples=args.samples, seed=args.seed, vocab_size=tokenizer.vocab_size,\n    )",
+            "samples=args.samples, seed=args.seed,\n    )",
+            "test_self_instruct_keeps_what_is_new",
+        ),
+        (
+            "self-instruct: one list of questions each",
+            "samples=args.samples, seed=args.seed, vocab",
+            "samples=1, seed=args.seed, vocab",
+            "test_self_instruct_keeps_what_is_new",
+        ),
+        (
+            "self-instruct: answers are drawn, not the best",
+            "questions, args, samples=1, temperature=0.0, seed=args.seed, whole",
+            "questions, args, samples=1, temperature=1.0, seed=args.seed, whole",
+            "test_self_instruct_keeps_what_is_new",
         ),
     ]
 ]
