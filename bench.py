@@ -1014,6 +1014,7 @@ AREAS = {"kernels": bench_kernels, "sft": bench_sft, "dpo": bench_dpo, "lora": b
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
     parser.add_argument("area", choices=AREAS)
     parser.add_argument(
         "--out", type=Path, default=Path("out/bench"), help="folder of AREA.json (default: %(default)s)"

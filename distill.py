@@ -3,9 +3,9 @@
     loss = alpha * CE(y, q) + (1 - alpha) * T^2 * D(p, q) + hidden * |P h_student - h_teacher|^2 / width,    a token
 
 (Hinton et al. 2015, arXiv 1503.02531.) p and q are softmax(logits / T) of the teacher and of the student, CE is that of
-the tokens y of the text and has T = 1, T^2 keeps the size of D's gradient as T grows, P is a learned projection of the
-state before the head. One token of text says one thing; p says how likely all others were. --loss picks D, or a loss of
-its own:
+the tokens y of the text and has T = 1, T^2 keeps the size of a KL's gradient as T grows, P is a learned projection of
+the state before the head. One token of text says one thing; p says how likely all others were. --loss picks D, or a
+loss of its own:
 
     hard              alpha = 1: the text alone, what every other loss must beat
     forward_kl        KL(p || q), which covers all that the teacher may say (Hinton)
@@ -35,9 +35,9 @@ here: other layers' states, beam search, MiniLLM's mixing of both models in its 
 
 Logged: `loss` and its terms, weighted: `hard` (of the text), `soft` (of the teacher), `later` (minillm), `hidden`.
 Measured: `bits per byte` of held-out texts (of the generated world's weather, whose entropy is known); `KL`, KL(p || q)
-a token of them; `reverse KL`, KL(q || p) a token of texts of the student: what it says that the teacher would not; both
-in nats. In --task steps and rank `exact match`. The last line says how much of the gap between hard labels and the
-teacher is closed.
+a token of them; of the weather also `reverse KL`, KL(q || p) a token of texts of the student: what it says that the
+teacher would not; both in nats. In --task steps and rank `exact match`. The last line says how much of the gap between
+hard labels and the teacher is closed.
 """
 
 import argparse
@@ -92,7 +92,7 @@ LOSSES = {  # name: (divergence of kernels.py, if any, its hyperparameters)
     "skew_kl": ("skew_kl", SOFT | {"skew": (0.1, 0.1)}),
     "skew_reverse_kl": ("skew_reverse_kl", SOFT | {"skew": (0.1, 0.1)}),
     "tvd": ("tvd", SOFT),
-    "minillm": ("reverse_kl", PLAIN | {"alpha": (0.0, 0.0), "on_policy": (1.0, 1.0), "sft_steps": (200, 0)}),
+    "minillm": ("reverse_kl", PLAIN | {"alpha": (0.0, 0.0), "on_policy": (1.0, 1.0), "sft_steps": (None, 0)}),
     "sequence": (None, PLAIN),
 }
 HYPER = ("lr", "weight_decay", "alpha", "temperature", "skew", "on_policy", "sft_steps")
@@ -304,7 +304,7 @@ def check_room(model: Transformer, some: Sequence[Example], args: argparse.Names
 
 def teacher_written(teacher: Transformer, tokenizer: Tokenizer, rows: list[Example], args: argparse.Namespace,
                     loop: Loop) -> list[Example]:  # fmt: skip
-    """--loss sequence: --samples texts of the teacher for each row (of 1 the most probable), different ones.
+    """--loss sequence: --samples texts of the teacher for each row (of 1 the greedy one), different ones.
 
     With --check only those that end by themselves and whose result is right.
     """
@@ -366,7 +366,8 @@ def evaluate(model: Transformer, teachers: Sequence[Transformer], tokenizer: Tok
              n_words: int, args: argparse.Namespace, loop: Loop) -> dict[str, list[float]]:  # fmt: skip
     """{metric: one number a held-out row}; the mean of the first is what the run is judged by.
 
-    Sums over a row are divided by the mean number of bytes or tokens, so that their mean is that of all bytes, tokens.
+    Of several teachers KL is from their mean, whatever --fusion says. Sums over a row are divided by the mean number of
+    bytes or tokens, so that their mean is that of all bytes, tokens.
     """
     training = model.training
     model.eval()
@@ -479,7 +480,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                      "teacher again")  # fmt: skip
     cli.add_argument("--fusion", choices=("mean", "min_ce"), default="mean", help="of several teachers: the mean, or "
                      "for each row the one that expects it most")  # fmt: skip
-    cli.add_argument("--samples", type=COUNT, help="sequence: texts of the teacher a row; 1: its most probable one")
+    cli.add_argument("--samples", type=COUNT, help="sequence: texts of the teacher a row; 1: its greedy one")
     cli.add_argument("--check", metavar="RULE", help="sequence: keep the teacher's texts that this rule of "
                      "data/checkers.py finds right (--task steps: exact)")  # fmt: skip
     cli.add_argument("--prompt-length", type=COUNT, default=2, help="tokens of a plain text that are given where a "
@@ -531,6 +532,8 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
             raise UserError(f"--{key.replace('_', '-')}: --loss {name} has none")
     args.alpha = 1.0 if kind is None else args.alpha
     args.temperature = args.temperature if "temperature" in defaults else 1.0
+    if name == "minillm" and args.sft_steps is None:
+        args.sft_steps = args.steps // 4  # of the world: from random weights a policy gradient finds nothing
     args.on_policy, args.sft_steps = args.on_policy or 0.0, args.sft_steps or 0
     if args.check:
         checkers.load_reward(args.check)
@@ -637,7 +640,8 @@ def conclude(teachers: Sequence[Transformer], tokenizer: Tokenizer, test: list[E
     if teachers:
         found = (evaluate(teacher, (), tokenizer, test, n_words, args, loop)[metric] for teacher in teachers)
         baselines["the teacher" if len(teachers) == 1 else "the best teacher"] = best(map(statistics.fmean, found))
-    if args.task == "weather" and not args.data:
+    whole = all(tokenizer.decode(e.input_ids, skip_special=True) == e.row.get("text") for e in test)  # none was cut
+    if args.task == "weather" and not args.data and whole:
         bits = sum(world.code_length(e.row["text"]) for e in test)  # no model can do better on average
         baselines["entropy of the text"] = bits / sum(n_bytes_of(e, tokenizer) for e in test)
     result = loop.finish(before, after, variant=args.loss, baselines=baselines,
@@ -728,6 +732,8 @@ def main(args: argparse.Namespace) -> dict:
     if args.loss == "sequence":
         rows = fit(teacher_written(teachers[0], tokenizer, rows, args, loop), "texts", args, loop)
     total = args.steps if args.steps is not None else math.ceil(args.epochs * len(rows) / args.batch_size)
+    if 0 < total <= args.sft_steps:
+        raise UserError(f"--sft-steps {args.sft_steps}: of {total} steps none is left for --loss {args.loss}")
     projection = nn.Linear(model.config.width, teachers[0].config.width).to(loop.device) if args.hidden else None
     trained = nn.ModuleList([model, projection]) if args.hidden else model
     model = loop.shard(model)

@@ -34,6 +34,18 @@ torch.set_flush_denormal(True)
 
 IGNORED = -100  # a label that takes no part in the loss, as in torch.nn.functional.cross_entropy
 
+
+@contextlib.contextmanager
+def whole_fp32() -> Iterator[None]:
+    """Products of fp32 matrices in fp32, not in TF32: a Gram matrix squares what is small, and TF32 then loses it."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Compiling
 
@@ -527,6 +539,7 @@ def rotation(n: int, seed: int, device: torch.device | str = "cpu") -> tuple[Ten
     return tuple(found)
 
 
+@whole_fp32()
 def rotate(x: Tensor, seed: int, *, back: bool = False) -> Tensor:
     """x (..., n) times the transpose of the `rotation` of n and seed: each row rotated; `back` undoes it."""
     a, b = (m.to(x.dtype).T if back else m.to(x.dtype) for m in rotation(x.shape[-1], seed, x.device))
@@ -557,8 +570,9 @@ def attention(
 
     q (B, Tq, H, d), k and v (B, Tk, Hkv, d). With neither option it is causal, the queries being the last Tq of the Tk
     positions. `documents` (B, T) of integers: rows are packed, a token sees earlier tokens of its own document only.
-    `mask`: what `document_mask` returns, or a tensor broadcastable to (B, Hkv, Tq, Tk), which replaces causality (for
-    cached decoding): a bool, True = attend, or what is added to the scores. Every query must attend to something.
+    `mask`: what `document_mask` returns, or a tensor broadcastable to (B, 1, Tq, Tk) (of one query, Tq = 1, to
+    (B, Hkv, 1, Tk)), which replaces causality (for cached decoding): a bool, True = attend, or what is added to the
+    scores. Every query must attend to something.
     """
     group = q.shape[2] // k.shape[2]
     if documents is not None:

@@ -490,6 +490,10 @@ class Loop:
         """
         self.total = total
         self._open_out()
+        warmup = getattr(self.args, "warmup", 0)
+        if 0 < total <= warmup and not self.done:
+            self.say(f"--warmup {warmup}: it takes all of the {total} steps, so that --lr is hardly reached or not at "
+                     "all; lower it, or take more --steps or --epochs")  # fmt: skip
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         pause = 0.2 if sys.stderr.isatty() else 20.0  # in a log file, a line now and then
         self.bar = tqdm(total=total, initial=self.done, desc=self.script, unit="step", mininterval=pause,

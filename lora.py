@@ -744,7 +744,7 @@ def examples(args: argparse.Namespace, tokenizer: Tokenizer, loop: Loop) -> tupl
 
     if args.data:
         train, held_out = sft.file_rows(args, args.data, loop)
-        encoded = ([sft.encode(row, tokenizer, args) for row in some] for some in (train, held_out))
+        encoded = ([sft.encode(row, tokenizer) for row in some] for some in (train, held_out))
         rows, test = (sft.fitting(*some, args, loop) for some in zip(encoded, ("rows", "held-out rows"), strict=True))
         if not rows or not test:
             raise UserError(f"no row is left to train on or to measure: --max-length is {args.max_length}")

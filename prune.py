@@ -58,7 +58,7 @@ from data import chat, formats, world
 from data.formats import UserError
 from data.tokenizer import Tokenizer
 from distill import n_bytes_of
-from kernels import linear_divergence
+from kernels import linear_divergence, whole_fp32
 from loop import COUNT, REAL, ROOT, Loop, adamw, clip, compare, fill, parser, run, set_lr, told
 from lora import Adapter, LoRA, linears, merge, put_at, wide
 from model import Config, Transformer, load, stored_dtype, token_logps
@@ -101,6 +101,7 @@ def keep(scores: Tensor, sparsity: float, pattern: str, scope: str) -> Tensor:
     return torch.ones_like(rows, dtype=torch.bool).scatter(-1, least, False).view_as(scores)
 
 
+@whole_fp32()
 def sparsegpt(weight: Tensor, upper: Tensor, sparsity: float, pattern: str, *, block: int) -> tuple[Tensor, Tensor]:
     """(the weights (out, in) with their zeros, which are kept), by optimal brain surgery a column at a time.
 
@@ -474,7 +475,7 @@ def examples(args: argparse.Namespace, tokenizer: Tokenizer, loop: Loop
         return rows[: args.rows], rows[args.rows :], test
     read = partial(formats.read_jsonl, schemas=("text", "chat", "completion"), mapping=formats.parse_map(args.map))
     parts, held_out = formats.split(args.data.split(","), args.eval_data, read, loop.say)
-    rows, test = (fitting((encode(row, tokenizer, args) for row in some), what, args, loop)
+    rows, test = (fitting((encode(row, tokenizer) for row in some), what, args, loop)
                   for some, what in ((sum(parts, []), "rows"), (held_out, "held-out rows")))  # fmt: skip
     if not rows or not test:
         raise UserError(f"no row is left to calibrate on or to measure: --max-length is {args.max_length}")
@@ -642,10 +643,15 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
+SAME_TRAINING = ("data", "model", "recover", "steps", "batch_size", "lr", "warmup", "schedule", "grad_clip",
+                 "max_length", "plant", "dtype")  # fmt: skip
+
+
 def stored(args: argparse.Namespace) -> dict[str, float]:
-    """What the recovery by itself makes of the dense model, from the committed table."""
-    path = ROOT / "results" / "tables" / "prune.json"
-    if args.data or args.model or args.recover != "lora" or args.method == "dense" or not path.exists():
+    """What the recovery by itself makes of the dense model, from the committed table, where the training is that."""
+    path, usual = ROOT / "results" / "tables" / "prune.json", get_args([])
+    same = all(getattr(args, flag) == getattr(usual, flag) for flag in SAME_TRAINING)
+    if not same or args.method == "dense" or not path.exists():
         return {}
     rows = {row["method"]: row for row in json.loads(path.read_text())["rows"]}
     return {f"{name} of the dense model after the same training (stored, of another run)": rows["dense"][name]["mean"]

@@ -74,6 +74,7 @@ class Inputs:
         self.sum = self.gram.new_zeros(width)  # of x
         self.n = 0  # tokens
 
+    @kernels.whole_fp32()
     def add(self, x: Tensor) -> None:
         """Count the tokens x (n, in)."""
         x = x.to(self.gram.dtype)
@@ -119,13 +120,13 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
     """The upper triangular U with U^T U = H^-1, H = gram + damping * mean(diagonal of gram) * I (2210.17323, step 3).
 
     U_jj^2 is the (j, j) entry of the inverse of H without the columns before j, and U_j: / U_jj says how the columns
-    after j make up for a change of column j. A channel that is always 0 tells nothing, and gets H_jj = 1. RunFailed if
-    H is not positive definite, as it always is with some damping.
+    after j make up for a change of column j. A channel that is always 0 has the damping alone, or without any H_jj = 1.
+    RunFailed if H is not positive definite, as it always is with some damping.
     """
     h = gram.clone()
     diagonal = h.diagonal()
     diagonal += damping * diagonal.mean()
-    diagonal[gram.diagonal() == 0] = 1.0
+    diagonal[diagonal == 0] = 1.0
     lower, failed = torch.linalg.cholesky_ex(h)
     if failed or not lower.isfinite().all():
         raise RunFailed(f"X^T X of the inputs is not positive definite: the damping, {damping}, is too small; "
@@ -197,6 +198,7 @@ def nf4(weight: Tensor, inputs: Inputs, c: argparse.Namespace) -> dict[str, Tens
     return {"codes": q.codes, "scales": q.scales, "steps": q.steps, "mean": q.mean}
 
 
+@kernels.whole_fp32()
 def optimal_brain(weight: Tensor, gram: Tensor, c: argparse.Namespace, *, block_size: int = 128,
                   kept: Tensor | None = None) -> tuple[Tensor, Grid, Tensor]:  # fmt: skip
     """GPTQ: (codes, grid, what became of the weights), column by column (2210.17323, algorithm 1).
@@ -561,7 +563,7 @@ def examples(args: argparse.Namespace, tokenizer: Tokenizer, loop: Loop) -> tupl
         train, test = file_rows(args, args.data, loop)
         if args.method != "qat":
             train = random.Random(args.seed).sample(train, min(args.rows, len(train)))
-        rows, kept = (fitting([encode(row, tokenizer, args) for row in some], what, args, loop)
+        rows, kept = (fitting([encode(row, tokenizer) for row in some], what, args, loop)
                       for some, what in ((train, "rows"), (test, "held-out rows")))  # fmt: skip
         if not rows or not kept:
             raise UserError(f"no row is left to calibrate on or to measure: --max-length is {args.max_length}")
@@ -706,7 +708,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                      "chats and texts each; qat learns by steps (default: 256)")  # fmt: skip
     cli.add_argument("--damping", type=REAL, default=0.01, help="share of the mean of X^T X's diagonal added to it "
                      "(gptq, owq, quip; default: %(default)s)")  # fmt: skip
-    cli.add_argument("--act-order", action="store_true", help="gptq: columns of large inputs first")
+    cli.add_argument("--act-order", action="store_true", help="gptq, owq, quip: columns of large inputs first")
     cli.add_argument("--keep", type=REAL, default=0.02, metavar="SHARE", help="of columns that owq keeps")
     cli.add_argument("--alpha", type=REAL, default=0.5, help="smoothquant: how much of the range goes into the weights")
     cli.add_argument("--threshold", type=REAL, default=6.0, help="int8-mixed: times the median channel is an outlier")

@@ -24,7 +24,6 @@ The last lines say what changed on held-out questions: `exact match: 0.0.. befor
 """
 
 import argparse
-import contextlib
 import json
 import math
 import random
@@ -42,7 +41,7 @@ from tqdm import tqdm
 from data import chat, checkers, formats, world
 from data.formats import UserError
 from data.tokenizer import Tokenizer, tiny
-from kernels import IGNORED, linear_cross_entropy
+from kernels import IGNORED, linear_cross_entropy, whole_fp32
 from loop import COUNT, REAL, Loop, adamw, clip, fill, parser, refuse_quantized, run, set_lr, told
 from lora import adapt, rates_of
 from model import Config, Transformer, generate, load, token_logps
@@ -103,17 +102,6 @@ class Lomo:
         return {"state": {}, "param_groups": []}
 
     def load_state_dict(self, state: dict) -> None: ...
-
-
-@contextlib.contextmanager
-def whole_fp32() -> Iterator[None]:
-    """Products of fp32 matrices in fp32, not in TF32: a Gram matrix squares what is small, and TF32 then loses it."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 @whole_fp32()

@@ -520,6 +520,13 @@ def test_a_missing_library_is_one_line_and_exit_code_2(monkeypatch, capsys):
     assert "transformers" in requirements and "trl" in requirements
 
 
+@pytest.mark.parametrize("argv", [["speed"], ["sft", "--repeats", "0"], ["--no"]])
+def test_a_wrong_flag_is_one_line_and_exit_2(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench.get_args(argv)
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
 def test_rows_of_an_optional_library_are_left_out_aloud(capsys):
     assert bench.installed("torch")
     assert capsys.readouterr().out == ""

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import shutil
 import statistics
 from argparse import Namespace
@@ -409,6 +410,12 @@ def test_rows_of_the_world_are_apart_from_the_test(stages):
         assert len(rows) == 20 and len(test) == 3 and test == same
         assert not {tuple(e.input_ids) for e in rows} & {tuple(e.input_ids) for e in test}
         assert {tuple(e.input_ids) for e in rows} != {tuple(e.input_ids) for e in again}
+        for e, split in ((rows[0], "train"), *((e, "test") for e in test)):
+            numbers = " ".join(re.findall(r"\d+", tiny().decode(e.input_ids[: e.n_prompt])))
+            if task == "steps":
+                assert world.split_of(f"sum {numbers}") == split
+            elif task == "rank":
+                assert world.split_of_problem(world.HELD_BACK, {"x": numbers}) == split
     assert tiny().decode(rows[0].input_ids[rows[0].n_prompt :]) == f"{rows[0].row['answer']}<|im_end|>"
     assert all(list(map(int, e.row["answer"].split())) == sorted(map(int, e.row["answer"].split()))[::-1] for e in rows)
     steps = distill.examples(get_args(["--task", "steps", "--loss", "hard", "--rows", "20"]), tiny(), None)[0]
@@ -610,6 +617,9 @@ def test_a_share_of_the_rows_is_the_students_own(folders, tmp_path):
         new = distill.partly_own(model, tiny(), [rows], [list(range(8))], step, args, loop)[0]
         texts.add(tuple(tuple(e.input_ids) for e in new))
     assert len(texts) == 4
+    args.temperature, wanted = 0.3, distill.continued(model, tiny(), rows, 1, 1.0, ("student", 0, 1, 1), args, loop)
+    assert distill.partly_own(model, tiny(), [rows], [list(range(8))], 1, args, loop)[0] == [
+        e._replace(own=True) for (e,) in wanted]  # drawn from q itself, whatever the temperature of D
     args.on_policy, args.seed, loop.rank = 0.5, 0, 0
     with torch.no_grad():
         model.embed.weight += 0.5 * torch.randn_like(model.embed.weight)
@@ -875,6 +885,18 @@ def test_all_probabilities_stored_teach_like_the_teacher(folders, stages, tmp_pa
     assert apart(weights(tmp_path / "few"), live, start) > 0.1
 
 
+def test_texts_that_were_cut_have_no_entropy(folders, stages, tmp_path):
+    """Not that of the whole text, which a model could beat."""
+    said = train(tmp_path / "run", "--steps", 1, "--rows", 6, "--no-baseline", "--max-length", 24, "--too-long", "cut")
+    assert list(said["baselines"]) == ["the teacher"]
+
+
+def test_steps_on_the_text_leave_some_for_the_loss(folders, stages, tmp_path):
+    with pytest.raises(UserError, match="--sft-steps 3: of 3 steps none is left for --loss minillm"):
+        train(tmp_path / "run", "--loss", "minillm", "--steps", 3, "--sft-steps", 3)
+    assert get_args(["--loss", "minillm", "--steps", "3"]).sft_steps == 0
+
+
 @pytest.mark.parametrize("steps", [3, 5])
 def test_the_default_run_says_what_was_closed(folders, stages, tmp_path, capsys, steps):
     """The same student on hard labels, from the same weights, beside the teacher and the entropy of the text.
@@ -916,10 +938,15 @@ def test_the_gap_is_the_way_from_hard_labels_to_the_teacher():
 
 
 def test_gradients_are_clipped(folders, stages, tmp_path, monkeypatch):
-    norms, real = [], distill.clip
-    monkeypatch.setattr(distill, "clip", lambda model, norm: norms.append(norm) or real(model, norm))
-    train(tmp_path / "run", "--steps", 2, "--rows", 6, "--batch-size", 3, "--grad-clip", 0.25)
-    assert set(norms) == {0.25} and len(norms) >= 2
+    norms, sizes, real = [], [], distill.clip
+    monkeypatch.setattr(distill, "clip", lambda model, norm: (
+        norms.append(norm), sizes.append(sum(p.numel() for p in model.parameters())),
+        real(model, norm))[2])  # fmt: skip
+    for more in ((), ("--hidden", 1)):
+        train(tmp_path / "run", "--steps", 2, "--rows", 6, "--batch-size", 3, "--grad-clip", 0.25, *more)
+    assert set(norms) == {0.25} and len(norms) >= 4
+    width = [load(folder)[0].config.width for folder in (tmp_path / "run", folders["base"])]
+    assert max(sizes) - min(sizes) == width[1] * (width[0] + 1)  # the projection, too
 
 
 def test_sequence_learns_from_texts_of_the_teacher(folders, stages, tmp_path, monkeypatch):
@@ -1044,6 +1071,7 @@ def test_defaults_are_those_of_the_loss_the_task_and_the_kind_of_run(folders):
     rank = ["--task", "rank", "--loss", "hard"]
     assert get_args(rank).lr == distill.WORLD["rank"]["lr"] and get_args([*rank, "--model", "x"]).lr == 1e-5
     assert get_args(["--loss", "minillm"]).sft_steps == 200 and args.sft_steps == 0
+    assert get_args(["--loss", "minillm", "--steps", "150"]).sft_steps == 37  # a quarter
     for name in distill.TABLE:
         distill.resolved(Namespace(**vars(get_args(["--loss", "all"])) | {"loss": name}))
     assert set(distill.LOSSES) <= set(distill.TABLE) and set(distill.MAIN_LOSSES) <= set(distill.TABLE)
@@ -1154,14 +1182,15 @@ def test_the_run_knows_which_texts_are_the_students_own(folders, stages, tmp_pat
 
 def test_a_run_may_begin_on_the_text_alone(folders, stages, tmp_path):
     """Then the first steps are those of hard labels, with no text of the student and no teacher."""
-    flags = ("--rows", 6, "--no-baseline", *RUN, "--max-new-tokens", 5, "--weight-decay", 0)
+    flags = ("--rows", 6, "--no-baseline", *RUN, "--max-new-tokens", 5, "--weight-decay", 0, "--log-every", 1)
     train(tmp_path / "hard", *flags, "--loss", "hard")
     train(tmp_path / "soft", *flags, "--loss", "forward_kl:hidden=1,on_policy=1", "--sft-steps", 2)
     hard, soft = logged(tmp_path / "hard")[0], logged(tmp_path / "soft")
     assert soft[0]["loss"] == soft[0]["hard"] == pytest.approx(hard["loss"], rel=1e-6)
     assert "soft" in soft[-1] and "hard" not in soft[-1] and soft[-1]["step"] == 3
-    train(tmp_path / "all", *flags, "--loss", "jsd", "--sft-steps", 3)
-    assert difference(weights(tmp_path / "all"), weights(tmp_path / "hard")) == 0
+    train(tmp_path / "some", *flags, "--loss", "jsd", "--sft-steps", 2)
+    for a, b in zip(logged(tmp_path / "some")[:2], logged(tmp_path / "hard"), strict=False):
+        assert a["loss"] == a["hard"] == pytest.approx(b["loss"], rel=1e-6) and a["grad_norm"] == b["grad_norm"]
 
 
 @pytest.mark.slow

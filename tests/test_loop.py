@@ -614,6 +614,14 @@ def test_a_loss_that_is_not_finite_fails_the_run(tmp_path, capsys):
     assert exit_.value.code == 1 and error.startswith("step 5: loss is nan") and "step 4 is kept" in error
 
 
+@pytest.mark.parametrize(("steps", "warmup", "told"), [(3, 3, True), (3, 2, False), (2, 5, True), (0, 5, False)])
+def test_a_run_that_never_leaves_the_warm_up_says_so(tmp_path, capsys, steps, warmup, told):
+    loop = Loop(get_args("--out", tmp_path, "--warmup", warmup), "toy")
+    assert len(list(loop.steps(steps))) == steps
+    said = f"--warmup {warmup}: it takes all of the {steps} steps"
+    assert (said in capsys.readouterr().err) == told
+
+
 def test_a_gradient_that_is_not_finite_is_never_saved(tmp_path):
     loop = Loop(get_args("--out", tmp_path, "--log-every", 100), "toy")
     for step in loop.steps(9):

@@ -1357,7 +1357,7 @@ def test_sft_with_an_adapter(checkpoint, data, tmp_path, flags):
     net = load(checkpoint)[0]
     adapt(net, str(tmp_path / "out" / "checkpoint"), checkpoint)
     loop = loop_module.Loop(args, "sft")
-    rows = [sft.encode(row, tiny(), args) for row in ROWS]
+    rows = [sft.encode(row, tiny()) for row in ROWS]
     found = sft.evaluate(net, tiny(), {"rows": rows}, args, loop)["loss"]
     assert statistics.fmean(found) == pytest.approx(result["after"], rel=1e-4)
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 import loop as loop_module
@@ -280,11 +281,39 @@ def test_the_inverse_factor_is_that_of_the_inverse():
     dead = gram.clone()
     dead[2], dead[:, 2] = 0, 0
     u = inverse_factor(dead, 0.1)
-    assert u[2, 2] == 1 and u[2].count_nonzero() == 1 and u[:, 2].count_nonzero() == 1
+    assert u[2].count_nonzero() == 1 and u[:, 2].count_nonzero() == 1
+    assert u[2, 2].item() ** -2 == pytest.approx(0.1 * dead.diagonal().mean().item())  # of no size of its own
+    assert inverse_factor(dead, 0.0)[2, 2] == 1
     with pytest.raises(RunFailed, match="the damping, 0.0, is too small"):
         inverse_factor(torch.ones(3, 3, dtype=torch.float64), 0.0)
     with pytest.raises(RunFailed, match="not positive definite"):
         inverse_factor(gram * math.nan, 0.1)
+
+
+def test_inputs_and_what_makes_up_for_errors_are_multiplied_in_whole_fp32():
+    """Where Loop allows TF32, on CUDA: ten bits of what X^T X squared are not enough."""
+    seen: list[str] = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm_):
+                seen.append(torch.get_float32_matmul_precision())
+            return function(*args, **(kwargs or {}))
+
+    x, weight, before = correlated(50, 8).float(), normal(3, 8), torch.get_float32_matmul_precision()
+    inputs = quantize.Inputs(8, torch.float32, torch.device("cpu"))
+    try:
+        torch.set_float32_matmul_precision("high")
+        c = flags(bits=2, group_size=0)
+        for product in (lambda: inputs.add(x), lambda: optimal_brain(weight, x.T @ x, c, block_size=4),
+                        lambda: kernels.rotate(normal(2, 64), 0)):  # fmt: skip
+            seen.clear()
+            with Products():
+                product()
+            assert "highest" in seen and seen.count("high") <= 1  # x.T @ x is ours
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 # GPTQ
@@ -459,6 +488,16 @@ def test_smoothquant_moves_the_share_that_is_asked_for():
         torch.testing.assert_close(old.blocks[0].attention_norm.weight / net.blocks[0].attention_norm.weight, wanted)
 
 
+def test_awq_moves_by_the_mean_size_of_the_inputs():
+    net, old, some = random_net(), random_net(), batches((6, 8))
+    c = flags(method="awq", bits=2, group_size=8)
+    (_, matrix, inputs), *_ = layer_by_layer(copy.deepcopy(old), some)
+    wanted = awq_scales(matrix.weight, inputs.abssum / inputs.n, inputs.gram, c)
+    assert not torch.allclose(wanted, awq_scales(matrix.weight, inputs.absmax, inputs.gram, c))
+    fold_all(net, some, c)
+    torch.testing.assert_close(old.blocks[0].attention_norm.weight / net.blocks[0].attention_norm.weight, wanted)
+
+
 def test_awq_scales_are_the_best_of_twenty():
     c = flags(bits=2, group_size=4)
     weight, x = normal(6, 8), normal(60, 8, seed=3) * torch.tensor([1, 1, 20, 1, 1, 0.1, 1, 3.0])
@@ -557,14 +596,17 @@ def test_fake_quantization_is_that_of_the_codes_and_passes_gradients_in_range():
         torch.testing.assert_close(d_scales.double(), slope, rtol=1e-4, atol=1e-4)
 
 
-def test_what_was_trained_is_exported_to_the_bit(tmp_path):
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_what_was_trained_is_exported_to_the_bit(tmp_path, symmetric):
     net = random_net("qwen2")
-    c = flags(method="qat", bits=2, group_size=8)
+    c = flags(method="qat", bits=2, group_size=8, symmetric=symmetric)
     paths = [f"blocks.{i}.{name}" for i in range(2) for name in MATRICES]
     for path in paths:
         quantize.put_at(net, path, FakeQuantLinear(net.get_submodule(path), c))
     for p in net.requires_grad_(True).parameters():
         p.data += 0.05 * torch.randn_like(p)
+    if symmetric:  # what lies below the lowest code
+        net.blocks[0].ffn.down.weight.data[0, :4] = -3.0
     net.requires_grad_(False)
     before = net(ids(2, 9))
     for path in paths:
@@ -649,6 +691,9 @@ def test_a_quantized_matrix_is_its_parts():
         torch.testing.assert_close(module(x), x @ effective.T, rtol=1e-4, atol=1e-4)
         assert quantize.relative_error(weight, module, torch.eye(32)) == pytest.approx(
             ((effective - weight).norm() / weight.norm()).item() ** 2, rel=1e-3)  # fmt: skip
+        x = normal(50, 32) * torch.linspace(0.1, 9, 32)
+        assert quantize.relative_error(weight, module, x.T @ x) == pytest.approx(
+            (((effective - weight) @ x.T).norm() / (weight @ x.T).norm()).item() ** 2, rel=1e-3)  # fmt: skip
 
 
 def test_outliers_are_not_rounded():

@@ -382,8 +382,8 @@ def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
-def encoded(args: Namespace) -> list[Row]:
-    return [sft.encode({"prompt": r["question"], "completion": r["answer"]}, tiny(), args) for r in PROBLEMS]
+def encoded() -> list[Row]:
+    return [sft.encode({"prompt": r["question"], "completion": r["answer"]}, tiny()) for r in PROBLEMS]
 
 
 def write_jsonl(path: Path, rows) -> Path:
@@ -432,7 +432,7 @@ def test_trained_tokens_are_answer_and_end(checkpoint, problems, tmp_path):
     args = args_for(checkpoint, problems, tmp_path / "out")
     train, _ = sft.file_rows(args, str(problems), loop_module.Loop(args, "sft"))
     for row, problem in zip(train, PROBLEMS, strict=True):
-        ids, mask = sft.encode(row, tiny(), args)
+        ids, mask = sft.encode(row, tiny())
         trained = [i for i, m in zip(ids, mask, strict=True) if m]
         assert tiny().decode(trained[:-1]) == problem["answer"] and trained[-1] in tiny().eos_ids
 
@@ -493,7 +493,7 @@ def test_a_run_is_a_plain_loop(checkpoint, unequal, tmp_path, monkeypatch, flags
                     "--no-pack", "--lr", 1e-3, "--weight-decay", 1.0, "--grad-clip", 0.5, *flags)  # fmt: skip
     main(args)
     train, _ = sft.file_rows(args, str(unequal), loop_module.Loop(args, "sft"))
-    rows = [sft.encode(row, tiny(), args) for row in train]
+    rows = [sft.encode(row, tiny()) for row in train]
     model, n_tokens = load(checkpoint)[0], sum(sum(row.completion_mask) for row in rows)
     matrices, others = ([p for p in model.parameters() if (p.ndim == 2) == is_matrix] for is_matrix in (True, False))
     groups = [{"params": matrices, "weight_decay": 1.0}, {"params": others, "weight_decay": 0.0}]
@@ -643,7 +643,7 @@ def test_speed_counts_tokens_without_their_padding(checkpoint, unequal, tmp_path
     args = args_for(checkpoint, unequal, tmp_path / "out", "--steps", 2, "--batch-size", 8, "--no-pack")
     main(args)
     train, _ = sft.file_rows(args, str(unequal), loop_module.Loop(args, "sft"))
-    assert told == [sum(len(sft.encode(row, tiny(), args).input_ids) for row in train)] * 2
+    assert told == [sum(len(sft.encode(row, tiny()).input_ids) for row in train)] * 2
 
 
 def test_activations_are_recomputed_when_asked(checkpoint, problems, tmp_path, monkeypatch):
@@ -701,7 +701,7 @@ def test_two_ranks_equal_one(checkpoint, unequal, tmp_path):
 def test_logged_loss_is_the_mean_over_the_tokens_of_the_step(checkpoint, problems, tmp_path):
     args = args_for(checkpoint, problems, tmp_path / "out", "--steps", 1, "--batch-size", 8, "--no-pack")
     main(args)
-    rows = encoded(args)
+    rows = encoded()
     trained = sum(sum(row.completion_mask) for row in rows)
     wanted = brute_force(load(checkpoint)[0], rows) / trained
     assert logged(tmp_path / "out")[0]["loss"] == pytest.approx(wanted, rel=1e-4)
@@ -824,7 +824,7 @@ def test_weights_of_the_mix_are_factors_of_the_usual_shares(monkeypatch):
 def test_ifd_keeps_the_hardest_rows_that_the_question_helps(checkpoint, problems, tmp_path):
     args = args_for(checkpoint, problems, tmp_path / "out", "--select", "ifd", "--select-share", 0.5)
     model = load(checkpoint)[0].eval()
-    rows = encoded(args)
+    rows = encoded()
     scores = []
     for row in rows:
         said = [i for i, m in zip(row.input_ids, row.completion_mask, strict=True) if m]
@@ -865,7 +865,7 @@ def test_ifd_chooses_the_rows_that_are_trained_on(checkpoint, problems, tmp_path
     monkeypatch.setattr(sft, "select_by_ifd", lambda model, rows, args, loop: rows[3:5])
     args = args_for(checkpoint, problems, tmp_path / "out", "--select", "ifd")
     rows, test = sft.examples(args, None, tiny(), loop_module.Loop(args, "sft"))
-    assert rows == encoded(args)[3:5] and len(test["rows"]) == 8
+    assert rows == encoded()[3:5] and len(test["rows"]) == 8
 
 
 def test_rollouts_keep_distinct_right_answers(checkpoint, tmp_path, monkeypatch, capsys):
@@ -1111,7 +1111,7 @@ def test_the_result_says_what_was_measured(tmp_path):
 
 @pytest.mark.parametrize(("flags", "compared"), [
     ((), True), (("--resume",), True), (("--stage", "base"), False), (("--from-scratch",), False),
-    (("--model", "x"), False), (("--data", "rollouts"), False),
+    (("--model", "x"), False), (("--data", "rollouts"), False), (("--adapter", "lora", "--optimizer", "adamw"), False),
 ])  # fmt: skip
 def test_the_default_run_is_compared_with_random_weights(tmp_path, monkeypatch, capsys, flags, compared):
     args = get_args(["--out", str(tmp_path), *flags])

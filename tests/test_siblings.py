@@ -119,7 +119,8 @@ def test_what_an_adapter_takes_of_the_context_counts(script):
 def test_a_chat_format_holds_for_all_and_is_saved(script):
     """The tokenizer itself is changed, before it renders anything."""
     asked = [call.lineno for call in calls(function(script, "main"), "with_chat_format")]
-    used = [call.lineno for name in ("examples", "tasks_of", "world_data") for call in calls(function(script, "main"), name)]
+    of_rows = (calls(function(script, "main"), name) for name in ("examples", "tasks_of", "world_data"))
+    used = [call.lineno for some in of_rows for call in some]
     assert len(asked) == 1 and used and asked[0] < min(used)
 
 

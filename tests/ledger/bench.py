@@ -184,5 +184,7 @@ MUTANTS = [
             "len(source) / of_copy",
             "test_decoding_against_its_ceiling",
         ),
+        ("a wrong flag with the usage", "    parser.error = lambda", "    parser.said = lambda",
+         "test_a_wrong_flag_is_one_line_and_exit_2"),
     ]
 ]

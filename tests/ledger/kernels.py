@@ -836,4 +836,19 @@ MUTANTS = [
             "test_what_is_kept_while_generating_serves_training",
         ),
     ]
+] + [
+    Mutant(name, "kernels.py", old, new, "tests/test_sft.py::test_orthogonalized_multiplies_in_whole_fp32")
+    for name, old, new in [
+        (
+            "whole fp32 is TF32, where that is allowed",
+            'torch.set_float32_matmul_precision("highest")',
+            'torch.set_float32_matmul_precision("high")',
+        ),
+        ("no TF32 ever after", "        torch.set_float32_matmul_precision(before)\n", "        pass\n"),
+        (
+            "no TF32 after an error",
+            "    try:\n        yield\n    finally:\n        torch.set_float",
+            "    yield\n    if True:\n        torch.set_float",
+        ),
+    ]
 ]

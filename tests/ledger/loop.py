@@ -7,6 +7,18 @@ TESTS = "tests/test_loop.py::"
 MUTANTS = [
     Mutant(name, "loop.py", old, new, TESTS + test)
     for name, old, new, test in [
+        (
+            "a run that is all warm-up says nothing",
+            "        if 0 < total <= warmup and not self.done:",
+            "        if False:",
+            "test_a_run_that_never_leaves_the_warm_up_says_so",
+        ),
+        (
+            "a warm-up of all steps but one is told",
+            "if 0 < total <= warmup and",
+            "if 0 < total <= warmup + 1 and",
+            "test_a_run_that_never_leaves_the_warm_up_says_so",
+        ),
         # ranks
         (
             "T1: no gradient all-reduce, private replicas",

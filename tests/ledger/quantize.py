@@ -13,6 +13,7 @@ ROTATE = "test_rotations_are_orthogonal_and_undone"
 INPUTS = "test_inputs_are_those_of_a_plain_forward"
 DOCUMENTS = "test_packed_documents_do_not_see_each_other"
 CHANGED = "test_what_enters_a_matrix_is_what_the_changed_ones_make"
+WHOLE = "test_inputs_and_what_makes_up_for_errors_are_multiplied_in_whole_fp32"
 FACTOR = "test_the_inverse_factor_is_that_of_the_inverse"
 OBQ = "test_gptq_is_optimal_brain_quantization"
 BLOCKS = "test_blocks_change_nothing"
@@ -82,7 +83,17 @@ IN_QUANTIZE = [
     # the inverse
     ("Q8: no damping", "diagonal += damping * diagonal.mean()", "diagonal += 0 * diagonal.mean()", FACTOR),
     ("Q8: damping in absolute size", "damping * diagonal.mean()", "damping", FACTOR),
-    ("Q8: a dead channel is divided by", "diagonal[gram.diagonal() == 0] = 1.0", "pass", FACTOR),
+    ("Q8: a dead channel is divided by", "diagonal[diagonal == 0] = 1.0", "pass", FACTOR),
+    ("a dead channel counts like an input of size 1", "diagonal[diagonal == 0] = 1.0",
+     "diagonal[gram.diagonal() == 0] = 1.0", FACTOR),
+    ("X^T X in TF32", "    @kernels.whole_fp32()\n    def add", "    def add", WHOLE),
+    ("errors are made up for in TF32", "@kernels.whole_fp32()\ndef optimal_brain", "def optimal_brain", WHOLE),
+    ("AWQ by the largest inputs", "shared(model, path, inputs.abssum / inputs.n)", "shared(model, path, inputs.absmax)",
+     "test_awq_moves_by_the_mean_size_of_the_inputs"),
+    ("symmetric: one code more in training than in the file", "self.bits, int(self.symmetric))", "self.bits, 0)",
+     f"{EXPORT}[True]"),
+    ("the error of a matrix whatever enters it", "(((change @ gram) * change).sum()", "((change * change).sum()",
+     "test_a_quantized_matrix_is_its_parts"),
     ("Q8: what fails is passed on", "if failed or not lower.isfinite().all():", "if False:", FACTOR),
     ("NaN is positive definite", "if failed or not lower.isfinite().all():", "if failed < 0:", FACTOR),
     (

@@ -264,20 +264,8 @@ MUTANTS = [
         # Muon
         (
             "Muon: in TF32, where that is allowed",
-            'torch.set_float32_matmul_precision("highest")',
-            'torch.set_float32_matmul_precision("high")',
-            "test_orthogonalized_multiplies_in_whole_fp32",
-        ),
-        (
-            "Muon: no TF32 ever after",
-            "        torch.set_float32_matmul_precision(before)\n",
-            "        pass\n",
-            "test_orthogonalized_multiplies_in_whole_fp32",
-        ),
-        (
-            "Muon: no TF32 after an error",
-            "    try:\n        yield\n    finally:\n        torch.set",
-            "    yield\n    if True:\n        torch.set",
+            "@whole_fp32()\ndef orthogonalized",
+            "def orthogonalized",
             "test_orthogonalized_multiplies_in_whole_fp32",
         ),
         (
@@ -1554,6 +1542,12 @@ MUTANTS = [
             "questions, args, samples=1, temperature=0.0, seed=args.seed, whole",
             "questions, args, samples=1, temperature=1.0, seed=args.seed, whole",
             "test_self_instruct_keeps_what_is_new",
+        ),
+        (
+            "an adapter is compared with itself on random weights",
+            "args.from_scratch or args.adapter):",
+            "args.from_scratch):",
+            "test_the_default_run_is_compared_with_random_weights",
         ),
     ]
 ]
