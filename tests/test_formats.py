@@ -220,6 +220,9 @@ def test_held_out_depends_on_the_rows_alone():
     shuffled = [dict(reversed(row.items())) for row in random.Random(0).sample(rows, len(rows))]
     again = hold_out(shuffled)[1]
     assert sorted(map(sorted, map(dict.items, again))) == sorted(map(sorted, map(dict.items, held_out)))
+    chats = [{"messages": [{"role": "user", "content": row["prompt"]}]} for row in rows]
+    turned = [{"messages": [dict(reversed(row["messages"][0].items()))]} for row in chats]
+    assert hold_out(turned) == hold_out(chats)  # dictionaries of another order are equal
     kept = [row for row in rows if row not in held_out[:3]]
     assert [row for row in hold_out(kept)[1] if row in train] != []  # three others move up
     assert all(row in hold_out(kept)[1] for row in held_out[3:])

@@ -10,7 +10,7 @@ POISON = "test_masked_positions_are_poisoned"
 WHITE = "test_whitening_is_over_real_tokens"
 SCALED = "test_rewards_are_scaled_clipped_and_withheld"
 REFRESHED = "test_rewards_keep_their_scale_when_the_reward_model_learns"
-LESSON = "test_a_lesson_is_a_plain_loop"
+PLAIN_LESSON = "test_a_lesson_is_a_plain_loop"
 BRUTE = "test_losses_by_brute_force"
 TABLE = "test_gradients_of_the_clips"
 STEER = "test_the_controller_steers_to_its_target"
@@ -562,11 +562,11 @@ MUTANTS = [
             "lesson(reward_model, ref_model, judge, some,",
             REFRESHED,
         ),
-        ("a lesson does not centre", "few, 0.0, 0.01)", "few, 0.0, 0.0)", LESSON),
-        ("a lesson without warm-up", "args.rm_lr * min(1, (n + 1) / 5) *", "args.rm_lr *", LESSON),
-        ("a lesson without decay", " * (1 - n / total)", "", LESSON),
-        ("a lesson of sums", ".sum() / n_pairs).backward()", ".sum()).backward()", LESSON),
-        ("a lesson without clipping", "        clip(reward_model, 1.0)\n", "", LESSON),
+        ("a lesson does not centre", "few, 0.0, 0.01)", "few, 0.0, 0.0)", PLAIN_LESSON),
+        ("a lesson without warm-up", "args.rm_lr * min(1, (n + 1) / 5) *", "args.rm_lr *", PLAIN_LESSON),
+        ("a lesson without decay", " * (1 - n / total)", "", PLAIN_LESSON),
+        ("a lesson of sums", ".sum() / n_pairs).backward()", ".sum()).backward()", PLAIN_LESSON),
+        ("a lesson without clipping", "        clip(reward_model, 1.0)\n", "", PLAIN_LESSON),
         ("clip_fraction: one side", "((ratio < 1 - clip_low) | (ratio > 1 + clip_high))", "(ratio > 1 + clip_high)",
          "test_both_sides_are_beyond_the_clip"),
         ("unfinished are the finished", "1 - found.finished.float().mean(),", "found.finished.float().mean(),", LOOP),

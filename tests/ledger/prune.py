@@ -287,7 +287,7 @@ IN_PRUNE = [
     ("always the same rows of a file", "random.Random(args.seed).sample", "random.Random(0).sample", SOME),
     ("the dense model is not trained alike", "    baselines = stored(args)\n", "    baselines = {}\n", STORED),
     ("the dense model before any training", 'rows["dense"][name]["mean"]', 'rows["SFT"][name]["mean"]', STORED),
-    ("a baseline of another training", '("data", "model", "recover",', '("data", "model",', STORED),
+    ("a baseline of another training", '"recover", "steps", ', '"recover", ', STORED),
     ("what is measured was trained on", 'world.rng_for("test weather", i)', 'world.rng_for("prune weather", 0, i)',
      APART),
     ("before is the pruned one", "before |= {f\"pruned: {name}\": before[name] for name in pruned}",
