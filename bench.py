@@ -134,7 +134,7 @@ def bench_kernels(args: argparse.Namespace) -> list[dict]:
         rows.append(row(f"{name}: time", *(1e3 * seconds for seconds in times), "ms", False))
         del inputs
         if args.device == "cuda" or sys.platform == "linux":
-            memory = [kernel_memory(name, which, args.device, args.compile) for which in (0, 1)]
+            memory = [in_fresh_process(kernel_memory, args.device, name, which, args.compile) for which in (0, 1)]
             rows.append(row(f"{name}: peak memory", *memory, "MB", False))
         errors = kernel_errors(name, args.device)
         rows += [row(f"{name}: {what} error", *pair, "relative", False) for what, pair in errors.items()]
@@ -232,27 +232,43 @@ def kernel_errors(name: str, device: str) -> dict[str, tuple[float, float]]:
     return {what: tuple(error(run[i], exact[i]) for run in both) for i, what in enumerate(("value", "gradient"))}
 
 
-def kernel_memory(name: str, which: int, device: str, compiled: bool) -> float:
+def kernel_memory(device: str, name: str, which: int, compiled: bool) -> float:
     """Peak MB above the inputs of the kernel (which = 0) or of its reference (1), forward and backward."""
-    if device == "cuda":
-        return _kernel_memory(name, which, device, compiled)
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh_process:
-        return fresh_process.submit(_kernel_memory, name, which, device, compiled).result()
-
-
-def _kernel_memory(name: str, which: int, device: str, compiled: bool) -> float:
     kernels.use_compile(compiled)
-    small, full = kernel_case(name, device, full=False), kernel_case(name, device, full=True)
+    small, full = (kernel_case(name, device, full=size) for size in (False, True))
     gradients(small[which], small[2])  # loads libraries and starts threads
+    return peak_of(lambda: gradients(full[which], full[2]), device)
+
+
+def in_fresh_process(measure: Callable, device: str, *what: object) -> float:
+    """measure(device, *what), on a CPU in a process of its own: its memory has no history there.
+
+    glibc gives every tensor of that process its own mapping, and so back when it is freed: else what one step leaves
+    in the heap hides what the next one needs.
+    """
+    if device == "cuda":
+        return measure(device, *what)
+    name, before = "MALLOC_MMAP_THRESHOLD_", os.environ.get("MALLOC_MMAP_THRESHOLD_")
+    os.environ[name] = "65536"
+    try:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh_process:
+            return fresh_process.submit(measure, device, *what).result()
+    finally:
+        os.environ.pop(name)
+        os.environ |= {name: before} if before else {}
+
+
+def peak_of(step: Callable[[], object], device: str) -> float:
+    """Peak MB of a step above what is held before it; libraries are loaded, and states there, by what came before."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        gradients(full[which], full[2])
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
+        held = torch.cuda.memory_allocated()
+        step()
+        return (torch.cuda.max_memory_allocated() - held) / 1e6
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM; getrusage's maximum is inherited from the parent
-    before = resident("VmRSS")
-    gradients(full[which], full[2])
-    return resident("VmHWM") - before
+    held = resident("VmRSS")
+    step()
+    return resident("VmHWM") - held
 
 
 def resident(field: str) -> float:
@@ -551,7 +567,7 @@ def bench_dpo(args: argparse.Namespace) -> list[dict]:
     rows = [dpo_trainer("live reference, 64 short pairs a step", args, before=False),
             dpo_trainer("reference computed before, 64 short pairs a step", args, before=True)]  # fmt: skip
     if args.device == "cuda" or sys.platform == "linux":
-        memory = [dpo_memory(which, args.device) for which in ("ours", "theirs")]
+        memory = [in_fresh_process(dpo_memory, args.device, which) for which in ("ours", "theirs")]
         rows.append(row(f"peak memory of a step, vocabulary {VOCABULARY:,}", *memory, "MB", False))
     return rows
 
@@ -627,39 +643,8 @@ def dpo_trainer(name: str, args: argparse.Namespace, *, before: bool, batch: int
     return row(name, *(steps * batch / s for s in seconds), "pairs/s", True)
 
 
-def dpo_memory(which: str, device: str) -> float:
+def dpo_memory(device: str, which: str) -> float:
     """Peak MB above what is held before it: a step on 8 pairs of 128 tokens, half of them an answer's."""
-    return in_fresh_process(_dpo_memory, which, device)
-
-
-def in_fresh_process(measure: Callable, which: str, device: str) -> float:
-    """measure(which, device), on a CPU in a process of its own: its memory has no history there.
-
-    glibc gives every tensor of that process its own mapping, and so back when it is freed: else what one step leaves
-    in the heap hides what the next one needs.
-    """
-    if device == "cuda":
-        return measure(which, device)
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh_process:
-        return fresh_process.submit(measure, which, device).result()
-
-
-def peak_of(step: Callable[[], None], device: str) -> float:
-    """Peak MB of a step above what is held before it; one step has been made before."""
-    step()  # the optimizer's state and the libraries are there
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        step()
-        return (torch.cuda.max_memory_allocated() - held) / 1e6
-    Path("/proc/self/clear_refs").write_text("5")
-    held = resident("VmRSS")
-    step()
-    return resident("VmHWM") - held
-
-
-def _dpo_memory(which: str, device: str) -> float:
     pairs = 8
     model, their_model = twins(64, VOCABULARY, device, depth=2)
     ids = random_ids(VOCABULARY, [128] * 2 * pairs)
@@ -681,6 +666,7 @@ def _dpo_memory(which: str, device: str) -> float:
                 optimizer.step()
                 optimizer.zero_grad()
 
+        step()
         return peak_of(step, device)
 
 
@@ -697,7 +683,7 @@ def bench_lora(args: argparse.Namespace) -> list[dict]:
         seconds = race(*steps, args.repeats, args.device)
         rows.append(row(name, *((64 if width == 128 else 16) * 64 / s for s in seconds), "tokens/s", True))
     if args.device == "cuda" or sys.platform == "linux":
-        memory = [in_fresh_process(_lora_memory, which, args.device) for which in ("ours", "theirs")]
+        memory = [in_fresh_process(lora_memory, args.device, which) for which in ("ours", "theirs")]
         rows.append(row("memory of a LoRA step, width 512", *memory, "MB", False))
     return rows
 
@@ -723,9 +709,11 @@ def lora_steps(width: int, shape: tuple[int, int], device: str) -> tuple[Callabl
     return our_step(model, input_ids, torch.float32), their_step
 
 
-def _lora_memory(which: str, device: str) -> float:
+def lora_memory(device: str, which: str) -> float:
     ours, theirs = lora_steps(512, (16, 64), device)
-    return peak_of(ours if which == "ours" else theirs, device)
+    step = ours if which == "ours" else theirs
+    step()
+    return peak_of(step, device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -411,8 +411,8 @@ def divergences(kind: str, model: Transformer, teachers: Sequence[Transformer], 
     with loop.autocast():
         hidden, head = model.hidden_before(batch.input_ids), head_of(model, n_words)
         targets = [(teacher.hidden_before(batch.input_ids), head_of(teacher, n_words)) for teacher in teachers]
-        return [linear_divergence(hidden[i], head, [(h[i], w) for h, w in targets], batch.completion_mask[i], kind=kind,
-                                  skew=0.0, temperature=1.0).item() for i in range(n)]  # fmt: skip
+        return [linear_divergence(hidden[i], head, [(h[i], w) for h, w in targets], batch.completion_mask[i],
+                                  kind=kind).item() for i in range(n)]  # fmt: skip
 
 
 def n_bytes_of(e: Example | chat.Row, tokenizer: Tokenizer) -> int:

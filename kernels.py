@@ -990,8 +990,8 @@ def linear_divergence_reference(
 
 
 def linear_divergence(
-    hidden: Tensor, weight: Tensor, teachers: Teachers | TopK, mask: Tensor, *, kind: str, skew: float,
-    temperature: float, mixture: Tensor | None = None, chunk_size: int | None = None,
+    hidden: Tensor, weight: Tensor, teachers: Teachers | TopK, mask: Tensor, *, kind: str, skew: float = 0.0,
+    temperature: float = 1.0, mixture: Tensor | None = None, chunk_size: int | None = None,
 ) -> Tensor:  # fmt: skip
     """The sum over tokens of the divergence of q, the student, from p, the teacher, in nats; a scalar.
 
@@ -1009,12 +1009,16 @@ def linear_divergence(
                          "(...), (...)")  # fmt: skip
     if not stored and any(len(w) != n_words for _, w in teachers):
         raise ValueError(f"vocabularies of {n_words} and {[len(w) for _, w in teachers]} words: expected one size")
+    if kind in ("jsd", "skew_kl", "skew_reverse_kl") and not 0 < skew < 1:
+        raise ValueError(f"skew {skew}: {kind} is between two distributions only where it lies between 0 and 1")
     kept = mask.reshape(-1).nonzero().squeeze(-1)
     hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, kept)
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
     with torch.no_grad():
-        targets = teachers if stored else [(h.reshape(-1, h.shape[-1])[kept], w) for h, w in teachers]
-        targets = TopK(*(x.reshape(-1, x.shape[-1])[kept] for x in teachers)) if stored else targets
+        if stored:
+            targets = TopK(*(x.reshape(-1, x.shape[-1])[kept] for x in teachers))
+        else:
+            targets = [(h.reshape(-1, h.shape[-1])[kept], w) for h, w in teachers]
         shares = None if mixture is None else mixture.reshape(-1, mixture.shape[-1])[kept]
         h, w = _operands(hidden, weight)
         total = torch.zeros((), dtype=_wide(w.dtype), device=w.device)

@@ -446,8 +446,7 @@ def kd_loss(model: Transformer, teacher: Transformer, batch: Batch) -> Tensor:
     with torch.no_grad():
         said = teacher.hidden_before(batch.input_ids, documents=batch.documents), teacher.head.weight
     hidden = model.hidden_before(batch.input_ids, documents=batch.documents)
-    return linear_divergence(hidden, model.head.weight, [said], batch.completion_mask, kind="forward_kl", skew=0.0,
-                             temperature=1.0)  # fmt: skip
+    return linear_divergence(hidden, model.head.weight, [said], batch.completion_mask, kind="forward_kl")
 
 
 # 2. Data

@@ -430,8 +430,7 @@ def qat_loss(model: Transformer, ref_model: Transformer, batch: Batch) -> Tensor
     with torch.no_grad():
         teacher = ref_model.hidden(batch.input_ids, documents=batch.documents), ref_model.head.weight
     hidden = model.hidden(batch.input_ids, documents=batch.documents)
-    return kernels.linear_divergence(hidden, model.head.weight, [teacher], batch.documents >= 0, kind="forward_kl",
-                                     skew=0.5, temperature=1.0)  # fmt: skip
+    return kernels.linear_divergence(hidden, model.head.weight, [teacher], batch.documents >= 0, kind="forward_kl")
 
 
 # What attention remembers

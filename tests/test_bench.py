@@ -1,6 +1,7 @@
 """bench.py measures what it says: FLOPs and bytes against brute force, races by a fake clock, areas at toy size."""
 
 import json
+import os
 import sys
 from argparse import Namespace
 from dataclasses import replace
@@ -88,7 +89,18 @@ def test_resident_grows_by_what_is_allocated():
 @LINUX
 def test_memory_of_a_kernel_forgets_earlier_peaks():
     torch.ones(300_000_000, dtype=torch.uint8)
-    assert 0 <= bench._kernel_memory("swiglu", 1, "cpu", False) < 150
+    assert 0 <= bench.kernel_memory("cpu", "swiglu", 1, False) < 150
+
+
+@LINUX
+def test_memory_is_measured_in_a_process_of_its_own(monkeypatch):
+    """Whose allocator is set; what is timed later in this one allocates as before."""
+    for before in (None, "7"):
+        if before:
+            monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", before)
+        assert bench.in_fresh_process(os.getenv, "MALLOC_MMAP_THRESHOLD_") == "65536"
+        assert os.environ.get("MALLOC_MMAP_THRESHOLD_") == before
+    assert bench.in_fresh_process(os.path.realpath, "/proc/self") != f"/proc/{os.getpid()}"
 
 
 def test_kernel_error_is_that_of_the_kernel(monkeypatch):
@@ -100,7 +112,7 @@ def test_kernel_error_is_that_of_the_kernel(monkeypatch):
 
 def test_kernels_area(monkeypatch):
     monkeypatch.setattr(bench, "KERNELS", ("rms_norm",))
-    monkeypatch.setattr(bench, "kernel_memory", lambda name, which, device, compiled: 2.0 + which)
+    monkeypatch.setattr(bench, "in_fresh_process", lambda measure, device, name, which, compiled: 2.0 + which)
     rows = bench.bench_kernels(ARGS)
     memory = ["rms_norm: peak memory"] if sys.platform == "linux" else []
     errors = ["rms_norm: value error", "rms_norm: gradient error"]
@@ -301,7 +313,7 @@ def test_memory_of_a_dpo_step_at_toy_size(monkeypatch):
     """In this process, with few words: what counts is that both take a step."""
     oracle("trl")
     monkeypatch.setattr(bench, "VOCABULARY", 2048)
-    assert all(bench._dpo_memory(which, "cpu") >= 0 for which in ("ours", "theirs"))
+    assert all(bench.dpo_memory("cpu", which) >= 0 for which in ("ours", "theirs"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -472,13 +484,12 @@ def test_every_goal_belongs_to_a_row(monkeypatch):
     monkeypatch.setattr(bench, "our_step", lambda *x: None)
     monkeypatch.setattr(bench, "floor", lambda *x: [])
     monkeypatch.setattr(bench, "compiled", lambda *x: [])
-    monkeypatch.setattr(bench, "dpo_memory", lambda *x: 1.0)
+    monkeypatch.setattr(bench, "in_fresh_process", lambda *x: 1.0)
     bench.bench_sft(ARGS)
     bench.bench_grpo(ARGS)
     memory = [row["name"].split(",")[0] for row in bench.bench_dpo(Namespace(device="cuda")) if row]
     monkeypatch.setattr(bench, "lora_steps", lambda *x: (None, None))
     monkeypatch.setattr(bench, "race", lambda *x: (1.0, 1.0))
-    monkeypatch.setattr(bench, "in_fresh_process", lambda *x: 1.0)
     adapters = [row["name"].split(",")[0] for row in bench.bench_lora(Namespace(device="cuda", repeats=1))]
     measured = json.loads((Path(bench.__file__).parent / "results" / "bench" / "quantize.json").read_text())["rows"]
     narrow = {row["name"].split(",")[0] for row in measured} - {"bytes of a step", "prompts"}

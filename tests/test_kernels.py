@@ -955,6 +955,9 @@ def test_a_divergence_of_what_does_not_fit():
             divergence(*wrong)
     with pytest.raises(ValueError, match=r"vocabularies of 11 and \[10, 10\] words"):
         divergence(hidden, weight, [(h, w[1:]) for h, w in teachers()])
+    for kind, skew in (("jsd", 0.0), ("skew_kl", 1.0), ("skew_reverse_kl", -0.1)):
+        with pytest.raises(ValueError, match="lies between 0 and 1"):
+            kernels.linear_divergence(hidden, weight, teachers(), MASK, kind=kind, skew=skew)
 
 
 def test_the_gradient_of_a_divergence_is_scaled_and_given_once():

@@ -186,5 +186,10 @@ MUTANTS = [
         ),
         ("a wrong flag with the usage", "    parser.error = lambda", "    parser.said = lambda",
          "test_a_wrong_flag_is_one_line_and_exit_2"),
+        ("memory is measured in this process", '    if device == "cuda":\n        return measure',
+         "    if True:\n        return measure",
+         "test_memory_is_measured_in_a_process_of_its_own"),
+        ("all that comes later allocates otherwise", "        os.environ.pop(name)\n", "        pass\n",
+         "test_memory_is_measured_in_a_process_of_its_own"),
     ]
 ]

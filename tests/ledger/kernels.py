@@ -830,6 +830,12 @@ MUTANTS = [
             "test_what_is_stored_of_a_teacher",
         ),
         (
+            "a skew that was forgotten",
+            'if kind in ("jsd", "skew_kl", "skew_reverse_kl") and',
+            "if False and",
+            "test_a_divergence_of_what_does_not_fit",
+        ),
+        (
             "rotations that generation leaves are closed to training",
             "@torch.inference_mode(False)  # as above",
             "#",
