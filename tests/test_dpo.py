@@ -1022,7 +1022,7 @@ def test_splitting_a_batch_changes_nothing(checkpoint, data, tmp_path, name):
     found = []
     for size in (8, 3, 1):
         out = tmp_path / str(size)
-        run(checkpoint, data, out, "--loss", name, "--steps", 3, "--batch-size", 8, "--micro-batch-size", size)
+        run(checkpoint, data, out, "--loss", name, "--steps", 2, "--batch-size", 8, "--micro-batch-size", size)
         found.append((logged(out), weights(out)))
     for lines, found_weights in found[1:]:
         for a, b in zip(found[0][0], lines, strict=True):
@@ -1039,7 +1039,7 @@ def on_a_rank(rank: int, folder: Path) -> None:
             run(folder / "model", folder / "pairs.jsonl", out, "--parallel", parallel, "--loss", name, *RANKS[name])
 
 
-RANKS = {name: ("--steps", 3, "--batch-size", 5, "--micro-batch-size", 2, "--beta", beta)
+RANKS = {name: ("--steps", 2, "--batch-size", 5, "--micro-batch-size", 2, "--beta", beta)
          for name, beta in (("dpo", 0.1), ("kto", 1.0), ("orpo", 0.1))}  # fmt: skip
 
 
