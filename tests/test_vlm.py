@@ -1071,12 +1071,12 @@ def test_rows_of_files(start, tmp_path, monkeypatch):
     (tmp_path / "text.jsonl").write_text("".join(json.dumps(r) + "\n" for r in text))
     monkeypatch.setattr(vlm_module, "STAGES", {name: s | {"steps": 2} for name, s in STAGES.items()})
     result = run(start, tmp_path / "out", "--data", f"{file},{tmp_path / 'text.jsonl'}")
-    assert result["metric"] == "loss" and not result["higher_is_better"] and result["n"] == 32
+    assert result["metric"] == "loss" and not result["higher_is_better"] and result["n"] == 16
     assert {line["stage"] for line in logged(tmp_path / "out")} == {1, 2, 3}
     net = load_vlm(tmp_path / "out", CPU)[0]
     args = get_args(["--model", str(start), "--data", f"{file},{tmp_path / 'text.jsonl'}", *map(str, SHORT)])
     data = vlm_module.file_data(net, tiny(), args, a_loop(tmp_path / "out"))
-    assert len(data.asked) == 48 and all(len(r.pictures) == 1 for r in data.described)
+    assert len(data.asked) == 64 and all(len(r.pictures) == 1 for r in data.described)
     assert {len(r.pictures) for r in data.asked} == {0, 1, 2}
     two = next(r for r in data.asked if len(r.pictures) == 2)
     first = int(tiny().decode(two.input_ids).split("What is ")[1].split("?")[0])
