@@ -248,14 +248,14 @@ def in_fresh_process(measure: Callable, device: str, *what: object) -> float:
     """
     if device == "cuda":
         return measure(device, *what)
-    name, before = "MALLOC_MMAP_THRESHOLD_", os.environ.get("MALLOC_MMAP_THRESHOLD_")
-    os.environ[name] = "65536"
+    before = dict(os.environ)
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     try:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh_process:
             return fresh_process.submit(measure, device, *what).result()
     finally:
-        os.environ.pop(name)
-        os.environ |= {name: before} if before else {}
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def peak_of(step: Callable[[], object], device: str) -> float:

@@ -558,7 +558,7 @@ def of_other_prompts(rows: Sequence[Example], max_length: int) -> list[Example]:
     for i, e in enumerate(rows):
         other = next((x for j in range(1, n) if (x := rows[(i + j) % n]).prompt != e.prompt), None)
         if other:
-            room = max_length - len(e.prompt)
+            room = max(1, max_length - len(e.prompt))
             answers = [chat.Row(ids[:room], mask[:room]) for ids, mask in other.answers]
             found.append(Example(e.prompt, answers, [0.0] * len(answers)))
     return found

@@ -974,7 +974,7 @@ def main(args: argparse.Namespace) -> dict:
         imitate(other, annotation(args, tokenizer, len(tasks)), args, loop, seconds=loop.seconds)
         found = evaluate(other, None, prm, tokenizer, test, args, loop)
         baselines[BASELINE] = statistics.fmean(next(iter(found.values())))
-    elif args.rewards == [("exact", 1.0)] and not (args.data or args.preset or args.tools):
+    elif args.rewards == [("exact", 1.0)] and not (args.data or args.model or args.preset or args.tools):
         stored = ROOT / "results" / "grpo.json"
         figures = json.loads(stored.read_text())["baselines"] if stored.exists() else {}
         baselines = {f"{name} (stored, of another run)": value for name, value in figures.items()}

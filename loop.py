@@ -286,7 +286,11 @@ def set_lr(optimizer: torch.optim.Optimizer, args: argparse.Namespace, step: int
 
     A parameter that was marked with `lr_times` learns that many times as fast (lora.py).
     """
-    lr = learning_rate(step, args.steps if total is None else total, args.lr, args.warmup, args.schedule)
+    total = args.steps if total is None else total
+    if step == 1 and total <= args.warmup and not (dist.is_initialized() and dist.get_rank()):
+        tqdm.write(f"--warmup {args.warmup}: it takes all of the {total} steps, and the rate hardly comes to --lr, or "
+                   "not at all; lower it, or take more --steps or --epochs", file=sys.stderr)  # fmt: skip
+    lr = learning_rate(step, total, args.lr, args.warmup, args.schedule)
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_times", 1.0)
     return lr
@@ -490,10 +494,6 @@ class Loop:
         """
         self.total = total
         self._open_out()
-        warmup = getattr(self.args, "warmup", 0)
-        if 0 < total <= warmup and not self.done:
-            self.say(f"--warmup {warmup}: it takes all of the {total} steps, so that --lr is hardly reached or not at "
-                     "all; lower it, or take more --steps or --epochs")  # fmt: skip
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         pause = 0.2 if sys.stderr.isatty() else 20.0  # in a log file, a line now and then
         self.bar = tqdm(total=total, initial=self.done, desc=self.script, unit="step", mininterval=pause,

@@ -839,10 +839,14 @@ def listed() -> str:
     return "\n".join(f"  {name:12} {text}" for name, text in pairs)
 
 
+SAME_TASK = ("data", "model", "task", "questions", "steps", "batch_size", "max_length", "chat_format")
+
+
 def stored(args: argparse.Namespace) -> dict[str, float]:
     """What full fine-tuning reaches on the same task, from the committed table."""
-    path = ROOT / "results" / "tables" / "lora.json"
-    if args.data or args.model or args.task != "new" or not path.exists():
+    path, usual = ROOT / "results" / "tables" / "lora.json", get_args([])
+    same = all(getattr(args, flag) == getattr(usual, flag) for flag in SAME_TASK)
+    if not same or not path.exists():
         return {}
     rows = {row["method"]: row for row in json.loads(path.read_text())["rows"]}
     names = ("task", "old skills")

@@ -433,6 +433,7 @@ def evaluate(model: Transformer, ref_model: Transformer | None, reward_model: Tr
     ref_model None: this is the start. A rule is measured by the share of greedy answers that it gives 1 or more, a
     function of the user's by its mean; what is cut off is not right and is paid as in training.
     """
+    training = model.training
     model.eval()
     found, texts = answers_to(model, tasks, tokenizer, 1, 1.0, (args.seed, "test"), args, loop)
     reward = scores_of(found, texts, tasks, tokenizer, reward_model, args, loop)
@@ -450,7 +451,7 @@ def evaluate(model: Transformer, ref_model: Transformer | None, reward_model: Tr
         now, then = (scored(m, found.input_ids, found.completion_mask, tokenizer, 1.0, args, loop)[0].sum(-1)
                      for m in (model, ref_model))  # fmt: skip
         rows["KL"] = (now - then).tolist()
-    model.train()
+    model.train(training)
     return rows
 
 

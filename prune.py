@@ -330,6 +330,7 @@ def shortgpt(model: Transformer, batches: list[Batch], args: argparse.Namespace)
     return rebuilt(model, replace(c, depth=n), changed), {}
 
 
+@whole_fp32()
 @torch.no_grad()
 def slicegpt(model: Transformer, batches: list[Batch], args: argparse.Namespace) -> tuple[Transformer, dict]:
     """Rotate the stream to its principal components, and cut the last ones off (2401.15024, section 3).
@@ -381,6 +382,7 @@ def whitening(method: str, inputs: Inputs) -> Tensor:
     return torch.linalg.cholesky(h)
 
 
+@whole_fp32()
 def factors(weight: Tensor, s: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """A (rank, in) and B (out, rank) whose product is nearest to W in |(W - B A) S| (2403.07378)."""
     u, sigma, vt = torch.linalg.svd(wide(weight) @ s, full_matrices=False)
@@ -643,7 +645,7 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
 
 
 SAME_TRAINING = ("data", "model", "recover", "steps", "batch_size", "lr", "warmup", "schedule", "grad_clip",
-                 "max_length", "plant", "dtype")  # fmt: skip
+                 "max_length", "chat_format", "plant", "dtype")  # fmt: skip
 
 
 def stored(args: argparse.Namespace) -> dict[str, float]:

@@ -332,6 +332,7 @@ def shared(model: Transformer, path: str, sizes: Tensor) -> Tensor:
     return of_heads.amax(1, keepdim=True).expand_as(of_heads).flatten()
 
 
+@kernels.whole_fp32()
 def awq_scales(weight: Tensor, sizes: Tensor, gram: Tensor, c: argparse.Namespace) -> Tensor:
     """s = mean|x|^alpha, of the alpha 0, 0.05, ..., 0.95 for which |(Q(W s) / s - W) X|^2 is least.
 
@@ -648,6 +649,7 @@ def file_mb(folder: str | Path) -> float:
     return sum(file.stat().st_size for file in folder.glob("model*.safetensors")) / 1e6
 
 
+@kernels.whole_fp32()
 def relative_error(weight: Tensor, module: QuantLinear, gram: Tensor) -> float:
     """|(W - W') X|^2 / |W X|^2"""
     effective = torch.cat([part(torch.eye(weight.shape[1], device=weight.device)) for part in module.parts], -1).T

@@ -393,8 +393,9 @@ def ai_labels(model: Transformer, tokenizer: Tokenizer, rows: list[dict], args: 
         listed = "\n".join(f"- {question} {weight:+g}" for question, weight in rules)
         asked = [WHICH.format(rules=listed, prompt=text_of(row["prompt"], whole=True), first=x, second=y)
                  for row, (a, b) in zip(rows, pairs, strict=True) for x, y in ((a, b), (b, a))]
-        its_format = its_tokenizer.chat_format or args.chat_format  # that of --model is another's
-        prompts = [chat.prompt_ids(text, its_tokenizer, its_format) for text in asked]
+        if not its_tokenizer.chat_format:  # else --chat-format is another's, that of --model
+            its_tokenizer = its_tokenizer.with_chat_format(args.chat_format)
+        prompts = [chat.prompt_ids(text, its_tokenizer) for text in asked]
         first, second = odds(judge, its_tokenizer, prompts, ("A", "B"), loop).sigmoid().view(-1, 2).T
         better = ((first + 1 - second) / 2).tolist()  # first: P(a) where a is A; second: P(b) where b is A
         alike = ((first > 0.5) != (second > 0.5)).float().mean()

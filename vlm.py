@@ -680,7 +680,7 @@ def hallucinations(vlm: VLM, tokenizer: Tokenizer, test: dict[str, list], args: 
     return found
 
 
-def tempted(vlm: VLM, tokenizer: Tokenizer, scenes: Sequence[pictures.Example], args: Namespace) -> list[Row]:
+def tempted(vlm: VLM, tokenizer: Tokenizer, scenes: Sequence[pictures.Example]) -> list[Row]:
     """What `prefer` asks: where the scene comes with a question for existence that one, else for a description."""
     asked = [(e.question if e.kind == "existence" else pictures.DESCRIBE, e.picture) for e in scenes]
     return prompts_of(vlm, tokenizer, asked)
@@ -701,7 +701,7 @@ def sampled_pairs(vlm: VLM, tokenizer: Tokenizer, scenes: Sequence[pictures.Exam
     rejected the one that invents most; or the right answer to a question for existence and the wrong one. Of these
     yes is right as often as no, or the stage would teach to say the one that the model missed more often.
     """
-    prompts = tempted(vlm, tokenizer, scenes, args)
+    prompts = tempted(vlm, tokenizer, scenes)
     said, found = replies(vlm, tokenizer, prompts, args, loop, samples=4, temperature=1.0, seed=args.seed + 2), []
     false = 0
     for i, (some, e) in enumerate(zip(said, scenes, strict=True)):
@@ -723,7 +723,7 @@ def sampled_pairs(vlm: VLM, tokenizer: Tokenizer, scenes: Sequence[pictures.Exam
 def pairs_of(found: list[list], vlm: VLM, tokenizer: Tokenizer, scenes: Sequence[pictures.Example], args: Namespace
              ) -> list[tuple[Row, Row]]:  # fmt: skip
     """(chosen, rejected) of what sampled_pairs found: the completion is trained on, its ending token included."""
-    prompts = tempted(vlm, tokenizer, [scenes[i] for i, *_ in found], args)
+    prompts = tempted(vlm, tokenizer, [scenes[i] for i, *_ in found])
     return [tuple(Row(prompt.input_ids + ids, [0] * len(prompt.input_ids) + [1] * len(ids), prompt.pictures)
                   for ids in said) for prompt, (_, *said) in zip(prompts, found, strict=True)]  # fmt: skip
 
@@ -762,7 +762,7 @@ def evaluate(vlm: VLM, tokenizer: Tokenizer, test: dict[str, list], args: Namesp
         asked = [(e.question, e.picture) for e in test["unseen"]]
         found["unseen compositions"] = exact(answers(vlm, tokenizer, asked, args, loop), test["unseen"])
         found["retrieval top-1"] = retrieval(vlm, tokenizer, test["scenes"], loop)
-        said = replies(vlm, tokenizer, text_prompts(test, tokenizer, args), args, loop)
+        said = replies(vlm, tokenizer, text_prompts(test, tokenizer), args, loop)
         texts = [chat.completion_text(ids, tokenizer) for (ids,) in said]
         pairs = zip(texts, test["texts"], strict=True)
         found["text skills"] = [float(world.is_correct(text, row["answer"])) for text, row in pairs]
@@ -770,7 +770,7 @@ def evaluate(vlm: VLM, tokenizer: Tokenizer, test: dict[str, list], args: Namesp
     return found
 
 
-def text_prompts(test: dict[str, list], tokenizer: Tokenizer, args: Namespace) -> list[Row]:
+def text_prompts(test: dict[str, list], tokenizer: Tokenizer) -> list[Row]:
     ids = (chat.prompt_ids(row["messages"][:1], tokenizer) for row in test["texts"])
     return [Row(prompt, [0] * len(prompt)) for prompt in ids]
 

@@ -140,10 +140,10 @@ def _llama(messages: Sequence[dict], chat_format: str, add_generation_prompt: bo
         yield from (*header("assistant"), Part("\n\n"))
 
 
-def prompt_ids(prompt: str | Sequence[dict], tokenizer: Tokenizer, chat_format: str | None = None) -> list[int]:
+def prompt_ids(prompt: str | Sequence[dict], tokenizer: Tokenizer) -> list[int]:
     """What a model reads before it answers `prompt`: what the user says, or a conversation."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return render(messages, tokenizer, add_generation_prompt=True, chat_format=chat_format).input_ids
+    return render(messages, tokenizer, add_generation_prompt=True).input_ids
 
 
 def completion_text(ids: Sequence[int], tokenizer: Tokenizer) -> str:

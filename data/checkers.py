@@ -117,8 +117,11 @@ def check_answers(name: str, rows: list[dict]) -> None:
     for i, row in enumerate(rows, start=1):
         gold = row["answer"]
         said = gold
-        if name == "boxed" and not last_boxed(gold):  # it is the answer itself, of one line, or stands behind ####
-            said = f"\\boxed{{{gold.rpartition('####')[2]}}}" if "####" in gold or "\n" not in gold.strip() else ""
+        if name == "boxed" and not last_boxed(gold):  # then it is the answer itself, or stands behind ####
+            if "####" not in gold and "\\begin" not in gold and "\n" in gold.strip():
+                raise UserError(f"--reward boxed: row {i}: the answer has several lines: what belongs into the box is "
+                                "expected, alone or behind ####")  # fmt: skip
+            said = f"\\boxed{{{gold.rpartition('####')[2]}}}"
         if CHECKERS[name]("", said, row) != 1.0:
             raise UserError(f"--reward {name}: row {i}: the answer {gold[:40]!r} is not one that it can find right")
 

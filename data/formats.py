@@ -16,7 +16,6 @@ ignored and listed once; whatever else does not fit is refused with file, line, 
 """
 
 import hashlib
-import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -177,37 +176,37 @@ def to_messages(row: dict, completion: str = "completion") -> list[dict]:
 
 
 def hold_out(rows: list[dict]) -> tuple[list[dict], list[dict]]:
-    """(train, held out): the last 5% by the hash of their content, 16 to 512 of them; none of fewer than 32 rows.
+    """(train, held out): the last 5% by the hash of what they ask, 16 to 512 of them; none of fewer than 32 rows.
 
-    It depends on nothing but the rows themselves. Rows of the same prompt (chats: of the same beginning, up to the
-    first answer) are on one side together, for who has trained on two answers has seen a third; of fewer than 32
-    prompts, equal rows are.
+    It depends on nothing but the rows themselves. Rows that ask the same (see `asked`) are on one side together, for
+    who has trained on two answers has seen a third; where fewer than 32 things are asked, equal rows are.
     """
-    taken = _held_out(rows)
-    train, held_out = ([row for row, out in zip(rows, taken, strict=True) if out == side] for side in (False, True))
-    return train, held_out
-
-
-def _held_out(rows: list[dict]) -> list[bool]:
-    """For each row whether `hold_out` takes it."""
     if len(rows) < 32:
-        return [False] * len(rows)
-    contents = [json.dumps(_asked(row), sort_keys=True) for row in rows]
+        return rows, []
+    contents = [json.dumps(asked(row), sort_keys=True) for row in rows]
     if len(set(contents)) < 32:
         contents = [json.dumps(row, sort_keys=True) for row in rows]
     keys = [hashlib.sha256(content.encode()).hexdigest() for content in contents]
     wanted = min(512, max(16, len(rows) // 20))
     least = sorted(keys)[-wanted]
-    if least == min(keys):
+    train = [row for row, key in zip(rows, keys, strict=True) if key < least]
+    if not train:
         raise UserError(f"all {len(rows)} rows are the same: there is nothing to hold out")
-    return [key >= least for key in keys]
+    return train, [row for row, key in zip(rows, keys, strict=True) if key >= least]
 
 
-def _asked(row: dict) -> object:
-    """What a row asks: its prompt, the beginning of its chat, or all of a plain text."""
-    if "messages" in row:
-        return list(itertools.takewhile(lambda message: message["role"] != "assistant", row["messages"]))
-    return row.get("prompt", row)
+def asked(row: dict) -> object:
+    """What a row asks, whatever its schema: the conversation before the first answer to a user, and its pictures.
+
+    Of a plain text, or a chat that no user begins, all of it.
+    """
+    prompt = row.get("messages", row.get("prompt"))
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
+    roles = [message["role"] for message in messages]
+    if "user" not in roles:
+        return row
+    answers = [i for i, role in enumerate(roles) if role == "assistant" and "user" in roles[:i]]
+    return [messages[: answers[0] if answers else None], row.get("images")]
 
 
 def split(paths: Sequence[str], eval_path: str | None, read: Callable[[str], list[dict]], say: Callable[[str], None]
@@ -220,16 +219,15 @@ def split(paths: Sequence[str], eval_path: str | None, read: Callable[[str], lis
     parts = [read(path) for path in paths]
     if eval_path:
         return parts, read(eval_path)
-    rows = sum(parts, [])
-    taken = iter(_held_out(rows))
-    train = [[row for row in part if not next(taken)] for part in parts]
-    _, held_out = hold_out(rows)
-    if empty := [path for path, before, after in zip(paths, parts, train, strict=True) if before and not after]:
-        raise UserError(f"{empty[0]}: all of its rows would be held out: name what is measured with --eval-data")
+    train, held_out = hold_out(sum(parts, []))
     if not held_out:
-        held_out = rows
-        say(f"only {len(held_out)} rows: none are held out, and what is measured are the training rows")
-    return train, held_out
+        say(f"only {len(train)} rows: none are held out, and what is measured are the training rows")
+        return parts, train
+    kept = set(map(id, train))
+    parts_left = [[row for row in part if id(row) in kept] for part in parts]
+    if empty := [path for path, before, left in zip(paths, parts, parts_left, strict=True) if before and not left]:
+        raise UserError(f"{empty[0]}: all of its rows would be held out: name what is measured with --eval-data")
+    return parts_left, held_out
 
 
 def parse_map(pairs: Sequence[str]) -> dict[str, str]:

@@ -100,10 +100,9 @@ class Tokenizer:
         if chat_format in (None, self.chat_format):
             return self
         files = {name: text for name, text in self.files.items() if name != "chat_template.jinja"}
-        settings = json.loads(files.get("tokenizer_config.json", "{}"))
-        settings |= {"chat_format": chat_format, "chat_template": CHATML}
-        if chat_format != "chatml":
-            del settings["chat_template"]
+        settings = json.loads(files.get("tokenizer_config.json", "{}")) | {"chat_format": chat_format}
+        settings.pop("chat_template", None)
+        settings |= {"chat_template": CHATML} if chat_format == "chatml" else {}
         if files:
             files["tokenizer_config.json"] = json.dumps(settings, indent=1, ensure_ascii=False)
         return replace(self, chat_format=chat_format, files=files)

@@ -279,7 +279,7 @@ def test_a_prompt_is_a_question_or_a_conversation(ours):
     row = [{"role": "user", "content": "Hello"}]
     wanted = render(row, ours, add_generation_prompt=True).input_ids
     assert prompt_ids("Hello", ours) == prompt_ids(row, ours) == wanted != render(row, ours).input_ids
-    assert prompt_ids("Hello", tiny(), "qwen2.5") == prompt_ids(
+    assert prompt_ids("Hello", tiny().with_chat_format("qwen2.5")) == prompt_ids(
         [{"role": "system", "content": chat.DEFAULT_SYSTEM["qwen2.5"]}, *row], tiny()
     )
 

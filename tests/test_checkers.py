@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 import time
 
 import pytest
@@ -108,10 +109,12 @@ def test_200_hostile_completions_neither_hang_nor_pay():
 
 def test_answers_that_can_never_be_right_are_refused():
     check_answers("number", [{"answer": "7"}, {"answer": "#### 1,000"}])
-    check_answers("boxed", [{"answer": "7"}, {"answer": r"\boxed{x}"}, {"answer": "6 + 1 = 7\n#### 7"}])
+    matrix = "\\begin{pmatrix} 1 \n 2 \\end{pmatrix}"
+    check_answers("boxed", [{"answer": a} for a in ("7", r"\boxed{x}", "6 + 1 = 7\n#### 7", matrix)])
     for name, answer in (("number", "seven"), ("number", "1 or 2"), ("exact", " "), ("boxed", " "),
                          ("boxed", "6 + 1 = 7\nso 7"), ("boxed", "6 + 1 = 7\n####")):  # fmt: skip
-        with pytest.raises(UserError, match="row 2: the answer"):
+        several = "has several lines" if "so" in answer else repr(answer)[:9]
+        with pytest.raises(UserError, match=f"row 2: the answer {re.escape(several)}"):
             check_answers(name, [{"answer": "7"}, {"answer": answer}])
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data.formats import KINDS, SCHEMAS, UserError, hold_out, parse_map, read_jsonl, split, to_messages
+from data.formats import KINDS, SCHEMAS, UserError, asked, hold_out, parse_map, read_jsonl, split, to_messages
 
 USER, ANSWER = {"role": "user", "content": "Sort 2 1."}, {"role": "assistant", "content": "1 2"}
 SYSTEM, TOOL = {"role": "system", "content": "Be brief."}, {"role": "tool", "content": "1 2"}
@@ -249,6 +249,18 @@ def test_what_one_file_holds_out_no_other_trains_on():
     taken = next([row] for row in hold_out(files["small"])[1])
     with pytest.raises(UserError, match="taken: all of its rows would be held out"):
         split(["taken", "small"], None, (files | {"taken": taken}).get, print)
+
+
+def test_what_a_row_asks():
+    """The same in every schema; of other pictures, something else."""
+    user, said = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}
+    same = [{"prompt": "Hi", "chosen": "a", "rejected": "b"}, {"prompt": [user], "completion": "c"},
+            {"messages": [user, said]}, {"messages": [user, said, user, said]}]  # fmt: skip
+    assert all(asked(row) == asked(same[0]) for row in same)
+    others = [{"messages": [said, user, said]}, {"messages": [user, user, said]}, {"text": "Hi"}, {"messages": [said]},
+              {"messages": [said | {"content": "No."}]}, {"messages": [user, said], "images": ["a.png"]},
+              {"messages": [user, said], "images": ["b.png"]}]  # fmt: skip
+    assert len({json.dumps(asked(row)) for row in [same[0], *others]}) == 1 + len(others)
 
 
 def test_answers_to_one_prompt_stay_together():

@@ -791,7 +791,8 @@ def test_full_fine_tuning_is_what_to_beat(tmp_path, monkeypatch):
             for name, x in (("SFT", 0.0), ("full", 0.9), ("lora", 0.8))]  # fmt: skip
     (tmp_path / "results" / "tables" / "lora.json").write_text(json.dumps({"rows": rows}))
     assert list(lora.stored(lora.get_args([])).values()) == [0.9, 0.45]
-    for flags in (("--task", "known"), ("--model", "x"), ("--model", "x", "--data", "y")):
+    for flags in (("--task", "known"), ("--model", "x"), ("--model", "x", "--data", "y"), ("--steps", "5"),
+                  ("--batch-size", "5"), ("--questions", "validation")):  # fmt: skip
         assert lora.stored(lora.get_args([*flags])) == {}
 
 

@@ -451,6 +451,11 @@ def test_the_chat_format_holds_for_all_that_a_run_renders(checkpoint, tmp_path, 
     assert ["system" in text for text in seen] == [False, True]
 
 
+def test_the_chat_format_that_was_trained_is_that_of_what_is_saved(checkpoint, problems, tmp_path):
+    run(checkpoint, problems, tmp_path / "out", "--chat-format", "qwen2", "--steps", 1)
+    assert load(tmp_path / "out" / "checkpoint")[1].chat_format == "qwen2" != tiny().chat_format
+
+
 def test_eight_rows_are_learned_by_heart(checkpoint, problems, tmp_path):
     result = run(checkpoint, problems, tmp_path / "out", "--epochs", 300, "--no-pack")
     assert result["before"] > 5 and result["after"] < 0.05 and result["higher_is_better"] is False

@@ -1084,6 +1084,10 @@ def test_rows_of_files(start, tmp_path, monkeypatch):
     with torch.no_grad():
         losses = [(-answer_logps(net, collate([r], 48, CPU)).item(), sum(r.completion_mask)) for r in data.test["rows"]]
     assert result["after"] == pytest.approx(sum(a for a, _ in losses) / sum(n for _, n in losses), rel=1e-4)
+    same = [row | {"messages": [{"role": "user", "content": "<image>Describe it."}, row["messages"][1]]}
+            for row in chats(40) if len(row["images"]) == 1]  # fmt: skip
+    train, held_out = vlm_module.formats.hold_out([r | {"images": [f"{i}.png"]} for i, r in enumerate(same * 4)])
+    assert len(held_out) == 16 and len(train) + 16 == 4 * len(same)  # one question, other pictures
     epochs = run(start, tmp_path / "e", "--data", file, "--steps", 0)
     assert epochs["n"] == 16
     assert planned(Namespace(steps=None, stages=["align", "instruct"], epochs=1.5, batch_size=4), 9) == {

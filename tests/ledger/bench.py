@@ -189,7 +189,7 @@ MUTANTS = [
         ("memory is measured in this process", '    if device == "cuda":\n        return measure',
          "    if True:\n        return measure",
          "test_memory_is_measured_in_a_process_of_its_own"),
-        ("all that comes later allocates otherwise", "        os.environ.pop(name)\n", "        pass\n",
+        ("all that comes later allocates otherwise", "        os.environ.clear()\n", "        pass\n",
          "test_memory_is_measured_in_a_process_of_its_own"),
     ]
 ]

@@ -166,8 +166,8 @@ MUTANTS = [
         ),
         (
             "boxed: any text is an answer",
-            ' if "####" in gold or "\\n" not in gold.strip() else ""',
-            "",
+            ' and "\\n" in gold.strip():',
+            " and False:",
             "test_answers_that_can_never_be_right_are_refused",
         ),
     ]

@@ -317,7 +317,7 @@ ROWS_OF_BUGS = [
         "test_answers_are_judged_greedily",
     ),
     ("entropy per text", "bits / sum(n_bytes_of(e, tokenizer) for e in test)", "bits / len(test)", SAYS),
-    ("entropy of one text", "sum(world.code_length(e.row", "max(world.code_length(e.row", SAYS),
+    ("entropy of one text", "sum(map(world.code_length, texts))", "max(map(world.code_length, texts))", SAYS),
     # models
     ("K7: any vocabulary will do", "if odd := first_difference(tokenizer, theirs):", "if odd := '':", VOCABULARY),
     (
@@ -462,8 +462,9 @@ ROWS_OF_BUGS = [
      "grad_norm = clip(model, args.grad_clip)", "test_gradients_are_clipped"),
     ("held-out problems are of training", "world_row(args.task, key, key[0],", 'world_row(args.task, key, "train",',
      WORLD),
-    ("the entropy of texts that were cut", ' and not args.data and whole:', " and not args.data:",
-     "test_texts_that_were_cut_have_no_entropy"),
+    ("the entropy of texts that were cut",
+     "if texts == [tokenizer.decode(e.input_ids, skip_special=True) for e in test]:",
+     "if True:", "test_texts_that_were_cut_have_no_entropy"),
     ("one step on the text too many", "if step <= args.sft_steps", "if step <= args.sft_steps + 1", TEXT),
     ("the student writes before it can", "        if now.on_policy:", "        if args.on_policy:", TEXT),
     ("other values are not looked at", "setattr(args, key, {", "str({", DEFAULTS),

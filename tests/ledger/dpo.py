@@ -1046,7 +1046,7 @@ MUTANTS = [
         ),
         ("kto: z0 of good answers alone", "for ids, mask in other.answers]", "for ids, mask in other.answers[:1]]",
          "test_answers_to_other_prompts"),
-        ("kto: answers to other prompts may be longer than --max-length", "room = max_length - len(e.prompt)\n",
+        ("kto: answers to other prompts may be longer than --max-length", "room = max(1, max_length - len(e.prompt))\n",
          "room = max_length\n", "test_answers_to_other_prompts"),
         ("--online: the same draws in each round", "10 + Loop.step, args, loop)", "10, args, loop)", COIN),
     ]

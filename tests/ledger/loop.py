@@ -9,14 +9,14 @@ MUTANTS = [
     for name, old, new, test in [
         (
             "a run that is all warm-up says nothing",
-            "        if 0 < total <= warmup and not self.done:",
-            "        if False:",
+            "    if step == 1 and total <= args.warmup and",
+            "    if False and",
             "test_a_run_that_never_leaves_the_warm_up_says_so",
         ),
         (
             "a warm-up of all steps but one is told",
-            "if 0 < total <= warmup and",
-            "if 0 < total <= warmup + 1 and",
+            "if step == 1 and total <= args.warmup and",
+            "if step == 1 and total <= args.warmup + 1 and",
             "test_a_run_that_never_leaves_the_warm_up_says_so",
         ),
         # ranks
@@ -101,8 +101,8 @@ MUTANTS = [
         ),
         (
             "T4: schedule moves once a row instead of once a step",
-            "learning_rate(step, args.steps if",
-            "learning_rate(step * args.batch_size, args.steps if",
+            "lr = learning_rate(step, total, args.lr",
+            "lr = learning_rate(step * args.batch_size, total, args.lr",
             "test_schedule_moves_once_an_optimizer_step",
         ),
         (

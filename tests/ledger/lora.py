@@ -627,8 +627,8 @@ IN_LORA = [
     ),
     (
         "full fine-tuning of another task is to beat",
-        'or args.task != "new" or',
-        "or",
+        '"model", "task", "questions"',
+        '"model", "questions"',
         "test_full_fine_tuning_is_what_to_beat",
     ),
     ("the start is to beat", 'rows["full"][name]', 'rows["SFT"][name]', "test_full_fine_tuning_is_what_to_beat"),

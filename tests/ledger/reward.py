@@ -294,14 +294,14 @@ MUTANTS = [
             ),
             (
                 "the judge takes another model's --chat-format",
-                "its_tokenizer.chat_format or args.chat_format",
-                "args.chat_format or its_tokenizer.chat_format",
+                "        if not its_tokenizer.chat_format:  # else",
+                "        if True:  # else",
                 "test_a_judge_that_prefers_a_place_says_nothing",
             ),
             (
                 "the judge ignores --chat-format",
-                "its_tokenizer.chat_format or args.chat_format",
-                "its_tokenizer.chat_format",
+                "        if not its_tokenizer.chat_format:  # else",
+                "        if False:  # else",
                 "test_a_judge_that_prefers_a_place_says_nothing",
             ),
             (
