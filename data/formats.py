@@ -196,15 +196,12 @@ def hold_out(rows: list[dict]) -> tuple[list[dict], list[dict]]:
 
 
 def asked(row: dict) -> object:
-    """What a row asks, whatever its schema: the conversation before the first answer to a user, and its pictures.
-
-    Of a plain text, or a chat that no user begins, all of it.
-    """
+    """What a row asks, whatever its schema: the conversation before the first answer to a user, and its pictures."""
     prompt = row.get("messages", row.get("prompt"))
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
-    roles = [message["role"] for message in messages]
-    if "user" not in roles:
+    if prompt is None:  # a plain text
         return row
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    roles = [message["role"] for message in messages]
     answers = [i for i, role in enumerate(roles) if role == "assistant" and "user" in roles[:i]]
     return [messages[: answers[0] if answers else None], row.get("images")]
 

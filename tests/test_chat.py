@@ -196,6 +196,8 @@ def test_a_template_in_the_settings_or_in_a_file(tmp_path):
 def test_a_format_that_was_asked_for_is_saved(named, tmp_path):
     """S14: whoever loads it renders in that format; transformers does, or asks for a template in place of the old."""
     base = from_hf(saved("qwen2", tmp_path / "base", template("qwen2.5")))
+    settings = json.loads(base.files["tokenizer_config.json"]) | {"chat_template": template("qwen2.5")}
+    base = replace(base, files=base.files | {"tokenizer_config.json": json.dumps(settings)})
     assert base.with_chat_format(None) is base.with_chat_format("qwen2.5") is base
     ours = base.with_chat_format(named)
     (tmp_path / "new").mkdir()

@@ -257,7 +257,8 @@ def test_what_a_row_asks():
     same = [{"prompt": "Hi", "chosen": "a", "rejected": "b"}, {"prompt": [user], "completion": "c"},
             {"messages": [user, said]}, {"messages": [user, said, user, said]}]  # fmt: skip
     assert all(asked(row) == asked(same[0]) for row in same)
-    others = [{"messages": [said, user, said]}, {"messages": [user, user, said]}, {"text": "Hi"}, {"messages": [said]},
+    others = [{"messages": [said, user, said]}, {"messages": [said, user | {"content": "So?"}, said]},
+              {"messages": [user, user, said]}, {"text": "Hi"}, {"text": "Ho"}, {"messages": [said]},
               {"messages": [said | {"content": "No."}]}, {"messages": [user, said], "images": ["a.png"]},
               {"messages": [user, said], "images": ["b.png"]}]  # fmt: skip
     assert len({json.dumps(asked(row)) for row in [same[0], *others]}) == 1 + len(others)

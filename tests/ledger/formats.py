@@ -263,10 +263,10 @@ MUTANTS = [
         ),
         (
             "a prompt and a chat that ask the same do not",
-            'messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []',
-            "messages = [] if isinstance(prompt, str) else prompt or []",
+            'messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt',
+            "messages = [] if isinstance(prompt, str) else prompt",
             "test_what_a_row_asks",
         ),
-        ("a chat without a user asks nothing", 'if "user" not in roles:', "if False:", "test_what_a_row_asks"),
+        ("all texts ask the same", "        return row\n", "        return {}\n", "test_what_a_row_asks"),
     ]
 ]
