@@ -945,7 +945,7 @@ def stopping(after: int):
     pytest.param(("--tools", "--beta", 0.1), marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_resuming_is_exact(checkpoint, tmp_path, mine, monkeypatch, flags):
-    flags = (*flags, "--steps", 3, "--save-every", 1, "--reward", mine, "--sft-steps", 2 * ("--preset" in flags))
+    flags = (*flags, "--steps", 3, "--save-every", 2, "--reward", mine, "--sft-steps", 2 * ("--preset" in flags))
     whole = run(checkpoint, tmp_path / "whole", *flags)
     monkeypatch.setattr(grpo, "Loop", stopping(2))
     with pytest.raises(Stop):

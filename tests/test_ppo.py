@@ -626,7 +626,7 @@ def stopping(after: int):
 ])  # fmt: skip
 def test_resuming_is_exact(checkpoint, tmp_path, monkeypatch, flags):
     """The critic, the controller, the reward model, the start after SFT: all come back."""
-    flags = (*flags, "--steps", 3, "--save-every", 1)
+    flags = (*flags, "--steps", 3, "--save-every", 2)
     whole = run(checkpoint, tmp_path / "whole", *flags)
     monkeypatch.setattr(ppo, "Loop", stopping(2))
     with pytest.raises(Stop):
