@@ -51,6 +51,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -334,10 +335,10 @@ class Loop:
         self.seconds, self.tokens = 0.0, 0  # of training, before the last resume
         self.unchecked: list[tuple[int, str, Tensor | float]] = []  # losses whose value nobody has looked at yet
         Loop.step = 0
-        starts = [getattr(args, name, None) for name in ("model", "adapter")]
+        starts = [getattr(args, name, None) for name in ("model", "adapter", "reward_model", "prm", "judge")]
         for start in filter(None, starts + (getattr(args, "teacher", None) or "").split(",")):
             if self.checkpoint.resolve() in (Path(start).resolve(), (Path(start) / "checkpoint").resolve()):
-                raise UserError(f"--out {self.out}: the run starts from what is there; choose another folder")
+                self._refuse_out()
         _recover(self.checkpoint)
         self.resume = getattr(args, "resume", False)
         if self.resume:
@@ -346,6 +347,9 @@ class Loop:
             if changed := _differences(self._notes()["identity"], self.identity):
                 raise UserError(f"--resume: the run in {self.out} has other settings: {changed}")
         self.seed(0)
+
+    def _refuse_out(self) -> NoReturn:
+        raise UserError(f"--out {self.out}: the run starts from what is there; choose another folder")
 
     def _home(self, name: str) -> Path:
         """out/`name`; if that is a stage, later scripts start from it: only a run with its settings may write there."""
@@ -714,10 +718,13 @@ class Loop:
         """The checkpoint of `stage` (of STAGES) with default settings, built first in its own process if it is missing.
 
         It is built in a temporary folder, under a lock, and renamed: it is there as a whole or not at all. UserError
-        with the command to run if it is missing under torchrun, unfinished, or of other settings, tokenizer or data.
+        with the command to run if it is missing under torchrun, unfinished, or of other settings, tokenizer or data,
+        and if this run would write there.
         """
         command, duration = STAGES[stage]
         home = ROOT / "out" / stage
+        if home.resolve() == self.out.resolve():
+            self._refuse_out()
         if not home.exists():
             if "RANK" in os.environ:
                 raise UserError(f"{home} is missing and torchrun builds nothing; first run: python {command}")

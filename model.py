@@ -562,18 +562,14 @@ def generate(
                       finished.to(device))  # fmt: skip
 
 
-def _decode(model: Transformer, prompts: list[tuple[int, ...]], uniforms: Tensor, eos: Tensor, draw: Callable,
-            owners: list[int] | None, embeddings: Sequence[Tensor] | None, memory: Memory | None
-            ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """A token and its log-prob (rows, max_new_tokens) for each of `uniforms`; arbitrary after a row's ending token.
+def _prefill(model: Transformer, prompts: list[tuple[int, ...]], owners: list[int] | None,
+             embeddings: Sequence[Tensor] | None, memory: Memory | None, room: int, aligned: bool
+             ) -> tuple[KVCache, Tensor]:  # fmt: skip
+    """A cache of `prompts` with `room` for more tokens, and the state (rows, D) after each; equal ones are read once.
 
     owners: where prompts are more than their ids, whose of the embeddings and of the memory's rows each has.
     """
-    device, (rows, max_new_tokens) = uniforms.device, uniforms.shape
-    moves = hasattr(model, "unshard") or model.cache is not None  # what FSDP gathers, what is quantized in groups
-    capture = None if moves else CAPTURE.get(device.type)
-
-    # Prefill every distinct prompt once.
+    device = model.embed.weight.device
     keys = prompts if owners is None else list(zip(prompts, owners, strict=True))
     place = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     distinct = [prompt for prompt, _ in place] if owners else list(place)
@@ -583,8 +579,8 @@ def _decode(model: Transformer, prompts: list[tuple[int, ...]], uniforms: Tensor
     lengths = lengths.to(device)
     narrow = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if narrow else model.embed.weight.dtype
-    capacity = longest + (max_new_tokens if capture else min(max_new_tokens, GROWTH))
-    capacity += -(model.virtual + capacity) % ALIGNED if capture else 0
+    capacity = longest + room
+    capacity += -(model.virtual + capacity) % ALIGNED if aligned else 0
     cache, more = (model.cache or KVCache)(model, len(place), capacity, dtype), {}
     if embeddings is not None:
         more["embeddings"] = nn.utils.rnn.pad_sequence([embeddings[i] for _, i in place], batch_first=True)
@@ -592,14 +588,27 @@ def _decode(model: Transformer, prompts: list[tuple[int, ...]], uniforms: Tensor
         cache.memory = memory.select(torch.tensor([i for _, i in place], device=device))
     state = model.hidden(ids.to(device), cache=cache, **more)[torch.arange(len(place), device=device), lengths - 1]
     cache.cut(lengths)
-    begun = cache.column
-    if len(place) < rows:
+    if len(place) < len(prompts):
         source = torch.tensor([place[key] for key in keys], device=device)
         state = state[source]
         cache.select(source)
+    return cache, state
 
-    # Go on one token at a time. Rows that ended are computed until the next look at them; what they say after their
-    # ending token is to be cut off. All that a step changes it changes in place.
+
+def _decode(model: Transformer, prompts: list[tuple[int, ...]], uniforms: Tensor, eos: Tensor, draw: Callable,
+            owners: list[int] | None, embeddings: Sequence[Tensor] | None, memory: Memory | None
+            ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A token and its log-prob (rows, max_new_tokens) for each of `uniforms`; arbitrary after a row's ending token.
+
+    Rows that ended are computed until the next look at them; what they say after their ending token is to be cut off.
+    All that a step changes it changes in place.
+    """
+    device, (rows, max_new_tokens) = uniforms.device, uniforms.shape
+    moves = hasattr(model, "unshard") or model.cache is not None  # what FSDP gathers, what is quantized in groups
+    capture = None if moves else CAPTURE.get(device.type)
+    room = max_new_tokens if capture else min(max_new_tokens, GROWTH)
+    cache, state = _prefill(model, prompts, owners, embeddings, memory, room, capture is not None)
+    begun = cache.column
     tokens = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
     logps = torch.zeros(rows, max_new_tokens, device=device)
     alive = torch.arange(rows, device=device)

@@ -598,6 +598,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         if name not in known or (args.stage == "base" and not args.data):
             raise UserError(f"--mix {name}: there are {', '.join(known)}")
     args.mix = mix
+    if not any(args.mix.get(name, 1.0) for name in known):
+        raise UserError("--mix: all weights are 0, and nothing is left to train on")
     if args.optimizer == "lomo" and (args.micro_batch_size < args.batch_size or args.grad_clip or args.weight_decay):
         raise UserError("--optimizer lomo updates inside the backward pass: it needs --micro-batch-size as large as "
                         "--batch-size, and --grad-clip 0; it has no --weight-decay")
@@ -643,7 +645,8 @@ def main(args: argparse.Namespace) -> dict:
     rows = fitting(rows, "rows", args, loop)
     groups = list(pack(rows, args.max_length) if args.pack else ([row] for row in rows))
     if not groups or not any(test.values()):
-        raise UserError(f"no row is left to train on or to measure: --max-length is {args.max_length}")
+        purpose = "to measure" if groups else "to train on"
+        raise UserError(f"no row is left {purpose}: see --max-length (now {args.max_length}), --too-long and --mix")
     total = args.steps if args.steps is not None else math.ceil(args.epochs * len(groups) / args.batch_size)
     model = loop.shard(model)
     if args.optimizer == "lomo":

@@ -7,7 +7,7 @@ the ids that were trained on. Special ids come from the format only, never from 
 
     chatml      <|im_start|>user\\nHello<|im_end|>\\n<|im_start|>assistant\\nHi<|im_end|>\\n
     qwen2, smollm2    the same after a default system message
-    qwen2.5     that too; tools answer inside a user's turn
+    qwen2.5, qwen2.5-base    that too; tools answer inside a user's turn
     qwen3       no default; only answers after the last question keep their reasoning, and only these are trained on
     qwen3-instruct    (of July 2025) no default and no reasoning
     llama3, llama3.1    <|start_header_id|>user<|end_header_id|>\\n\\nHello<|eot_id|>; 3.1 begins with two dates
@@ -30,6 +30,7 @@ DEFAULT_SYSTEM = {  # of the formats with <|im_start|>
     "chatml": "",
     "qwen2": "You are a helpful assistant.",
     "qwen2.5": "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+    "qwen2.5-base": "You are a helpful assistant.",
     "smollm2": "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
     "qwen3": "",
     "qwen3-instruct": "",
@@ -93,7 +94,7 @@ def _chatml(messages: Sequence[dict], chat_format: str, add_generation_prompt: b
                 content = _qwen3_content(content, keep_reasoning=trained, is_last=i == len(messages) - 1)
             yield from (start, Part("assistant\n"), Part(content, trained=trained, names=OF_ASSISTANT),
                         end._replace(trained=trained), newline)  # fmt: skip
-        elif role == "tool" and chat_format in ("qwen2.5", "qwen3", "qwen3-instruct"):
+        elif role == "tool" and chat_format.startswith(("qwen2.5", "qwen3")):
             # consecutive results share one turn of the user
             first = i == 0 or messages[i - 1]["role"] != "tool"
             last = i == len(messages) - 1 or messages[i + 1]["role"] != "tool"

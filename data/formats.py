@@ -18,6 +18,7 @@ ignored and listed once; whatever else does not fit is refused with file, line, 
 import hashlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -179,7 +180,8 @@ def hold_out(rows: list[dict]) -> tuple[list[dict], list[dict]]:
     """(train, held out): the last 5% by the hash of what they ask, 16 to 512 of them; none of fewer than 32 rows.
 
     It depends on nothing but the rows themselves. Rows that ask the same (see `asked`) are on one side together, for
-    who has trained on two answers has seen a third; where fewer than 32 things are asked, equal rows are.
+    who has trained on two answers has seen a third; where fewer than 32 things are asked, equal rows are. What so many
+    rows ask that with them twice as many would be held out as wanted is trained on.
     """
     if len(rows) < 32:
         return rows, []
@@ -187,12 +189,16 @@ def hold_out(rows: list[dict]) -> tuple[list[dict], list[dict]]:
     if len(set(contents)) < 32:
         contents = [json.dumps(row, sort_keys=True) for row in rows]
     keys = [hashlib.sha256(content.encode()).hexdigest() for content in contents]
-    wanted = min(512, max(16, len(rows) // 20))
-    least = sorted(keys)[-wanted]
-    train = [row for row, key in zip(rows, keys, strict=True) if key < least]
-    if not train:
-        raise UserError(f"all {len(rows)} rows are the same: there is nothing to hold out")
-    return train, [row for row, key in zip(rows, keys, strict=True) if key >= least]
+    wanted, taken, n = min(512, max(16, len(rows) // 20)), set(), 0
+    for key, size in sorted(Counter(keys).items(), reverse=True):
+        if n < wanted and n + size <= min(2 * wanted, len(rows) - 1):
+            taken.add(key)
+            n += size
+    if not taken:
+        raise UserError(f"the {len(rows)} rows are the same {len(set(keys))} over and over: there is nothing to hold "
+                        "out; name what is measured with --eval-data")  # fmt: skip
+    train = [row for row, key in zip(rows, keys, strict=True) if key not in taken]
+    return train, [row for row, key in zip(rows, keys, strict=True) if key in taken]
 
 
 def asked(row: dict) -> object:

@@ -343,6 +343,7 @@ def _chat_format(template: str, named: str | None = None) -> str:
         "qwen3": (("last_query_index", "<think>\n' +"), ("assistant\n<think>", "<function=", "vision", "endgen")),
         "qwen3-instruct": (("<tool_response>", "messages[0].content +"), ("think", "<function=", "vision")),
         "qwen2.5": (("You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",), ("think", "vision")),
+        "qwen2.5-base": (("system\nYou are a helpful assistant.<|im_end|>", "<tool_response>"), ("think", "vision")),
         "qwen2": (("system\nYou are a helpful assistant.<|im_end|>",), ("think", "vision", "tool")),
         "smollm2": (("system\nYou are a helpful AI assistant named SmolLM",), ("think", "tool")),
         "chatml": ((), ("system", "tool", "think", "image", "bos_token", "eos_token", "trim", "strip")),

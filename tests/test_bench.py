@@ -317,6 +317,31 @@ def test_memory_of_a_dpo_step_at_toy_size(monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# lora
+
+
+def test_peft_takes_a_lora_step_at_toy_size(monkeypatch):
+    """Each side changes its own model, and what it says, though only the adapters learn."""
+    oracle("peft")
+    ids, made, twins = torch.randint(5, 500, (2, 8)), [], bench.twins
+    monkeypatch.setattr(bench, "twins", lambda *args: made.extend(twins(*args, depth=1)) or made)
+    steps = bench.lora_steps(32, (2, 8), "cpu")
+    for i, step in enumerate(steps):
+        said = []
+        for call in (int, step):
+            call()
+            said.append([made[0](ids).detach(), made[1](ids).logits.detach()])
+        assert [bool((a != b).any()) for a, b in zip(*said, strict=True)] == [i == 0, i == 1]
+    taken = []
+    monkeypatch.setattr(bench, "lora_steps", lambda *x: (lambda: taken.append("ours"), lambda: taken.append("theirs")))
+    monkeypatch.setattr(bench, "peak_of", lambda step, device: step())
+    for which in ("ours", "theirs"):
+        bench.lora_memory("cpu", which)
+        assert taken == [which] * 2  # the first pays for what is made once
+        taken.clear()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # grpo
 
 
@@ -490,7 +515,9 @@ def test_every_goal_belongs_to_a_row(monkeypatch):
     memory = [row["name"].split(",")[0] for row in bench.bench_dpo(Namespace(device="cuda")) if row]
     monkeypatch.setattr(bench, "lora_steps", lambda *x: (None, None))
     monkeypatch.setattr(bench, "race", lambda *x: (1.0, 1.0))
-    adapters = [row["name"].split(",")[0] for row in bench.bench_lora(Namespace(device="cuda", repeats=1))]
+    rows = bench.bench_lora(Namespace(device="cuda", repeats=1))
+    assert [row["ours"] for row in rows] == [64 * 64, 16 * 64, 1.0]  # tokens a second, where a step takes one
+    adapters = [row["name"].split(",")[0] for row in rows]
     measured = json.loads((Path(bench.__file__).parent / "results" / "bench" / "quantize.json").read_text())["rows"]
     narrow = {row["name"].split(",")[0] for row in measured} - {"bytes of a step", "prompts"}
     assert set(bench.GOALS) == {*named, *memory, *adapters, *narrow} - {"sampling at width 512"}

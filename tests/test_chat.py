@@ -61,6 +61,8 @@ def published(name: str) -> str:
 def template(chat_format: str) -> str:
     if chat_format in OF_TRL:
         return published(OF_TRL[chat_format])
+    if chat_format == "qwen2.5-base":  # that of Qwen2.5-0.5B differs from that of Qwen2.5-0.5B-Instruct in this alone
+        return published("qwen2_5").replace("You are Qwen, created by Alibaba Cloud. ", "")
     return WITH_DEFAULT.replace("NAME", NAMES[chat_format]) + CHATML if chat_format in NAMES else CHATML
 
 

@@ -286,5 +286,16 @@ def test_equal_rows_stay_together():
     train, held_out = hold_out(rows)
     assert not [row for row in held_out if row in train]
     assert 16 <= len(held_out) <= 18 and len(train) + len(held_out) == 120
-    with pytest.raises(UserError, match="all 40 rows are the same"):
-        hold_out(numbered(1) * 40)
+    for rows, n in ((numbered(1) * 32, 1), (numbered(1) * 40, 1), (numbered(2) * 50, 2)):
+        with pytest.raises(UserError, match=f"are the same {n} over and over.*--eval-data"):
+            hold_out(rows)
+
+
+def test_what_most_rows_ask_is_trained_on():
+    """Of whatever it is asked: among many prompts the common one is not held out with all of its rows."""
+    for i in range(8):
+        common = [{"prompt": f"Question {i}", "chosen": str(j), "rejected": ""} for j in range(900)]
+        train, held_out = hold_out(common + [{"prompt": f"Other {j}"} for j in range(100)])
+        assert len(held_out) == 50 and len(train) == 950 and all(row in train for row in common)
+    pair = numbered(38) + [row for row in numbered(40)[38:] for _ in range(17)]  # 72 rows: 16 wanted, at most 32
+    assert 16 <= len(hold_out(pair)[1]) <= 32

@@ -197,6 +197,7 @@ def test_learning_rate_closed_form(schedule, warmup):
             expected = {"linear": lr * left, "constant": lr, "cosine": cosine, "wsd": level}[schedule]
         assert rate == pytest.approx(expected, rel=1e-12) and rate > 0
     assert max(rates) == pytest.approx(lr)
+    assert [learning_rate(step, 100, lr, warmup, "wsd") < lr for step in (71, 72)] == [False, True]  # 30 of 100
 
 
 def test_schedule_moves_once_an_optimizer_step(tmp_path):
@@ -387,6 +388,12 @@ def two_rank_run(rank: int, folder: Path) -> None:
         assert all(torch.equal(whole(p), w) for p, w in zip(model.parameters(), found["weights"], strict=True))
         moments = [whole(optimizer.state[p]["exp_avg_sq"]) for p in model.parameters()]
         torch.save(moments, folder / f"{parallel}-{rank}-moments.pt")
+    narrow = (*argv, "--dtype", "bf16", "--micro-batch-size", 5)  # one backward: gradients of several add up in fp32
+    loop = Loop(get_args(*narrow, "--out", folder / "narrow"), "toy")
+    model = loop.shard(new_model())
+    backward(loop, model, 1)
+    gradients = [whole(p.grad) for p in model.parameters()]
+    assert any((g.bfloat16() != g).any() for g in gradients), "gradients are summed in bf16"
 
 
 def test_two_ranks_equal_one(tmp_path):
@@ -468,11 +475,13 @@ def test_resume_cuts_the_log_to_the_saved_step(tmp_path):
     train(args)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 11, "loss": 1.0}\n{"step": 12, "lo')
+    notes = json.loads((tmp_path / "checkpoint" / "training.json").read_text())
+    (tmp_path / "checkpoint" / "training.json").write_text(json.dumps(notes | {"seconds": 1000.0}))
     args.resume = True
     loop = Loop(args, "toy")
     loop.restore()
     assert [line["step"] for line in logged(tmp_path)] == list(range(1, 11)) and list(loop.steps(10)) == []
-    assert loop.tokens == 100 and loop.seconds > 0
+    assert loop.tokens == 100 and 1000 <= loop.seconds < 1100  # what went before counts
 
 
 def test_a_fresh_run_starts_a_new_log(tmp_path):
@@ -493,18 +502,23 @@ def test_resume_refuses_other_settings(tmp_path):
     Loop(args, "toy")
 
 
-@pytest.mark.parametrize("flag", ["--data", "--eval-data"])
+@pytest.mark.parametrize("flag", ["data", "eval_data", "prompts", "constitution"])
 def test_resume_refuses_a_file_that_has_changed(tmp_path, flag):
     """One of two files, under the same path."""
     files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     for file in files:
         file.write_text("old\n")
-    flags = ("--data", "x", "--out", tmp_path / "out", flag, ",".join(map(str, files)))
-    train(get_args(*flags, "--steps", 1))
-    Loop(get_args(*flags, "--steps", 1, "--resume"), "toy")
+
+    def flags(*more: str) -> Namespace:
+        args = get_args("--data", "x", "--out", tmp_path / "out", "--steps", 1, *more)
+        setattr(args, flag, ",".join(map(str, files)))
+        return args
+
+    train(flags())
+    Loop(flags("--resume"), "toy")
     files[1].write_text("new\n")
-    with pytest.raises(UserError, match=rf"{flag} was .*b.jsonl sha256"):
-        Loop(get_args(*flags, "--steps", 1, "--resume"), "toy")
+    with pytest.raises(UserError, match=rf"--{flag.replace('_', '-')} was .*b.jsonl sha256"):
+        Loop(flags("--resume"), "toy")
 
 
 def test_nothing_is_written_before_the_first_step(tmp_path):
@@ -682,7 +696,7 @@ def test_second_signal_stops_at_once(tmp_path):
 # Reporting
 
 
-@pytest.mark.parametrize("flag", ["model", "adapter", "teacher"])
+@pytest.mark.parametrize("flag", ["model", "adapter", "teacher", "reward_model", "prm", "judge"])
 @pytest.mark.parametrize("inside", ["", "checkpoint"])
 def test_a_run_does_not_overwrite_what_it_starts_from(tmp_path, flag, inside):
     """Nor the second of two teachers."""
@@ -692,6 +706,12 @@ def test_a_run_does_not_overwrite_what_it_starts_from(tmp_path, flag, inside):
         Loop(args, "toy")
     setattr(args, flag, str(tmp_path / "other"))
     Loop(args, "toy")
+
+
+def test_a_run_does_not_overwrite_the_stage_that_it_starts_from(house):
+    with pytest.raises(UserError, match="starts from what is there"):
+        Loop(get_args("--out", house / "out" / "sft"), "toy").require("sft")
+    Loop(get_args("--out", house / "out" / "sft2"), "toy").require("sft")
 
 
 def test_narrow_rounds_frozen_matrices_of_blocks(tmp_path):
@@ -704,13 +724,16 @@ def test_narrow_rounds_frozen_matrices_of_blocks(tmp_path):
         assert p.dtype == (torch.bfloat16 if frozen_matrix else torch.float32), name
 
 
-def test_log_writes_plain_numbers(tmp_path):
+def test_log_writes_plain_numbers(tmp_path, monkeypatch):
+    """And the speed, by a clock that goes on by a second each step."""
     loop = Loop(get_args("--out", tmp_path, "--log-every", 3), "toy")
     for step in loop.steps(7):
+        monkeypatch.setattr(loop_module.time, "perf_counter", lambda step=step: loop.started + step)
         loop.log(step, loss=torch.tensor(2.0), odd=math.nan, tokens=5)
     lines = logged(tmp_path)
     assert [line["step"] for line in lines] == [1, 3, 6, 7] and loop.tokens == 35
-    assert all(line["loss"] == 2.0 and line["odd"] is None and line["tokens_per_second"] > 0 for line in lines)
+    assert all(line["loss"] == 2.0 and line["odd"] is None for line in lines)
+    assert [line["tokens_per_second"] for line in lines] == [5.0, 5.0, 5.0, 5.0]  # since the last line
 
 
 def test_finish_writes_the_result_and_says_it(tmp_path, capsys):

@@ -701,6 +701,9 @@ def test_two_ranks_equal_one(checkpoint, unequal, tmp_path):
         assert difference(weights(tmp_path / "one"), weights(tmp_path / parallel)) < 1e-4
         two = json.loads((tmp_path / parallel / "result.json").read_text())
         assert all(two[name] == pytest.approx(one[name], rel=1e-4) for name in ("before", "after", "ci95"))
+        tokens = [json.loads((tmp_path / name / "checkpoint" / "training.json").read_text())["tokens"]
+                  for name in ("one", parallel)]  # fmt: skip
+        assert tokens[0] == tokens[1] > 0
 
 
 def test_logged_loss_is_the_mean_over_the_tokens_of_the_step(checkpoint, problems, tmp_path):
@@ -794,12 +797,15 @@ def test_mix_weights_parts_of_the_world():
 
 @pytest.mark.parametrize("stage", ["base", "sft"])
 def test_rows_of_the_world_never_come_again(stage, monkeypatch):
-    """2000 are made at a time: the next 2000 are others."""
-    whole = {"base": world.base_documents, "sft": world.sft_rows}[stage]
-    monkeypatch.setattr(world, whole.__name__, lambda count, *more: whole(count // 400, *more))
+    """2000 are made at a time: the next 2000 are others, also than those of a run with another seed."""
+    whole, seeds = {"base": world.base_documents, "sft": world.sft_rows}[stage], []
+    monkeypatch.setattr(world, whole.__name__, lambda count, seed, *more: (
+        seeds.append(seed), whole(count // 400, seed, *more))[1])  # fmt: skip
     args = get_args(["--stage", stage])
-    rows = [tuple(row.input_ids) for row in sft.world_rows(args, tiny(), 2500)]
-    assert len(rows) > 15 and len(set(rows)) == len(rows)
+    for args.seed in (0, 1):
+        rows = [tuple(row.input_ids) for row in sft.world_rows(args, tiny(), 2500)]
+        assert len(rows) > 15 and len(set(rows)) == len(rows)
+    assert len(seeds) >= 6 and len(set(seeds)) == len(seeds)
 
 
 def test_replay_is_a_share_of_what_comes_out():
@@ -1216,8 +1222,13 @@ def test_defaults_are_of_one_table():
 
 
 def test_rows_without_an_answer_left_are_refused(checkpoint, problems, tmp_path):
-    with pytest.raises(UserError, match="no row is left"):
-        run(checkpoint, problems, tmp_path / "out", "--max-length", 12, "--too-long", "cut")
+    for flags in (("--max-length", 12, "--too-long", "cut"), ("--mix", "problems.jsonl=0.001")):
+        with pytest.raises(UserError, match="no row is left to train on"):
+            run(checkpoint, problems, tmp_path / "out", *flags)
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"question": "a " * 300, "answer": "b"}) + "\n")
+    with pytest.raises(UserError, match="no row is left to measure"):
+        run(checkpoint, problems, tmp_path / "out", "--eval-data", long, "--too-long", "drop")
 
 
 @pytest.mark.parametrize(("flags", "said"), [
@@ -1230,6 +1241,8 @@ def test_rows_without_an_answer_left_are_refused(checkpoint, problems, tmp_path)
     (("--epochs", "2"), "--epochs counts"),
     (("--data", "rollouts", "--eval-data", "x"), "not on --eval-data"),
     (("--select", "ifd"), "--select ifd"),
+    (("--mix", *(f"{part}=0" for part in world.SFT_MIX)), "all weights are 0"),
+    (("--data", "a.jsonl,b/c.jsonl", "--mix", "a.jsonl=0", "c.jsonl=0.0"), "all weights are 0"),
     (("--from-scratch", "--model", "DIR"), "--from-scratch"),
 ])  # fmt: skip
 def test_flags_that_do_not_go_together_are_refused(flags, said):

@@ -191,5 +191,9 @@ MUTANTS = [
          "test_memory_is_measured_in_a_process_of_its_own"),
         ("all that comes later allocates otherwise", "        os.environ.clear()\n", "        pass\n",
          "test_memory_is_measured_in_a_process_of_its_own"),
+        ("theirs takes our LoRA step", 'step = ours if which == "ours" else theirs\n    step()\n    return peak_of',
+         "step = ours\n    step()\n    return peak_of", "test_peft_takes_a_lora_step_at_toy_size"),
+        ("half the tokens of a LoRA step", "else 16) * 64 / s", "else 16) * 32 / s",
+         "test_every_goal_belongs_to_a_row"),
     ]
 ]

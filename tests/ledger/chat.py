@@ -132,10 +132,11 @@ IN_CHAT = [
         IDS,
     ),
     ("Llama 3 has the role of 3.1 for tools", 'role == "tool" and chat_format == "llama3.1"', 'role == "tool"', IDS),
-    ("tools in a turn of their own", 'chat_format in ("qwen2.5", "qwen3", "qwen3-instruct"):', "False:", IDS),
+    ("tools in a turn of their own", 'chat_format.startswith(("qwen2.5", "qwen3")):', "False:", IDS),
+    ("S14: the base model's default system message", '"qwen2.5-base": "You', '"qwen2.5-base": "You are Qwen. You', IDS),
     (
         "tools in the user's turn where the template has none",
-        'chat_format in ("qwen2.5", "qwen3", "qwen3-instruct"):',
+        'chat_format.startswith(("qwen2.5", "qwen3")):',
         'chat_format.startswith("qwen"):',
         IDS,
     ),
@@ -276,8 +277,8 @@ IN_TOKENIZER = [
     ("ChatML that reasons", '("system", "tool", "think", "image",', '("system", "tool", "image",', ADDED),
     (
         "any default system message is Qwen2's",
-        '"system\\nYou are a helpful assistant.<|im_end|>"',
-        '"system\\nYou are a helpful assistant"',
+        '"qwen2": (("system\\nYou are a helpful assistant.<|im_end|>"',
+        '"qwen2": (("system\\nYou are a helpful assistant"',
         ADDED,
     ),
     ("templates without a known mark", 'if "<|im_start|>" not in template and', "if False and", ADDED),
@@ -304,6 +305,8 @@ IN_TOKENIZER = [
      "test_a_format_that_was_asked_for_is_saved"),
     ("the saved format is not read", "    if named in marks:", "    if False:",
      "test_a_format_that_was_asked_for_is_saved"),
+    ("every template is that of Qwen2.5's base model", '"qwen2.5-base": (("system\\nYou are a helpful assistant.'
+     '<|im_end|>", "<tool_response>"), (', '"qwen2.5-base": (("",), (', KNOWN),
     ("several templates without a default", '== "default"), "")', '== "default"), template[0]["template"])', PLACE),
 ]
 MUTANTS = [

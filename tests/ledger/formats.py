@@ -19,6 +19,7 @@ CHAT = "test_rows_become_conversations"
 MANY = "test_how_many_are_held_out"
 ALONE = "test_held_out_depends_on_the_rows_alone"
 EQUAL = "test_equal_rows_stay_together"
+COMMON = "test_what_most_rows_ask_is_trained_on"
 
 MUTANTS = [
     Mutant(name, "data/formats.py", old, new, TESTS + test)
@@ -179,7 +180,7 @@ MUTANTS = [
         ("a tenth held out", "len(rows) // 20", "len(rows) // 10", MANY),
         ("no upper limit", "min(512, max(16, len(rows) // 20))", "max(16, len(rows) // 20)", MANY),
         ("no lower limit", "max(16, len(rows) // 20)", "max(1, len(rows) // 20)", MANY),
-        ("held-out rows trained on", "if key < least]\n    if not train", "if key <= least]\n    if not train", MANY),
+        ("held-out rows trained on", "if key not in taken]", "if key]", MANY),
         (
             "the last rows of the file, whatever they say",
             "hashlib.sha256(content.encode())",
@@ -212,11 +213,14 @@ MUTANTS = [
         ),
         (
             "equal rows on both sides",
-            "wanted = min(512,",
-            "keys = [f'{key}{i}' for i, key in enumerate(keys)]\n    wanted = min(512,",
+            "    wanted, taken, n = min(512,",
+            "    keys = [f'{key}{i}' for i, key in enumerate(keys)]\n    wanted, taken, n = min(512,",
             EQUAL,
         ),
-        ("nothing left to train on", "    if not train:\n", "    if False:\n", EQUAL),
+        ("nothing left to train on", "min(2 * wanted, len(rows) - 1)", "2 * wanted", EQUAL),
+        ("nothing is held out, and nobody told", "    if not taken:\n", "    if False:\n", EQUAL),
+        ("a common prompt is held out with all its rows", "min(2 * wanted, len(rows) - 1)", "len(rows) - 1", COMMON),
+        ("held out up to the limit", "if n < wanted and n + size", "if n + size", MANY),
         (
             "rows are held out for nothing beside --eval-data",
             "return parts, read(eval_path)",

@@ -149,6 +149,7 @@ MUTANTS = [
         ),
         ("wsd ends a step early", "(total + 1 - step)", "(total - step)", "test_learning_rate_closed_form"),
         ("wsd decays over 20%", "math.ceil(0.3 * total)", "math.ceil(0.2 * total)", "test_learning_rate_closed_form"),
+        ("wsd decays over 35%", "math.ceil(0.3 * total)", "math.ceil(0.35 * total)", "test_learning_rate_closed_form"),
         ("wsd decays from the start", "math.ceil(0.3 * total)", "total", "test_learning_rate_closed_form"),
         ("wsd above the peak", "lr * min(1.0, (", "lr * max(0.0, (", "test_learning_rate_closed_form"),
         (
@@ -532,9 +533,45 @@ MUTANTS = [
         ),
         (
             "an adapter may overwrite its base",
-            "for name in (\"model\", \"adapter\")]",
-            "for name in (\"adapter\",)]",
+            'for name in ("model", "adapter", "reward_model"',
+            'for name in ("adapter", "reward_model"',
             "test_a_run_does_not_overwrite_what_it_starts_from",
+        ),
+        (
+            "a policy may overwrite its reward model",
+            '"adapter", "reward_model", "prm", "judge")]',
+            '"adapter", "prm", "judge")]',
+            "test_a_run_does_not_overwrite_what_it_starts_from",
+        ),
+        (
+            "a run may overwrite the stage that it starts from",
+            "        if home.resolve() == self.out.resolve():\n",
+            "        if False:\n",
+            "test_a_run_does_not_overwrite_the_stage_that_it_starts_from",
+        ),
+        (
+            "--resume goes on with another constitution",
+            '"prompts", "constitution")',
+            '"prompts")',
+            "test_resume_refuses_a_file_that_has_changed",
+        ),
+        (
+            "the time before a resume is forgotten",
+            "return self.seconds + (time.perf_counter() - self.started if self.started else 0.0)",
+            "return time.perf_counter() - self.started if self.started else self.seconds",
+            "test_resume_cuts_the_log_to_the_saved_step",
+        ),
+        (
+            "the speed grows with the run",
+            "round((self.tokens - before) / max(",
+            "round(self.tokens / max(",
+            "test_log_writes_plain_numbers",
+        ),
+        (
+            "shards sum their gradients in bf16",
+            "reduce_dtype=torch.float32",
+            "reduce_dtype=narrow",
+            "test_two_ranks_equal_one",
         ),
         (
             "a student may overwrite its teacher",
@@ -768,8 +805,8 @@ MUTANTS = [
         ),
         (
             "the content of --eval-data does not count",
-            'FILES = ("data", "eval_data",',
-            'FILES = ("data",',
+            'FILES = ("data", "eval_data", "prompts"',
+            'FILES = ("data", "prompts"',
             "test_resume_refuses_a_file_that_has_changed",
         ),
         (

@@ -261,8 +261,8 @@ MUTANTS = [
         ("a cache grows too little", "-(-missing // GROWTH) * GROWTH", "missing // GROWTH * GROWTH", CACHE),
         (
             "all that there could be is held",
-            "else min(max_new_tokens, GROWTH))",
-            "else max_new_tokens)",
+            "else min(max_new_tokens, GROWTH)",
+            "else max_new_tokens",
             BLOCKS,
         ),
         (
@@ -300,7 +300,12 @@ MUTANTS = [
             "enumerate(keys)",
             SPLIT,
         ),
-        ("prompts that occur once are taken for all", "if len(place) < rows:", "if len(place) < rows // 2:", SPLIT),
+        (
+            "prompts that occur once are taken for all",
+            "if len(place) < len(prompts):",
+            "if len(place) < len(prompts) // 2:",
+            SPLIT,
+        ),
         ("it looks for ended rows too rarely", "PATIENCE.get(device.type,", 'PATIENCE.get("cuda",', SPLIT),
         ("generation is compiled", "@kernels.eager()", "@torch.compiler.set_stance('default')", EAGER),
         (

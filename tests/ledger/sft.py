@@ -708,6 +708,36 @@ MUTANTS = [
             "test_mix_weights_parts_of_the_world",
         ),
         (
+            "the world: the rows of another seed, from the second block on",
+            "seed, count = args.seed * 1000 + count, count + 1",
+            "seed, count = args.seed + count, count + 1",
+            "test_rows_of_the_world_never_come_again",
+        ),
+        (
+            "a mix of nothing",
+            "if not any(args.mix.get(name, 1.0) for name in known):",
+            "if False:",
+            "test_flags_that_do_not_go_together_are_refused",
+        ),
+        (
+            "what is left out of --mix counts as left out of the world",
+            "any(args.mix.get(name, 1.0) for name in known)",
+            "any(args.mix.get(name, 0.0) for name in known)",
+            "test_mix_weights_parts_of_the_world",
+        ),
+        (
+            "what is missing is said the wrong way round",
+            '"to measure" if groups else "to train on"',
+            '"to train on" if groups else "to measure"',
+            "test_rows_without_an_answer_left_are_refused",
+        ),
+        (
+            "speed of this rank alone",
+            "n_read = loop.sum_over_ranks(sum(",
+            "n_read = int(sum(",
+            "test_two_ranks_equal_one",
+        ),
+        (
             "the world: half of the tokens",
             "n_tokens -= len(row.input_ids)",
             "n_tokens -= 2 * len(row.input_ids)",
