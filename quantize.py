@@ -455,7 +455,8 @@ class QuantizedCache(KVCache):
 
     Keys have a grid for each channel of a head and group of tokens, since outliers of keys are channels, values one for
     each token and head (KIVI, 2402.02750); keys_by "token" treats both alike. The tokens just read attend to each other
-    exactly. A block's keys and values are made whole while it is at work. Padding widens no grid.
+    exactly. A block's keys and values are made whole while it is at work. Padding widens no grid. Rows are selected
+    before anything is packed.
     """
 
     def __init__(self, model: Transformer, rows: int, capacity: int, dtype: torch.dtype, *, bits: int, keys_by: str):

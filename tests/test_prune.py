@@ -1170,15 +1170,16 @@ def test_outliers_are_planted_by_the_seed(checkpoint, data, tmp_path, monkeypatc
 
 def test_a_run_whose_measurement_was_interrupted_begins_anew(checkpoint, data, tmp_path, monkeypatch):
     """As --method all --resume runs it, which asks whether there is a checkpoint."""
-    args, measured, n = args_for(checkpoint, data, tmp_path / "a"), prune.measured, []
+    args, n = args_for(checkpoint, data, tmp_path / "a", "--method", "magnitude"), []
 
-    def interrupted(*x: object) -> dict[str, list[float]]:
+    def measured(*x: object) -> dict[str, list[float]]:
         n.append(1)
         if len(n) == 3:  # of what was saved
             raise KeyboardInterrupt
-        return measured(*x)
+        return {"bits per byte": [1.0]}
 
-    monkeypatch.setattr(prune, "measured", interrupted)
+    monkeypatch.setattr(prune, "measured", measured)
+    monkeypatch.setattr(prune, "speeds", lambda *x: [1.0, 1.0])
     with pytest.raises(KeyboardInterrupt):
         prune.main(args)
     again = Namespace(**vars(args) | {"resume": True})
