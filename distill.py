@@ -244,8 +244,9 @@ def examples(args: argparse.Namespace, tokenizer: Tokenizer, loop: Loop) -> tupl
     """The rows to learn from, and the held-out ones."""
     if args.data:
         read = partial(formats.read_jsonl, schemas=("text", "chat", "completion", "answer"),
-                       mapping=formats.parse_map(args.map), keep=":" in (args.check or ""))  # fmt: skip
-        (rows,), held_out = formats.split([args.data], args.eval_data, read, loop.say)
+                       mapping=formats.parse_map(args.map), keep=bool(args.check))  # fmt: skip
+        parts, held_out = formats.split(args.data.split(","), args.eval_data, read, loop.say)
+        rows = sum(parts, [])
         if args.check and args.loss == "sequence" and not all(isinstance(row.get("answer"), str) for row in rows):
             raise UserError("--check: the rows of --data have no answer to compare with")
         both = ([file_row(row, tokenizer, args) for row in some] for some in (rows, held_out))
@@ -258,8 +259,9 @@ def examples(args: argparse.Namespace, tokenizer: Tokenizer, loop: Loop) -> tupl
     return rows, test
 
 
-def collate(examples: Sequence[Example], device: torch.device, multiple_of: int = 1) -> Batch:
-    """Rows padded on the right to the longest; no example: a row of padding."""
+def collate(examples: Sequence[Example], device: torch.device, multiple_of: int = 1, top_k: int | None = None
+            ) -> Batch:  # fmt: skip
+    """Rows padded on the right to the longest; no example: a row of padding, with --top-k stored zeros beside it."""
     length = max((len(e.input_ids) for e in examples), default=1)
     length = math.ceil(length / multiple_of) * multiple_of
     input_ids, completion_mask, own = torch.zeros(3, max(1, len(examples)), length, dtype=torch.long)
@@ -271,6 +273,9 @@ def collate(examples: Sequence[Example], device: torch.device, multiple_of: int 
     if examples and examples[0].stored:
         pairs = [[nn.functional.pad(x, (0, 0, 0, length - len(x))) for x in e.stored] for e in examples]
         stored = TopK(*(torch.stack(some).to(device) for some in zip(*pairs, strict=True)))
+    elif top_k and not examples:  # so that no rank asks a sharded teacher while the others do not
+        ids = torch.zeros(1, length, top_k, dtype=torch.long, device=device)
+        stored = TopK(ids, torch.zeros(1, length, top_k + 1, device=device))
     return Batch(input_ids.to(device), completion_mask.to(device), own.to(device), stored)
 
 
@@ -639,7 +644,8 @@ def conclude(teachers: Sequence[Transformer], tokenizer: Tokenizer, test: list[E
         baselines["the same student on hard labels"] = hard
     if teachers:
         found = (evaluate(teacher, (), tokenizer, test, n_words, args, loop)[metric] for teacher in teachers)
-        baselines["the teacher" if len(teachers) == 1 else "the best teacher"] = best(map(statistics.fmean, found))
+        limit = best(map(statistics.fmean, found))
+        baselines["the teacher" if len(teachers) == 1 else "the best teacher"] = limit
     if args.task == "weather" and not args.data:
         texts = [e.row["text"] for e in test]
         if texts == [tokenizer.decode(e.input_ids, skip_special=True) for e in test]:  # none was cut
@@ -648,10 +654,9 @@ def conclude(teachers: Sequence[Transformer], tokenizer: Tokenizer, test: list[E
     result = loop.finish(before, after, variant=args.loss, baselines=baselines,
                          higher_is_better=best is max)  # fmt: skip
     if hard is not None:
-        (teacher,) = (value for name, value in baselines.items() if "teacher" in name)
-        closed = f"{gap_closed(result['after'], hard, teacher):.0%}" if best(hard, teacher) == teacher != hard else ""
-        loop.say(f"{closed} of the gap between hard labels and the teacher is closed" if closed else
-                 "hard labels alone are as good as the teacher: there is no gap to close")
+        share = gap_closed(result["after"], hard, limit) if best(hard, limit) == limit != hard else None
+        loop.say("hard labels alone are as good as the teacher: there is no gap to close" if share is None else
+                 f"{share:.0%} of the gap between hard labels and the teacher is closed")
     return result
 
 
@@ -758,7 +763,7 @@ def main(args: argparse.Namespace) -> dict:
         groups = [[rows[i] for i in some] for some in indices]
         if now.on_policy:
             groups = partly_own(model, tokenizer, groups, indices, step, args, loop)
-        batches = [collate(some, loop.device, 64 if loop.compiled else 1) for some in groups]
+        batches = [collate(some, loop.device, 64 if loop.compiled else 1, args.top_k) for some in groups]
         n_tokens = loop.sum_over_ranks(sum(int(batch.completion_mask.sum()) for batch in batches))
         n_read = loop.sum_over_ranks(sum(len(e.input_ids) for some in groups for e in some))
         sums: dict[str, Tensor | float] = {}

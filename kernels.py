@@ -514,7 +514,7 @@ def int8_linear(x: Tensor, q: Packed, bias: Tensor | None = None) -> Tensor:
     scales = flat.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127  # (n, 1)
     tokens, weight = (flat / scales).round().to(torch.int8), (q.codes ^ 128).view(torch.int8)
     if x.is_cuda:  # there the product wants more than 16 rows, a multiple of 8
-        tokens = F.pad(tokens, (0, 0, 0, 24 if len(tokens) < 24 else -len(tokens) % 8))
+        tokens = F.pad(tokens, (0, 0, 0, max(24 - len(tokens), -len(tokens) % 8)))
     y = torch._int_mm(tokens, weight.T)[: len(flat)] * scales * q.scales[:, 0].to(scales.dtype)
     return (y if bias is None else y + bias).view(*x.shape[:-1], -1).to(x.dtype)
 

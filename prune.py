@@ -62,7 +62,7 @@ from kernels import linear_divergence, whole_fp32
 from loop import COUNT, REAL, ROOT, Loop, adamw, clip, compare, fill, parser, run, set_lr, told
 from lora import Adapter, LoRA, linears, merge, put_at, wide
 from model import Config, Transformer, load, stored_dtype, token_logps
-from quantize import MATRICES, Inputs, inverse_factor, layer_by_layer, plant
+from quantize import MATRICES, Inputs, cholesky, inverse_factor, layer_by_layer, plant
 from sft import Batch, collate, document, encode, evaluate, fitting, pack, row_losses, sft_loss
 
 # 1. The objective
@@ -127,6 +127,7 @@ def sparsegpt(weight: Tensor, upper: Tensor, sparsity: float, pattern: str, *, b
 
 
 BLOCK, DAMPING = 128, 0.01  # of SparseGPT's paper
+WEIGHT_SCORES = {"magnitude": magnitude, "wanda": wanda}
 
 
 @torch.no_grad()
@@ -135,31 +136,38 @@ def prune_weights(model: Transformer, batches: list[Batch], args: argparse.Names
     """Put zeros into the matrices of the blocks, in place: (model, {path: which are kept}).
 
     q, k, v, gate and up are judged each by itself, as in the papers. Each matrix sees what the pruned ones before it
-    make of the text; with --scope global all are judged at once, on what the dense model makes of it.
+    make of the text.
     """
-    masks, scores, score = {}, {}, {"magnitude": magnitude, "wanda": wanda}.get(args.method)
+    if args.scope == "global":
+        return prune_at_once(model, batches, args)
     everywhere = [(path, list(rows.values())) for path, _, rows in linears(model)]
+    masks = {}
     for (path, linear, inputs), (same, spans) in zip(layer_by_layer(model, batches), everywhere, strict=True):
         assert path == same
         check_pattern(args.pattern, linear.in_features, path)
         parts = [linear.weight[start:end] for start, end in spans]
-        if args.scope == "global":
-            scores[path] = score(linear.weight, inputs)
-            continue
         if args.method == "sparsegpt":
             upper = inverse_factor(inputs.gram, DAMPING)
             pairs = [sparsegpt(part, upper, args.sparsity, args.pattern, block=BLOCK) for part in parts]
             linear.weight.copy_(torch.cat([new for new, _ in pairs]))
             masks[path] = torch.cat([kept for _, kept in pairs])
         else:
+            score = WEIGHT_SCORES[args.method]
             masks[path] = torch.cat([keep(score(x, inputs), args.sparsity, args.pattern, args.scope) for x in parts])
             linear.weight.masked_fill_(~masks[path], 0.0)
-    if args.scope == "global":
-        flat = torch.cat([x.flatten() for x in scores.values()])
-        kept = keep(flat, args.sparsity, "unstructured", "layer").split([x.numel() for x in scores.values()])
-        masks = {path: part.view_as(x) for (path, x), part in zip(scores.items(), kept, strict=True)}
-        for path, mask in masks.items():
-            model.get_submodule(path).weight.masked_fill_(~mask, 0.0)
+    return model, masks
+
+
+def prune_at_once(model: Transformer, batches: list[Batch], args: argparse.Namespace
+                  ) -> tuple[Transformer, dict[str, Tensor]]:  # fmt: skip
+    """--scope global: one threshold for all matrices, which are judged on what the dense model makes of the text."""
+    score, matrices = WEIGHT_SCORES[args.method], layer_by_layer(model, batches)
+    scores = {path: score(linear.weight, inputs) for path, linear, inputs in matrices}
+    flat = torch.cat([x.flatten() for x in scores.values()])
+    kept = keep(flat, args.sparsity, "unstructured", "layer").split([x.numel() for x in scores.values()])
+    masks = {path: part.view_as(x) for (path, x), part in zip(scores.items(), kept, strict=True)}
+    for path, mask in masks.items():
+        model.get_submodule(path).weight.masked_fill_(~mask, 0.0)
     return model, masks
 
 
@@ -354,16 +362,18 @@ def slicegpt(model: Transformer, batches: list[Batch], args: argparse.Namespace)
     def write(p: Tensor) -> Tensor:
         return (q.T @ wide(p)).to(p.dtype)
 
-    gain = model.norm.weight.new_full((width,), math.sqrt(c.width / width))
+    def gain() -> Tensor:  # anew for each norm: one tensor for all would take the updates of all
+        return model.norm.weight.new_full((width,), math.sqrt(c.width / width))
+
     changed = {"embed.weight": write(model.embed.weight.T).T, "head.weight": read(model.head, model.norm),
-               "norm.weight": gain}  # fmt: skip
+               "norm.weight": gain()}  # fmt: skip
     for i, block in enumerate(model.blocks):
         for name, norm in (("attention.qkv", block.attention_norm), ("ffn.gate_up", block.ffn_norm)):
             changed[f"blocks.{i}.{name}.weight"] = read(block.get_submodule(name), norm)
         for name in ("attention.out", "ffn.down"):
             for kind, p in block.get_submodule(name).named_parameters():
                 changed[f"blocks.{i}.{name}.{kind}"] = write(p)
-        changed |= {f"blocks.{i}.{name}_norm.weight": gain for name in ("attention", "ffn")}
+        changed |= {f"blocks.{i}.{name}_norm.weight": gain() for name in ("attention", "ffn")}
     return rebuilt(model, replace(c, width=width, tied=False), changed), {}
 
 
@@ -379,7 +389,7 @@ def whitening(method: str, inputs: Inputs) -> Tensor:
         return torch.diag(mean.clamp(min=1e-4 * mean.max()).sqrt())
     h = inputs.gram.clone()
     h.diagonal().add_(1e-4 * h.diagonal().mean())  # a channel that is always 0 would have no inverse
-    return torch.linalg.cholesky(h)
+    return cholesky(h, 1e-4)
 
 
 @whole_fp32()
@@ -666,6 +676,7 @@ def main(args: argparse.Namespace) -> dict:
 
     # 4. Calibrate
     loop = Loop(args, "prune")
+    loop.resume = False  # of --method all finished runs are kept; what half a run left is written anew
     if loop.world_size > 1:
         raise UserError("prune.py runs as one process, not under torchrun")
     start = args.model or loop.require("sft")

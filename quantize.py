@@ -42,6 +42,7 @@ import random
 import re
 import shlex
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -53,13 +54,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from data import chat, world
+from data import chat, formats, world
 from data.formats import UserError
 from data.tokenizer import Tokenizer
 from loop import COUNT, REAL, ROOT, WHOLE, Loop, RunFailed, adamw, clip, compare, fill, parser, run, set_lr, told
 from lora import put_at
 from model import KVCache, QuantLinear, QuantMatrix, Transformer, generate, load, quantized, stored_dtype, their_names
-from sft import Batch, collate, document, encode, evaluate, file_rows, fitting, pack
+from sft import Batch, collate, document, encode, evaluate, fitting, pack
 
 # 1. The objective
 
@@ -116,22 +117,30 @@ def layer_by_layer(model: Transformer, batches: list[Batch]) -> Iterator[tuple[s
         states = [block(x, *table) for x, table in zip(states, tables, strict=True)]
 
 
+def cholesky(h: Tensor, damping: float, *, upper: bool = False) -> Tensor:
+    """L with L L^T = h, or `upper` U with U^T U = h; RunFailed if h is not positive definite as far as it is exact.
+
+    damping: the share of it in h, which is X^T X of a text and something on its diagonal, or the inverse of that.
+    """
+    factor, failed = torch.linalg.cholesky_ex(h, upper=upper)
+    if failed or not factor.isfinite().all():
+        raise RunFailed(f"X^T X of the inputs is not positive definite: the damping, {damping}, is too small; "
+                        "calibrate on more text")  # fmt: skip
+    return factor
+
+
 def inverse_factor(gram: Tensor, damping: float) -> Tensor:
     """The upper triangular U with U^T U = H^-1, H = gram + damping * mean(diagonal of gram) * I (2210.17323, step 3).
 
     U_jj^2 is the (j, j) entry of the inverse of H without the columns before j, and U_j: / U_jj says how the columns
     after j make up for a change of column j. A channel that is always 0 has the damping alone, or without any H_jj = 1.
-    RunFailed if H is not positive definite, as it always is with some damping.
+    RunFailed if H, or its inverse, is not positive definite as far as it is exact: more damping helps.
     """
     h = gram.clone()
     diagonal = h.diagonal()
     diagonal += damping * diagonal.mean()
     diagonal[diagonal == 0] = 1.0
-    lower, failed = torch.linalg.cholesky_ex(h)
-    if failed or not lower.isfinite().all():
-        raise RunFailed(f"X^T X of the inputs is not positive definite: the damping, {damping}, is too small; "
-                        "calibrate on more text")  # fmt: skip
-    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    return cholesky(torch.cholesky_inverse(cholesky(h, damping)), damping, upper=True)
 
 
 # Codes
@@ -206,26 +215,27 @@ def optimal_brain(weight: Tensor, gram: Tensor, c: argparse.Namespace, *, block_
     Column j is rounded; the columns after it change by -(w_j - w'_j) / U_jj * U_j:, U of inverse_factor, which makes
     |(W - W') X|^2 least. Those of the same block change at once, the others when the block is done: a product of
     matrices in the place of many of vectors, and the same numbers. A group's grid is fit when its first column's turn
-    comes; with --act-order (large inputs first) and with `kept` columns (which come last and are not rounded, a mask)
-    to the weights as they were, so that a group still is what stands beside each other.
+    comes; with --act-order (large inputs first) to the weights as they were, so that a group still is what stands
+    beside each other. `kept` columns (a mask) are not rounded and widen no grid; they come last, to make up for all.
     """
     n, group = weight.shape[1], c.group_size or weight.shape[1]
     kept = torch.zeros(n, dtype=torch.bool, device=weight.device) if kept is None else kept
     order = gram.diagonal().argsort(descending=True, stable=True) if c.act_order else torch.arange(n).to(kept.device)
     order = torch.cat([order[~kept[order]], order[kept[order]]])
-    columns, in_place = order.tolist(), not (c.act_order or kept.any())
+    columns = order[: n - int(kept.sum())].tolist()  # that are rounded
+    groups = [column // group for column in columns]
+    sizes = {} if c.act_order else {groups.index(g): size for g, size in Counter(groups).items()}  # by its first place
     grid = fit_grid(weight.masked_fill(kept, 0.0), c.bits, c.group_size, c.symmetric)
     scales, zeros = grid.scales, grid.zeros
     u = inverse_factor(gram[order][:, order], c.damping)
-    w, codes = weight[:, order], zeros.repeat_interleave(group, dim=1)  # of kept columns the code of 0
-    cuts = sorted({*range(0, n, block_size), *(range(0, n, group) if in_place else ()), n})
+    w, codes = weight[:, order], torch.zeros_like(weight)
+    cuts = sorted({*range(0, n, block_size), *sizes, n})
     for start, end in zip(cuts, cuts[1:], strict=False):
         errors = torch.zeros_like(w[:, start:end])
-        for j in range(start, min(end, n - int(kept.sum()))):
-            column = columns[j]
-            g = column // group
-            if in_place and j % group == 0:
-                new = fit_grid(w[:, j : j + group], c.bits, 0, c.symmetric)
+        for j in range(start, min(end, len(columns))):
+            column, g = columns[j], groups[j]
+            if j in sizes:
+                new = fit_grid(w[:, j : j + sizes[j]], c.bits, 0, c.symmetric)
                 scales[:, g], zeros[:, g] = new.scales[:, 0], new.zeros[:, 0]
             of_column = Grid(scales[:, g : g + 1], zeros[:, g : g + 1], c.bits, c.symmetric)
             codes[:, column] = nearest(w[:, j : j + 1], of_column)[:, 0]
@@ -233,6 +243,7 @@ def optimal_brain(weight: Tensor, gram: Tensor, c: argparse.Namespace, *, block_
             w[:, j:end] -= torch.outer(error, u[j, j:end])
             errors[:, j - start] = error
         w[:, end:] -= errors @ u[start:end, end:]
+    codes[:, kept] = zeros.repeat_interleave(group, dim=1)[:, kept]  # the code of 0
     return codes, grid, w[:, order.argsort()]
 
 
@@ -444,7 +455,8 @@ class QuantizedCache(KVCache):
 
     Keys have a grid for each channel of a head and group of tokens, since outliers of keys are channels, values one for
     each token and head (KIVI, 2402.02750); keys_by "token" treats both alike. The tokens just read attend to each other
-    exactly. A block's keys and values are made whole while it is at work. Padding widens no grid.
+    exactly. A block's keys and values are made whole while it is at work. Padding widens no grid. Rows are selected
+    before anything is packed.
     """
 
     def __init__(self, model: Transformer, rows: int, capacity: int, dtype: torch.dtype, *, bits: int, keys_by: str):
@@ -502,10 +514,6 @@ class QuantizedCache(KVCache):
         self._close()
         super().advance(T)
 
-    def select(self, rows: Tensor) -> None:
-        super().select(rows)
-        self.packed = [[t[:, rows] for t in group] for group in self.packed]
-
     def drop(self, ended: Tensor) -> Tensor:
         kept = super().drop(ended)
         self.packed = [[t[:, kept] for t in group] for group in self.packed]
@@ -560,7 +568,9 @@ def examples(args: argparse.Namespace, tokenizer: Tokenizer, loop: Loop) -> tupl
     and questions that were held out. Of --data: its rows, and the held-out ones.
     """
     if args.data:
-        train, test = file_rows(args, args.data, loop)
+        read = partial(formats.read_jsonl, schemas=("text", "chat", "completion"), mapping=formats.parse_map(args.map))
+        parts, test = formats.split(args.data.split(","), args.eval_data, read, loop.say)
+        train = sum(parts, [])
         if args.method != "qat":
             train = random.Random(args.seed).sample(train, min(args.rows, len(train)))
         rows, kept = (fitting([encode(row, tokenizer) for row in some], what, args, loop)
@@ -723,7 +733,6 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--too-long", choices=("refuse", "drop", "cut", "split"), default="cut",
                      help="rows of more than --max-length tokens (default: %(default)s)")
     cli.add_argument("--seeds", type=COUNT, default=1, help=f"runs of {', '.join(MAIN_METHODS)} in --method all")
-    cli.set_defaults(stage="sft", mix={})  # which sft.file_rows asks for
     args = cli.parse_args(argv)
     if args.resume and args.method != "all":
         raise UserError("--resume keeps the finished rows of --method all; a single run starts anew")
@@ -777,6 +786,7 @@ def main(args: argparse.Namespace) -> dict:
 
     # 4. Calibrate
     loop = Loop(args, "quantize")
+    loop.resume = False  # of --method all finished runs are kept; what half a run left is written anew
     if loop.world_size > 1:
         raise UserError("quantize.py runs as one process, not under torchrun")
     start = args.model or loop.require("sft")

@@ -501,6 +501,17 @@ def test_texts_go_on_from_their_prompts(folders, tmp_path):
     assert max(i for texts in found for text in texts for i in text.input_ids) < tiny().vocab_size
 
 
+def test_every_256_prompts_have_a_seed_of_their_own(folders, tmp_path, monkeypatch):
+    """Or the texts of the second 256 would be drawn like those of the first."""
+    seeds = []
+    monkeypatch.setattr(distill, "generate", lambda model, prompts, *, samples, seed, **how: seeds.append(seed) or
+                        Namespace(completions=[[5]] * (samples * len(prompts))))  # fmt: skip
+    model, args = load(folders["student"])[0], get_args(["--max-new-tokens", "5"])
+    some = [distill.document("Weather: sun rain", tiny(), 3)] * 300
+    assert len(distill.continued(model, tiny(), some, 2, 1.0, ("a",), args, loop_of(args, tmp_path))) == 300
+    assert len(set(seeds)) == 2
+
+
 def test_which_answers_are_right(tmp_path):
     args = get_args(["--task", "steps", "--loss", "sequence"])
     row = {"prompt": "What is 2 + 3?", "answer": "<think></think>5"}
@@ -540,6 +551,27 @@ def test_a_rule_of_ones_own_sees_all_columns(tmp_path, answer):
               for e in rows]  # fmt: skip
     assert all(distill.is_right(e, tiny(), args) for e in wanted)
     assert not any(distill.is_right(e, tiny(), args) for e in rows)
+
+
+def test_answers_beside_completions_are_kept(tmp_path):
+    """For a rule of data/checkers.py, too: the teacher's own answer is compared with that of the row."""
+    rows = [{"prompt": f"{i} + 1?", "completion": f"It is {i + 1}.", "answer": str(i + 1)} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = get_args(["--data", str(tmp_path / "rows.jsonl"), "--teacher", "x", "--max-length", "64", "--loss",
+                     "sequence", "--check", "number"])  # fmt: skip
+    found = distill.examples(args, tiny(), loop_of(args, tmp_path))[0]
+    assert all(tiny().decode(e.input_ids[e.n_prompt :]) == f"{e.row['completion']}<|im_end|>" for e in found)
+    assert all(distill.is_right(e, tiny(), args) for e in found)
+    assert not distill.is_right(found[0]._replace(row=found[0].row | {"answer": "99"}), tiny(), args)
+
+
+def test_rows_may_be_of_several_files(tmp_path):
+    texts = [f"sun rain {i}" for i in range(40)]
+    for name, some in (("a", texts[:10]), ("b", texts[10:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in some))
+    args = get_args(["--data", f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", "--teacher", "x", "--max-length", "64"])
+    rows, test = distill.examples(args, tiny(), loop_of(args, tmp_path))
+    assert sorted(e.row["text"] for e in rows + test) == sorted(texts) and len(test) == 16
 
 
 def test_what_the_teacher_writes(folders, tmp_path, monkeypatch, capsys):
@@ -883,6 +915,21 @@ def test_all_probabilities_stored_teach_like_the_teacher(folders, stages, tmp_pa
     assert apart(stored, live, start) < 0.01
     train(tmp_path / "few", *flags, "--top-k", 2)
     assert apart(weights(tmp_path / "few"), live, start) > 0.1
+
+
+def test_an_empty_batch_asks_no_teacher_and_changes_nothing(folders, stages, tmp_path, monkeypatch):
+    """A rank that has none of the last rows would wait for ranks that have some, where --parallel fsdp gathers."""
+    flags, real, asked = ("--rows", 6, "--no-baseline", *RUN, "--steps", 1, "--top-k", 3), distill.taught, []
+    train(tmp_path / "whole", *flags)
+    micro_batches = Loop.micro_batches
+    monkeypatch.setattr(Loop, "micro_batches", lambda *x: [*micro_batches(*x), []])
+    monkeypatch.setattr(distill, "taught", lambda teachers, batch, *x: asked.append(
+        batch.stored is None) or real(teachers, batch, *x))  # fmt: skip
+    train(tmp_path / "padded", *flags)
+    assert asked == [True] * 3 + [False] * 4  # 6 rows, then 3 batches and an empty one
+    assert difference(weights(tmp_path / "whole"), weights(tmp_path / "padded")) == 0
+    for a, b in zip(logged(tmp_path / "whole"), logged(tmp_path / "padded"), strict=True):
+        assert (a["loss"], a["grad_norm"]) == (b["loss"], b["grad_norm"])
 
 
 def test_texts_that_were_cut_have_no_entropy(folders, stages, tmp_path):

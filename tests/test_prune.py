@@ -20,7 +20,7 @@ import sft
 from data import chat, world
 from data.formats import UserError
 from data.tokenizer import tiny
-from loop import Loop
+from loop import Loop, RunFailed
 from model import Config, Transformer, load, read_safetensors, save
 from prune import METHODS, Units, keep
 from quantize import Inputs, inverse_factor
@@ -385,10 +385,12 @@ def test_other_scores():
     assert torch.equal(one, same) and not torch.equal(one, other)
 
 
-def test_llm_pruner_takes_out_the_units_of_least_score():
+@pytest.mark.parametrize("score", ["taylor", "magnitude", "random"])
+def test_llm_pruner_takes_out_the_units_of_least_score(score):
     net, rows = random_net("qwen2"), rows_of()
-    heads, channels = prune.unit_scores(net.config, prune.saliency(net, batches_of(rows), "taylor", 0))
-    small, masks = applied(net, "llm-pruner", "--units", "both", "--sparsity", 0.5, rows=rows)
+    heads, channels = prune.unit_scores(net.config, prune.saliency(net, batches_of(rows), score, 3))
+    more = ("--units", "both", "--sparsity", 0.5, "--score", score, "--seed", 3)
+    small, masks = applied(net, "llm-pruner", *more, rows=rows)
     units = Units(heads.topk(2).indices.sort().values, channels.topk(24).indices.sort().values)
     torch.testing.assert_close(small(ids(2, 9)), silenced(net, units)(ids(2, 9)))
     assert not masks
@@ -420,6 +422,14 @@ def test_flap_by_hand(family):
             torch.testing.assert_close(found.weight.detach(), w[:, columns])
             said = seen[:, columns].mean(0) @ found.weight.T + found.bias
             torch.testing.assert_close(said, seen.mean(0) @ w.T)
+
+
+def test_what_comes_with_biases_keeps_them():
+    net, _ = applied(random_net(), "flap")
+    units = some_units(net.config)
+    small = units.taken(net)
+    assert small.config.out_bias
+    torch.testing.assert_close(small(ids(2, 9)), silenced(net, units)(ids(2, 9)))
 
 
 def test_flap_twice_keeps_the_first_bias():
@@ -478,6 +488,17 @@ def test_something_is_always_left():
         small, _ = applied(net, method, "--sparsity", 0.999)
         assert getattr(small.config, name) == (8 if name == "width" else 1)
         assert small(ids(2, 9)).isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["llm-pruner", "flap", "shortgpt", "slicegpt", "svd", "asvd", "svd-llm"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_every_parameter_of_a_smaller_model_has_memory_of_its_own(family, method):
+    """Or an optimizer would add the updates of several to one."""
+    small, _ = applied(random_net(family), method, "--sparsity", 0.5)
+    before = [p.detach().clone() for p in small.parameters()]
+    for i, p in enumerate(small.parameters()):
+        p.data += i
+    assert all(torch.equal(p, old + i) for i, (p, old) in enumerate(zip(small.parameters(), before, strict=True)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -585,12 +606,23 @@ def test_two_factors_have_the_numbers_that_were_asked_for(family):
     assert applied(net, "svd", "--sparsity", 0.97)[0].config.ranks["attention.out"] == 1
 
 
-def test_low_rank_follows_what_the_factors_before_make_of_the_text():
+def test_inputs_that_are_not_finite_end_in_a_line():
+    """The sums of a text that overflowed, and of nothing but noise of rounding."""
+    _, x = problem()
+    inputs = inputs_of(x)
+    for gram in (inputs.gram * math.inf, torch.tensor([[1.0, 2.0], [2.0, 1.0]])):
+        inputs.gram = gram
+        with pytest.raises(RunFailed, match="not positive definite: the damping, 0.0001, is too small"):
+            prune.whitening("svd-llm", inputs)
+
+
+@pytest.mark.parametrize("method", ["svd", "asvd", "svd-llm"])
+def test_low_rank_follows_what_the_factors_before_make_of_the_text(method):
     net, rows = random_net(), rows_of()
-    small, _ = applied(net, "svd-llm", "--sparsity", 0.5, rows=rows)
+    small, _ = applied(net, method, "--sparsity", 0.5, rows=rows)
     path = "blocks.1.attention.out"
     x = entering(small, rows)[f"{path}.down"]
-    a, b = prune.factors(net.get_submodule(path).weight, prune.whitening("svd-llm", inputs_of(x)),
+    a, b = prune.factors(net.get_submodule(path).weight, prune.whitening(method, inputs_of(x)),
                          small.config.ranks["attention.out"])  # fmt: skip
     two = small.get_submodule(path)
     torch.testing.assert_close(two.up.weight @ two.down.weight, b @ a, atol=1e-6, rtol=1e-6)
@@ -1119,6 +1151,44 @@ def test_planted_outliers_leave_the_dense_model_as_it_is(checkpoint, data, tmp_p
         zeros = [weights(tmp_path / f"{method}{factor}")["blocks.0.ffn.gate_up.weight"] == 0 for factor in (0, 64)]
         same = (zeros[0] == zeros[1]).double().mean().item()
         assert same > 0.999 if method == "wanda" else same < 0.99
+
+
+def test_outliers_are_planted_by_the_seed(checkpoint, data, tmp_path, monkeypatch):
+    class Stop(Exception): ...
+
+    seen = []
+
+    def look(model: Transformer, factor: float, seed: int) -> None:
+        seen.append((factor, seed))
+        raise Stop
+
+    monkeypatch.setattr(prune, "plant", look)
+    with pytest.raises(Stop):
+        prune.main(args_for(checkpoint, data, tmp_path / "a", "--plant", 8, "--seed", 3))
+    assert seen == [(8.0, 3)]
+
+
+def test_a_run_whose_measurement_was_interrupted_begins_anew(checkpoint, data, tmp_path, monkeypatch):
+    """As --method all --resume runs it, which asks whether there is a checkpoint."""
+    args, n = args_for(checkpoint, data, tmp_path / "a", "--method", "magnitude"), []
+
+    def measured(*x: object) -> dict[str, list[float]]:
+        n.append(1)
+        if len(n) == 3:  # of what was saved
+            raise KeyboardInterrupt
+        return {"bits per byte": [1.0]}
+
+    monkeypatch.setattr(prune, "measured", measured)
+    monkeypatch.setattr(prune, "speeds", lambda *x: [1.0, 1.0])
+    with pytest.raises(KeyboardInterrupt):
+        prune.main(args)
+    again = Namespace(**vars(args) | {"resume": True})
+    prune.main(again)
+    lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    again.lr = 0.5
+    with pytest.raises(UserError, match="has other settings: --lr was 0.01, now 0.5"):
+        prune.main(again)
 
 
 def test_several_processes_are_refused(checkpoint, data, tmp_path, monkeypatch):

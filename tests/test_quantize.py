@@ -204,6 +204,21 @@ def test_int8_linear_is_a_product_of_integers():
     assert kernels.int8_linear(x.bfloat16(), q).dtype == torch.bfloat16
 
 
+def test_few_rows_are_padded_for_the_product_of_cuda(monkeypatch):
+    """Which takes more than 16, and here always a multiple of 8."""
+    seen, product = [], torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: seen.append(len(a)) or product(a, b))
+    grid = fit_grid(weight := normal(6, 16), 8, 0, True)
+    q = kernels.Packed(kernels.pack(nearest(weight, grid), 8), grid.scales.bfloat16(), None, 8, (6, 16))
+    counts = (1, 7, 8, 16, 17, 23, 24, 25, 32, 33)
+    plain = [kernels.int8_linear(normal(n, 16), q) for n in counts]
+    assert seen == [*counts]
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    for n, wanted in zip(counts, plain, strict=True):
+        assert torch.equal(kernels.int8_linear(normal(n, 16), q), wanted)
+    assert seen[len(counts) :] == [24] * 7 + [32, 32, 40]
+
+
 def test_rotations_are_orthogonal_and_undone():
     for n in (12, 7, 32):
         eye = torch.eye(n, dtype=torch.float64)
@@ -288,6 +303,11 @@ def test_the_inverse_factor_is_that_of_the_inverse():
         inverse_factor(torch.ones(3, 3, dtype=torch.float64), 0.0)
     with pytest.raises(RunFailed, match="not positive definite"):
         inverse_factor(gram * math.nan, 0.1)
+    place = torch.arange(7)
+    hilbert = 1.0 / (place + place[:, None] + 1)  # in fp32 it still has a factor, and its inverse none
+    assert torch.linalg.cholesky_ex(hilbert).info == 0
+    with pytest.raises(RunFailed, match="not positive definite"):
+        inverse_factor(hilbert, 0.0)
 
 
 def test_inputs_and_what_makes_up_for_errors_are_multiplied_in_whole_fp32():
@@ -330,8 +350,9 @@ def surgeon(weight: Tensor, gram: Tensor, c: Namespace, order: list[int], kept: 
         left.remove(j)
         if j in kept:
             continue
-        if not (c.act_order or kept) and j % group == 0:
-            grids[j // group] = fit_grid(w[:, j : j + group], c.bits, 0, c.symmetric)
+        of_group = [k for k in range(len(gram)) if k // group == j // group and k not in kept]
+        if not c.act_order and j == of_group[0]:
+            grids[j // group] = fit_grid(w[:, of_group], c.bits, 0, c.symmetric)
         grid = grids[j // group]
         q = meant(nearest(w[:, j : j + 1], grid), grid)[:, 0]
         # minimize d H d^T where d_j = q - w_j, d is free on `left`, and 0 on what was done before
@@ -368,18 +389,22 @@ def test_gptq_is_optimal_brain_quantization(case, kept):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_blocks_change_nothing(case):
+@pytest.mark.parametrize("kept", [(), (3, 4, 11, *range(16, 20))])
+def test_blocks_change_nothing(case, kept):
+    """Nor where a group begins later than at a multiple of its size, or has no column that is rounded."""
     c = flags(bits=2, damping=0.01, **CASES[case] | ({"group_size": 4} if case == "groups" else {}))
     c.group_size = {3: 4, 2: 4}.get(c.group_size, c.group_size)
     weight, x = normal(5, 24, dtype=torch.float64), correlated(60, 24)
-    whole = optimal_brain(weight, x.T @ x, c, block_size=24)
+    mask = torch.zeros(24, dtype=torch.bool)
+    mask[list(kept)] = True
+    whole = optimal_brain(weight, x.T @ x, c, block_size=24, kept=mask)
     for size in (1, 3, 5, 8, 23):
-        for found, wanted in zip(optimal_brain(weight, x.T @ x, c, block_size=size), whole, strict=True):
+        for found, wanted in zip(optimal_brain(weight, x.T @ x, c, block_size=size, kept=mask), whole, strict=True):
             if isinstance(found, Grid):
                 assert torch.equal(found.scales, wanted.scales) and torch.equal(found.zeros, wanted.zeros)
             elif found is not whole[2]:
                 torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
-        assert torch.equal(optimal_brain(weight, x.T @ x, c, block_size=size)[0], whole[0])
+        assert torch.equal(optimal_brain(weight, x.T @ x, c, block_size=size, kept=mask)[0], whole[0])
 
 
 def test_act_order_is_of_channels_not_of_places():
@@ -436,6 +461,10 @@ def test_int8_mixed_keeps_the_channels_that_stand_out():
     assert (kernels.dequantize(q)[:, 3] == 0).all()
     at_most = fit_grid(weight.index_fill(1, torch.tensor([3]), 0.0), 8, 0, True).scales  # kept weights widen no grid
     assert torch.equal(found["scales"].float(), at_most)
+    x[:, 6] *= 4
+    for threshold, kept in ((6, [3]), (2.5, [3, 6]), (100, [])):
+        c.threshold = threshold
+        assert quantize.int8_mixed(weight, inputs_of(x), c)["kept"].tolist() == kept
 
 
 # Folding
@@ -1052,6 +1081,21 @@ def test_a_file_is_calibrated_on_and_its_held_out_rows_are_measured(start, tmp_p
     assert some not in (others, train[:16]) and calibrated() == some
 
 
+def test_a_file_may_be_of_chats_or_plain_text_and_one_of_several(start, tmp_path):
+    """Of plain text all but the first token counts, as in the measurement of the generated world's."""
+    texts = [f"Weather: sun rain {i}" for i in range(40)]
+    for name, some in (("a", texts[:10]), ("b", texts[10:])):
+        (tmp_path / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in some))
+    c = args_of(tmp_path, "--method", "rtn", "--data", f"{tmp_path}/a,{tmp_path}/b", "--rows", 40)
+    rows, test = quantize.examples(c, tiny(), Loop(c, "quantize"))
+    wanted = [sft.document(text, tiny()) for text in texts]
+    assert len(test["text"]) == 16 and sorted(rows + test["text"]) == sorted(wanted) and test["rows"] == test["text"]
+    result = quantize.main(c)
+    nll = sum(nll_of(start, row) for row in test["text"])
+    n_bytes = sum(len(tiny().decode(row.input_ids[1:], skip_special=True).encode()) for row in test["text"])
+    assert result["before"] == pytest.approx(nll / math.log(2) / n_bytes, rel=1e-4)
+
+
 QAT = ("--method", "qat", "--bits", 2, "--steps", 3, "--warmup", 1, "--lr", 3e-3, "--batch-size", 8, "--seed", 1)
 
 
@@ -1103,6 +1147,42 @@ def test_an_interrupted_run_saves_no_half_model(start, tmp_path, monkeypatch, me
     with pytest.raises(KeyboardInterrupt, match="after step 2; half a model is not saved"):
         run(tmp_path, *QAT, "--method", method)
     assert not (tmp_path / "out" / "checkpoint").exists()
+
+
+def test_a_run_whose_measurement_was_interrupted_begins_anew(start, tmp_path, monkeypatch):
+    """As --method all --resume runs it, which asks whether there is a checkpoint."""
+    args, n = args_of(tmp_path, "--method", "rtn"), []
+
+    def measured(*x: object) -> dict[str, list[float]]:
+        n.append(1)
+        if len(n) == 2:  # of what was saved
+            raise KeyboardInterrupt
+        return {"bits per byte": [1.0]}
+
+    monkeypatch.setattr(quantize, "measured", measured)
+    with pytest.raises(KeyboardInterrupt):
+        quantize.main(args)
+    again = Namespace(**vars(args) | {"resume": True})
+    quantize.main(again)
+    assert [line["step"] for line in logged(tmp_path)] == [1, 2, 3, 4]
+    again.bits = 3
+    with pytest.raises(UserError, match="has other settings: --bits was 4, now 3"):
+        quantize.main(again)
+
+
+def test_outliers_are_planted_by_the_seed(start, tmp_path, monkeypatch):
+    class Stop(Exception): ...
+
+    seen = []
+
+    def look(model: Transformer, factor: float, seed: int) -> None:
+        seen.append((factor, seed))
+        raise Stop
+
+    monkeypatch.setattr(quantize, "plant", look)
+    with pytest.raises(Stop):
+        run(tmp_path, "--plant", 8, "--seed", 3)
+    assert seen == [(8.0, 3)]
 
 
 @pytest.mark.parametrize("words", [("--method", "nf4", "--group-size", 64), ("--method", "none", "--kv", 4)])

@@ -34,6 +34,7 @@ SPLIT = "test_splitting_a_batch_changes_nothing"
 RANKS = "test_two_ranks_equal_one"
 RESUME = "test_resuming_is_exact"
 TOP = "test_all_probabilities_stored_teach_like_the_teacher"
+EMPTY = "test_an_empty_batch_asks_no_teacher_and_changes_nothing"
 CLIPPED = "test_gradients_are_clipped"
 STUDENT = "test_the_default_student_is_an_eighth_of_the_tiny_teacher"
 GAP = "test_the_gap_is_the_way_from_hard_labels_to_the_teacher"
@@ -213,6 +214,8 @@ ROWS_OF_BUGS = [
         GO_ON,
     ),
     ("G22: every batch of texts has the same seed", "seed=world.rng_for(*key, start).getrandbits(53)", "seed=0", GO_ON),
+    ("G22: every 256 prompts have the same seed", "world.rng_for(*key, start)", "world.rng_for(*key)",
+     "test_every_256_prompts_have_a_seed_of_their_own"),
     (
         "the temperature of texts",
         "samples=samples, temperature=temperature,",
@@ -399,6 +402,9 @@ ROWS_OF_BUGS = [
         "        with_top_k(teachers, rows",
         TOP,
     ),
+    ("T4: an empty batch asks the teacher", "    elif top_k and not examples:", "    elif False:", EMPTY),
+    ("T4: an empty batch does not know of --top-k", "64 if loop.compiled else 1, args.top_k) for some",
+     "64 if loop.compiled else 1) for some", EMPTY),
     ("--loss sequence learns from the data", "rows = fit(teacher_written(", "fit(teacher_written(", SEQUENCE),
     (
         "the end is the start",
@@ -494,7 +500,11 @@ ROWS_OF_BUGS = [
     ("weak and strong are given", '"teacher", "steps", "rows"', '"rows"', FLAGS),
     ("weak and strong of no rank", "not in (cli.get_default(name),", "is not None not in (True,", FLAGS),
     ("gap recovered of nothing", '[(means["strong"] - means["weak"]) / gap]', '[means["strong"] / gap]', WEAK),
-    ("a rule sees few columns", ', keep=":" in (args.check or "")', "", COLUMNS),
+    ("a rule sees few columns", ", keep=bool(args.check)", "", COLUMNS),
+    ("a rule of ours sees few columns", "keep=bool(args.check)", 'keep=":" in (args.check or "")',
+     "test_answers_beside_completions_are_kept"),
+    ("the first of several files", "        rows = sum(parts, [])\n", "        rows = parts[0]\n",
+     "test_rows_may_be_of_several_files"),
     ("an answer for a completion", '"completion" if "completion" in row else', '"completion" if 0 else', COLUMNS),
     ("answers are not looked for", 'if args.check and args.loss == "sequence" and', "if False and", COLUMNS),
     ("answers that are no text", 'isinstance(row.get("answer"), str)', '"answer" in row', COLUMNS),

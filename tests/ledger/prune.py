@@ -51,6 +51,7 @@ WHOLE = "test_a_run_is_measured_before_after_and_in_between"
 FLAGS = "test_flags_that_do_not_fit_are_refused"
 LEFT = "test_something_is_always_left"
 SOME = "test_some_rows_of_a_file_are_calibrated_on"
+APART_IN_MEMORY = "test_every_parameter_of_a_smaller_model_has_memory_of_its_own"
 STORED = "test_recovery_of_the_dense_model_is_a_baseline"
 PATTERNS = "test_patterns_that_are_none_are_refused"
 BRINGS = "test_a_method_brings_its_flags"
@@ -91,16 +92,18 @@ IN_PRUNE = [
     ("Q8: no damping", "inverse_factor(inputs.gram, DAMPING)", "inverse_factor(inputs.gram, 0.0)",
      (SEES,)),
     # over a whole model
-    ("all matrices see the dense model", "            linear.weight.masked_fill_(~masks[path], 0.0)\n    if args.scope",
+    ("all matrices see the dense model", "            linear.weight.masked_fill_(~masks[path], 0.0)\n    return model",
      "    for path in masks if args.method != 'sparsegpt' else ():\n"
-     "        model.get_submodule(path).weight.masked_fill_(~masks[path], 0.0)\n    if args.scope", SEES),
+     "        model.get_submodule(path).weight.masked_fill_(~masks[path], 0.0)\n    return model", SEES),
     ("q, k and v are compared with each other", "everywhere = [(path, list(rows.values())) for path, _, rows",
      "everywhere = [(path, [(0, m.out_features)]) for path, m, rows", SEES),
     ("a global threshold for each matrix", 'kept = keep(flat, args.sparsity, "unstructured", "layer").split(',
      "kept = torch.cat([keep(x, args.sparsity, 'unstructured', 'layer').flatten() for x in scores.values()]).split(",
      GLOBAL),
-    ("a global threshold after the first zeros", "            scores[path] = score(linear.weight, inputs)\n",
-     "            scores[path] = score(linear.weight, inputs)\n            linear.weight.mul_(0.5)\n", GLOBAL),
+    ("a global threshold after the first zeros", "scores = {path: score(linear.weight, inputs) for",
+     "scores = {path: score(linear.weight.mul_(0.5), inputs) * 2 for", GLOBAL),
+    ("--scope global is not looked at", '    if args.scope == "global":\n        return prune', "    if False:\n"
+     "        return prune", GLOBAL),
     ("a pattern that rows do not fill", "if pattern != \"unstructured\" and n_in %", "if False and n_in %",
      "test_a_pattern_must_fill_the_rows"),
     # units
@@ -141,8 +144,14 @@ IN_PRUNE = [
      "loss = sft_loss(model, batch)", TAYLOR),
     ("the size is not squared", "wide(w.detach()).square()", "wide(w.detach()).abs()", SCORES),
     ("chance without a seed", "g = torch.Generator().manual_seed(seed)\n", "g = torch.Generator()\n", SCORES),
-    ("taylor whatever is asked", "saliency(model, batches, args.score, args.seed)",
+    ("magnitude whatever is asked", "saliency(model, batches, args.score, args.seed)",
      "saliency(model, batches, 'magnitude', args.seed)", UNITS),
+    ("taylor whatever is asked", "saliency(model, batches, args.score, args.seed)",
+     "saliency(model, batches, 'taylor', args.seed)", UNITS),
+    ("always the same chance", "saliency(model, batches, args.score, args.seed)",
+     "saliency(model, batches, args.score, 0)", UNITS),
+    ("a model loses the biases that it came with", "out_bias=c.out_bias or bool(biases)", "out_bias=bool(biases)",
+     "test_what_comes_with_biases_keeps_them"),
     # FLAP
     ("FLAP scores without the variance", "variance * wide(linear.weight).square()", "wide(linear.weight).square()",
      FLAP),
@@ -181,22 +190,28 @@ IN_PRUNE = [
     ("gains are not moved into matrices", "(wide(linear.weight) * wide(norm.weight) @ q)", "(wide(linear.weight) @ q)",
      ROTATED),
     ("the norms keep their gains",
-     '        changed |= {f"blocks.{i}.{name}_norm.weight": gain for name in ("attention", "ffn")}\n', "", ROTATED),
-    ("the last gain stays", '               "norm.weight": gain}', '               }', ROTATED),
+     '        changed |= {f"blocks.{i}.{name}_norm.weight": gain() for name in ("attention", "ffn")}\n', "", ROTATED),
+    ("the last gain stays", '               "norm.weight": gain()}', '               }', ROTATED),
     ("the head stays the embedding", "replace(c, width=width, tied=False)", "replace(c, width=width)", ROTATED),
     ("a norm of fewer numbers divides by a larger root", "math.sqrt(c.width / width))", "1.0)", CUT),
     ("the gain is turned round", "math.sqrt(c.width / width))", "math.sqrt(width / c.width))", CUT),
     ("biases are not rotated", "changed[f\"blocks.{i}.{name}.{kind}\"] = write(p)",
-     "changed[f\"blocks.{i}.{name}.{kind}\"] = write(p) if p.ndim == 2 else p[: len(gain)]", CUT),
+     "changed[f\"blocks.{i}.{name}.{kind}\"] = write(p) if p.ndim == 2 else p[:width]", CUT),
+    ("all norms are one tensor", '_norm.weight": gain() for name in ("attention", "ffn")}',
+     '_norm.weight": changed["norm.weight"] for name in ("attention", "ffn")}', APART_IN_MEMORY),
     ("the first components are cut off", ".eigenvectors.flip(1)[:, :width]", ".eigenvectors[:, :width]", CUT),
     ("large states count more", "            x = F.normalize(x, dim=-1)  # what", "            # what", VARIANCE),
     ("half of the states", "        for x in stream(model, batch):\n", "        for x in stream(model, batch)[::2]:\n",
      VARIANCE),
     # low rank
     ("SVD-LLM does not look at the text", 'if method == "svd":', "if True:", SVD_LLM),
-    ("S is upper triangular", "return torch.linalg.cholesky(h)", "return torch.linalg.cholesky(h, upper=True)",
+    ("S is upper triangular", "return cholesky(h, 1e-4)", "return cholesky(h, 1e-4, upper=True)",
      SVD_LLM),
-    ("S is H", "return torch.linalg.cholesky(h)", "return h", SVD_LLM),
+    ("S is H", "return cholesky(h, 1e-4)", "return h", SVD_LLM),
+    ("what is not positive definite ends in a traceback", "return cholesky(h, 1e-4)",
+     "return torch.linalg.cholesky(h)", "test_inputs_that_are_not_finite_end_in_a_line"),
+    ("SVD-LLM whatever is asked", "whitening(args.method, inputs), rank",
+     'whitening("svd-llm", inputs), rank', FOLLOWS),
     ("S is not taken out again", "torch.linalg.solve(s, root[:, None] * vt[:rank], left=False)",
      "root[:, None] * vt[:rank]", FULL_RANK),
     ("S is taken out from the other side", "torch.linalg.solve(s, root[:, None] * vt[:rank], left=False)",
@@ -300,6 +315,10 @@ IN_PRUNE = [
      "test_an_interrupted_run_leaves_nothing"),
     ("outliers are not planted", "        plant(dense, args.plant, args.seed)\n", "        pass\n",
      "test_planted_outliers_leave_the_dense_model_as_it_is"),
+    ("all runs plant the same outliers", "plant(dense, args.plant, args.seed)", "plant(dense, args.plant, 0)",
+     "test_outliers_are_planted_by_the_seed"),
+    ("a table goes on with half a run", "    loop.resume = False  #", "    loop.stopping = False  #",
+     "test_a_run_whose_measurement_was_interrupted_begins_anew"),
     ("one of both units stays as it is", "if any(same) and", "if all(same) and", "test_too_little_sparsity_is_refused"),
     ("rows may be longer than the model reads", "    loop.check_length(dense)\n", "",
      "test_rows_are_no_longer_than_the_model_reads"),

@@ -50,6 +50,8 @@ PLAIN = "test_qat_is_a_plain_loop"
 SPLIT = "test_splitting_a_batch_changes_nothing"
 HALF = "test_an_interrupted_run_saves_no_half_model"
 NARROW = "test_a_narrow_checkpoint_stays_narrow"
+SCHEMAS = "test_a_file_may_be_of_chats_or_plain_text_and_one_of_several"
+ANEW = "test_a_run_whose_measurement_was_interrupted_begins_anew"
 CACHE_ALONE = "test_a_cache_alone"
 REFUSED = "test_what_does_not_fit_is_refused"
 FEW = "test_few_rows_of_bf16_are_multiplied_from_the_codes"
@@ -94,15 +96,18 @@ IN_QUANTIZE = [
      f"{EXPORT}[True]"),
     ("the error of a matrix whatever enters it", "(((change @ gram) * change).sum()", "((change * change).sum()",
      "test_a_quantized_matrix_is_its_parts"),
-    ("Q8: what fails is passed on", "if failed or not lower.isfinite().all():", "if False:", FACTOR),
-    ("NaN is positive definite", "if failed or not lower.isfinite().all():", "if failed < 0:", FACTOR),
+    ("Q8: what fails is passed on", "if failed or not factor.isfinite().all():", "if False:", FACTOR),
+    ("NaN is positive definite", "if failed or not factor.isfinite().all():", "if failed < 0:", FACTOR),
+    ("the inverse fails with a traceback",
+     "cholesky(torch.cholesky_inverse(cholesky(h, damping)), damping, upper=True)",
+     "torch.linalg.cholesky(torch.cholesky_inverse(cholesky(h, damping)), upper=True)", FACTOR),
     (
         "the factor of H, not of its inverse",
-        "return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)",
-        "return lower.T",
+        "return cholesky(torch.cholesky_inverse(cholesky(h, damping)), damping, upper=True)",
+        "return cholesky(h, damping).T",
         FACTOR,
     ),
-    ("the lower factor", "torch.cholesky_inverse(lower), upper=True)", "torch.cholesky_inverse(lower))", FACTOR),
+    ("the lower factor", "damping)), damping, upper=True)", "damping)), damping)", FACTOR),
     ("the gram is damped for good", "    h = gram.clone()\n", "    h = gram\n", (FACTOR, OWQ)),
     # codes
     ("Q2: 0 is not in a range of positives", "groups.amin(-1).clamp(max=0)", "groups.amin(-1)", HAND),
@@ -159,14 +164,19 @@ IN_QUANTIZE = [
     ),
     ("the error is not divided by U_jj", "[:, 0]) / u[j, j]", "[:, 0])", OBQ),
     ("the error of the weight as it was", "error = (w[:, j] - meant", "error = (weight[:, column] - meant", OBQ),
-    ("the grid is that of the weights as they were", "if in_place and j % group == 0:", "if False:", OBQ),
+    ("the grid is that of the weights as they were", "if j in sizes:", "if False:", OBQ),
+    ("OWQ: the grid is that of the weights as they were", "sizes = {} if c.act_order else",
+     "sizes = {} if c.act_order or kept.any() else", OBQ),
+    ("OWQ: a grid reaches into the next group", "{groups.index(g): size for", "{groups.index(g): group for", OBQ),
     (
         "a grid without its zero",
         "scales[:, g], zeros[:, g] = new.scales[:, 0], new.zeros[:, 0]",
         "scales[:, g] = new.scales[:, 0]",
         OBQ,
     ),
-    ("blocks end within a group", "*(range(0, n, group) if in_place else ())", "*()", BLOCKS),
+    ("blocks end within a group", "*range(0, n, block_size), *sizes, n}", "*range(0, n, block_size), n}", BLOCKS),
+    ("OWQ: blocks begin where no column is kept", "*range(0, n, block_size), *sizes, n}",
+     "*range(0, n, block_size), *(range(0, n, group) if sizes else ()), n}", BLOCKS),
     (
         "Q9: the gram keeps its order",
         "inverse_factor(gram[order][:, order], c.damping)",
@@ -175,10 +185,10 @@ IN_QUANTIZE = [
     ),
     ("Q9: only the rows of the gram are moved", "gram[order][:, order]", "gram[order]", ORDER),
     ("Q9: codes stay in the order of the work", "codes[:, column] = nearest", "codes[:, j] = nearest", (ORDER, OBQ)),
-    ("Q9: the group of the place", "g = column // group", "g = j // group", OBQ),
+    ("Q9: the group of the place", "column, g = columns[j], groups[j]", "column, g = columns[j], j // group", OBQ),
     ("Q9: small inputs first", "argsort(descending=True, stable=True)", "argsort(stable=True)", (ORDER, OBQ)),
     ("act order is ignored", "if c.act_order else torch.arange(n)", "if False else torch.arange(n)", ORDER),
-    ("kept columns are rounded", "range(start, min(end, n - int(kept.sum())))", "range(start, end)", OBQ),
+    ("kept columns are rounded", "columns = order[: n - int(kept.sum())].tolist()", "columns = order.tolist()", OBQ),
     ("kept columns come where they stand", "order = torch.cat([order[~kept[order]], order[kept[order]]])", "pass", OBQ),
     ("kept columns are not put back", "return codes, grid, w[:, order.argsort()]", "return codes, grid, w", OBQ),
     (
@@ -189,8 +199,15 @@ IN_QUANTIZE = [
     ),
     (
         "kept columns count twice",
-        "zeros.repeat_interleave(group, dim=1)",
-        "zeros.repeat_interleave(group, dim=1) + 1",
+        "zeros.repeat_interleave(group, dim=1)[:, kept]",
+        "zeros.repeat_interleave(group, dim=1)[:, kept] + 1",
+        OBQ,
+    ),
+    (
+        "OWQ: kept columns have the zero of the first grid",
+        "zeros.repeat_interleave(group, dim=1)[:, kept]",
+        "fit_grid(weight.masked_fill(kept, 0.0), c.bits, c.group_size, c.symmetric)[1].repeat_interleave(group, dim=1)"
+        "[:, kept]",
         OBQ,
     ),
     # OWQ, LLM.int8
@@ -204,6 +221,7 @@ IN_QUANTIZE = [
     ("OWQ keeps the weights as they were", "kept_columns(changed, kept)", "kept_columns(weight, kept)", OWQ),
     ("OWQ keeps none", "max(1, round(c.keep", "max(0, round(c.keep", OWQ),
     ("int8-mixed: of the mean channel", "inputs.absmax.median()", "inputs.absmax.max()", MIXED),
+    ("int8-mixed: --threshold is not looked at", "inputs.absmax > c.threshold *", "inputs.absmax > 6.0 *", MIXED),
     (
         "int8-mixed: kept weights widen the grids",
         "grid = fit_grid(weight.masked_fill(kept, 0.0), c.bits, c.group_size, c.symmetric)\n    return",
@@ -407,6 +425,9 @@ IN_QUANTIZE = [
     ),
     ("calibrated on what sft.py learned", "1_000_000 + args.seed", "args.seed", WORLD),
     ("what is calibrated on is measured", '(test, "held-out rows"))', '(train, "held-out rows"))', FILE),
+    ("plain text is refused", 'schemas=("text", "chat", "completion")', 'schemas=("chat", "completion")', SCHEMAS),
+    ("the first of several files", "train = sum(parts, [])", "train = parts[0]", SCHEMAS),
+    ("a table goes on with half a run", "    loop.resume = False  #", "    loop.stopping = False  #", ANEW),
     ("all of a file is calibrated on", 'if args.method != "qat":', "if False:", FILE),
     ("few rows of a file are trained on", 'if args.method != "qat":', "if True:", FILE),
     (
@@ -521,6 +542,8 @@ IN_QUANTIZE = [
     ("a table fails at its row 22", "    for row in TABLE:", "    for row in ():", FLAGS),
     ("awq is not folded", "if args.method in FOLDED:", "if False:", RUN),
     ("nothing is planted", "    if args.plant:\n", "    if False:\n", RUN),
+    ("all runs plant the same outliers", "plant(model, args.plant, args.seed)", "plant(model, args.plant, 0)",
+     "test_outliers_are_planted_by_the_seed"),
     (
         "the reference is what was quantized",
         "ref_model, scheme = copy.deepcopy(model), scheme_of(args)",
@@ -618,6 +641,10 @@ ELSEWHERE = [
         "q.codes.view(torch.int8)\n    if x.is_cuda",
         INT8,
     ),
+    ("kernels.py", "int8: few rows are too few for CUDA", "max(24 - len(tokens), -len(tokens) % 8)", "-len(tokens) % 8",
+     "test_few_rows_are_padded_for_the_product_of_cuda"),
+    ("kernels.py", "int8: few rows become a few more for CUDA", "max(24 - len(tokens), -len(tokens) % 8)",
+     "24 if len(tokens) < 24 else -len(tokens) % 8", "test_few_rows_are_padded_for_the_product_of_cuda"),
     ("kernels.py", "int8: no scale of the weight", "* scales * q.scales[:, 0].to(scales.dtype)", "* scales", INT8),
     (
         "kernels.py",
