@@ -30,7 +30,7 @@ from data.world import final_answer
 
 Reward = Callable[[str, str, dict], float]
 _SIGNS = r"-+\u2010-\u2013\u2212\ufe63\uff0d"  # all but + are minus
-_NUMBER = re.compile(rf"(?<![{_SIGNS}\w.,])(?:(?P<sign>[{_SIGNS}])\s*)?\$?(?P<whole>[0-9]{{1,3}}(?:,[0-9]{{3}}){{1,6}}|"
+_NUMBER = re.compile(rf"(?<![\w.,])(?:(?P<sign>[{_SIGNS}])\s*)?\$?(?P<whole>[0-9]{{1,3}}(?:,[0-9]{{3}}){{1,6}}|"
                      r"[0-9]{1,20})(?P<decimals>\.[0-9]{1,20})?(?!\w|[.,]\w)")  # fmt: skip
 _UNIT = r"(?:\\?%|\^\\circ|\^\{\\circ\}|\\(?:text|mathrm)\{[A-Za-z]{1,20}\})?\.?"  # behind a number it is still one
 _MARKUP = re.compile(r"\\(?:boxed|text(?:bf|it)?|math(?:rm|bf)|left|right|quad)\b|\^\\circ|\^\{\\circ\}")

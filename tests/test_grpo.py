@@ -918,6 +918,7 @@ def test_a_run_is_a_plain_loop(checkpoint, tmp_path, mine, monkeypatch, name, be
         assert line["kl"] == (pytest.approx(statistics.fmean(kls), rel=1e-3, abs=1e-6) if beta else 0.0)
         assert line["lr"] == pytest.approx(1e-3 * min(1, step / 2))
         assert line["ratio_max"] == 1.0 and line["clip_fraction"] == 0.0
+        assert min(line[f"{part}_seconds"] for part in ("rollout", "scoring", "update")) > 0
         for group in optimizer.param_groups:
             group["lr"] = line["lr"]
         optimizer.step()
