@@ -315,8 +315,7 @@ def below_all(reward: Tensor, finished: Tensor, args: argparse.Namespace, loop: 
     """
     if args.reward in LEARNED:
         return reward
-    least = reward.masked_fill(~finished, math.inf).amin()
-    return torch.where(finished, reward, reward.minimum(everybodys(least[None], loop).amin()))
+    return torch.where(finished, reward, everybodys(reward.amin()[None], loop).amin())
 
 
 @torch.no_grad()

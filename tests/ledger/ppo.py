@@ -525,11 +525,18 @@ MUTANTS = [
             "",
             OWN,
         ),
-        ("P14: what is cut off gets the least, be it above", "reward.minimum(everybodys(least[None], loop).amin())",
-         "everybodys(least[None], loop).amin()", WORST),
-        ("P14: the least of what was cut off, too", "reward.masked_fill(~finished, math.inf).amin()", "reward.amin()",
-         WORST),
-        ("P14: each rank has a least of its own", "everybodys(least[None], loop).amin()", "least", TEACH),
+        (
+            "P14: all get the least",
+            "torch.where(finished, reward, everybodys(",
+            "torch.where(finished & False, reward, everybodys(",
+            WORST,
+        ),
+        (
+            "P14: each rank has a least of its own",
+            "everybodys(reward.amin()[None], loop).amin()",
+            "reward.amin()",
+            TEACH,
+        ),
         ("P14: a learned reward's, too", "    if args.reward in LEARNED:\n        return reward\n", "", WORST),
         ("the user's function is measured by its ones", 'both[::-1] if ":" in args.reward else both', "both", OWN),
         (
