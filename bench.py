@@ -727,6 +727,9 @@ def bench_grpo(args: argparse.Namespace) -> list[dict]:
             grpo_trainer("trl.GRPOTrainer, 8 prompts x 8 answers", args, prompts=8)]  # fmt: skip
 
 
+PARTS = ("rollout", "scoring", "update")  # of a step, whose seconds are printed
+
+
 def variety(completion: Sequence[int]) -> float:
     """What both are rewarded for: the share of tokens that are not said before."""
     return len(set(completion)) / len(completion)
@@ -743,7 +746,7 @@ def grpo_trainer(name: str, args: argparse.Namespace, *, prompts: int, group: in
     flags = ["--out", "unused", "--device", args.device, "--batch-size", prompts, "--group-size", group,
              "--steps", steps, "--max-new-tokens", new, "--micro-batch-size", 256, "--dtype", "fp32"]  # fmt: skip
     ours_args = grpo.get_args(list(map(str, flags)))
-    loop, optimizer, spent = Loop(ours_args, "grpo"), adamw(model, 1e-4, 0.0), dict.fromkeys(("rollout", "update"), 0.0)
+    loop, optimizer, spent = Loop(ours_args, "grpo"), adamw(model, 1e-4, 0.0), dict.fromkeys(PARTS, 0.0)
     tasks = [grpo.world_task(ours_args, tokenizer, ("bench", i), "train") for i in range(prompts * steps)]
 
     def ours() -> None:
@@ -751,12 +754,13 @@ def grpo_trainer(name: str, args: argparse.Namespace, *, prompts: int, group: in
             start = now(args.device)
             some = tasks[step * prompts : (step + 1) * prompts]
             rollout = grpo.rollout_of(model, tokenizer, some, group, 1.0, (0, step), ours_args)
+            spent["rollout"] -= start - (start := now(args.device))
             starts = rollout.completion_mask.argmax(-1).tolist()
             rows = zip(rollout.input_ids.tolist(), starts, rollout.completion_mask.sum(-1).tolist(), strict=True)
             reward = torch.tensor([variety(ids[first : first + n]) for ids, first, n in rows]).view(-1, group).double()
             counted = torch.ones_like(reward, dtype=torch.bool)
             advantages = grpo.advantages_of(rollout, reward, counted, None, None, 0.0, ours_args, loop)
-            spent["rollout"] -= start - (start := now(args.device))
+            spent["scoring"] -= start - (start := now(args.device))
             batch = grpo.Batch(*rollout[:3], advantages, None, None)
             n_rows, n_tokens = len(advantages), int(rollout.completion_mask.sum())
             for part in grpo.by_length(batch, range(n_rows), ours_args.micro_batch_size):
@@ -778,7 +782,8 @@ def grpo_trainer(name: str, args: argparse.Namespace, *, prompts: int, group: in
     if trainer.state.global_step != steps:
         raise RunFailed(f"trl made {trainer.state.global_step} steps, not {steps}")
     parts = ", ".join(f"{part} {total / (args.repeats + 1) / steps:.3f} s" for part, total in spent.items())
-    print(f"{name}: a step of ours is {parts}; the update scores each answer once, in its training forward")
+    print(f"{name}: a step of ours is {parts}; scoring is rewards and advantages, for log-probs are "
+          "those of the update's own forward")  # fmt: skip
     return row(name, *(60 * steps / s for s in seconds), "steps/min", True)
 
 

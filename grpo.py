@@ -10,7 +10,8 @@ becomes more likely. --loss picks a variant among the functions below, each with
 LOSSES. Plain `grpo` does not rest at ref * exp(reward / beta), where rloo does: see `standardized`.
 
     --reward exact format=0.2     rules of data/checkers.py, each with a weight; FILE.py:function is your own
-    --reward majority             agreement with most of the group, no answers needed (TTRL, 2504.16084)
+    --reward majority             agreement with most of the group, no answers needed (TTRL, 2504.16084): of what is in
+                                  the last \\boxed, else of the number at the end, else of all that is said
     --reward prm                  the least step by the process reward model of reward.py --feedback steps
     --preset zero                 from the base model (R1-Zero)     --preset cold   after SFT on a few worked sums
     --preset reft                 SFT on the questions' annotation, then RL on the same questions (2401.08967)
@@ -55,6 +56,7 @@ from loop import COUNT, REAL, ROOT, WHOLE, Loop, adamw, clip, compare, fill, par
 from lora import adapt, rates_of
 from model import Transformer, frozen, generate, load
 from ppo import (
+    SFT_LR,
     Task,
     beyond_clip,
     check_length,
@@ -265,10 +267,14 @@ def overlong_penalty(length: Tensor, longest: int, buffer: int) -> Tensor:
     return ((longest - buffer - length) / buffer).clamp(-1, 0)
 
 
-def majority(answers: Sequence[str]) -> list[float]:
-    """1 for each answer of a group that is the most frequent one, the earliest of several; '' is no answer."""
-    votes = Counter(answer for answer in answers if answer)
-    return [float(answer == votes.most_common(1)[0][0]) if answer else 0.0 for answer in answers]
+def majority(votes: Sequence[str]) -> list[float]:
+    """1 for each vote of a group for what has most, the earliest of several; '' is no vote.
+
+    Where several vote and no two agree, nobody is right.
+    """
+    count = Counter(vote for vote in votes if vote)
+    (most, n), *others = count.most_common() or [("", 0)]
+    return [float(vote == most and (n > 1 or not others)) if vote else 0.0 for vote in votes]
 
 
 # 2. Data
@@ -301,6 +307,7 @@ class Sampled(NamedTuple):
     rollout: Rollout
     judged: Judged
     no_spread: float  # share of the groups sampled whose answers are all worth the same
+    seconds: float  # of sampling alone
 
 
 def world_task(args: argparse.Namespace, tokenizer: Tokenizer, key: Sequence, split: str, terms: int = 0) -> Task:
@@ -364,16 +371,25 @@ def calculator_call(text: str) -> str | None:
 
 def with_tool_turn(model: Transformer, tokenizer: Tokenizer, rollout: Rollout, said: list[list[dict]],
                    calls: dict[int, str], seed: int, args: argparse.Namespace, common: dict) -> Rollout:  # fmt: skip
-    """The rollout with the calculator's answers to `calls` (row: expression), masked, and what the model says then."""
-    prompts, rows = [], list(calls)
-    for r in rows:
-        result = world.calculator(calls[r])  # it parses
+    """The rollout with the calculator's answers to `calls` (row: expression), masked, and what the model says then.
+
+    A row to which the model's context leaves no room for another turn ends with its call, as one that was cut off.
+    """
+    prompts, rows, finished = [], [], rollout.finished.clone()
+    for r, call in calls.items():
+        result = world.calculator(call)  # it parses
         said[r] += [{"role": "assistant", "content": rollout.answers[r]}, {"role": "tool", "content": result}]
         # not without the tool's turn: there are formats that write the last turn of all otherwise
         ids, mask = chat.render(said[r], tokenizer, add_generation_prompt=True)
         end = len(mask) - mask[::-1].index(1)  # behind the token that ended the model's turn
         n = int(rollout.completion_mask[r].nonzero()[-1]) + 1
-        prompts.append(rollout.input_ids[r, :n].tolist() + ids[end:])
+        prompt = rollout.input_ids[r, :n].tolist() + ids[end:]
+        finished[r] = len(prompt) + args.max_new_tokens <= model.context
+        if finished[r]:
+            prompts.append(prompt)
+            rows.append(r)
+    if not rows:
+        return rollout._replace(finished=finished)
     found = generate(model, prompts, max_new_tokens=args.max_new_tokens, seed=seed, **common)
     width = max(found.input_ids.shape[1], rollout.input_ids.shape[1])
     ids, mask, logps, new_ids, new_mask, new_logps = (
@@ -382,7 +398,7 @@ def with_tool_turn(model: Transformer, tokenizer: Tokenizer, rollout: Rollout, s
     ids[rows] = new_ids
     mask[rows] += new_mask  # the earlier turns' ones stay; the tool's tokens are 0 in both
     logps[rows] += new_logps
-    completions, answers, finished = [*rollout.completions], [*rollout.answers], rollout.finished.clone()
+    completions, answers = [*rollout.completions], [*rollout.answers]
     for i, r in enumerate(rows):
         answers[r] = chat.completion_text(found.completions[i], tokenizer)
         completions[r] += f" [{said[r][-1]['content']}] {answers[r]}"
@@ -422,7 +438,7 @@ def values_of(name: str, rollout: Rollout, tasks: Sequence[Task], steps: tuple[T
     G = len(rollout.answers) // len(tasks)
     groups = [rollout.answers[i : i + G] for i in range(0, len(rollout.answers), G)]
     if name == "majority":
-        values = [majority([world.final_answer(text) if ended else "" for text, ended in zip(*group, strict=True)])
+        values = [majority([checkers.vote(text) if ended else "" for text, ended in zip(*group, strict=True)])
                   for group in zip(groups, rollout.finished.view(-1, G).cpu(), strict=True)]  # fmt: skip
     elif name == "prm":
         values = torch.where(steps[1], steps[0], 1.0).amin(-1).cpu() * steps[1].any(-1).cpu()
@@ -475,12 +491,13 @@ def sampled_step(model: Transformer, tokenizer: Tokenizer, tasks: list[Task], st
     its size. Rewards of several values count before the penalties of length, with which no group would be alike, and of
     --mask-unfinished the finished answers only.
     """
-    G, wanted, drawn = args.group_size, args.batch_size // loop.world_size, []
+    G, wanted, drawn, seconds = args.group_size, args.batch_size // loop.world_size, [], 0.0
     for turn in range(max(1, args.dynamic_sampling)):
         rows = loop.batch_indices(len(tasks), step + turn * args.steps)[loop.rank :: loop.world_size]
-        some = [tasks[i] for i in rows]
+        some, begun = [tasks[i] for i in rows], time.perf_counter()
         with loop.autocast():
             rollout = rollout_of(model, tokenizer, some, G, args.temperature, (args.seed, step, turn, loop.rank), args)
+        seconds += time.perf_counter() - begun
         drawn.append((some, rollout, reward_of(rollout, some, tokenizer, prm, args, loop)))
         unshaped = torch.cat([judged.unshaped for _, _, judged in drawn])
         finished = torch.cat([rollout.finished.view(-1, G).cpu() for _, rollout, _ in drawn])
@@ -495,7 +512,7 @@ def sampled_step(model: Transformer, tokenizer: Tokenizer, tasks: list[Task], st
     steps = None if args.dynamic_sampling else judged[0].steps  # --process-weight takes no --dynamic-sampling
     rollout = rows_of(joined(rollouts), [p * G + g for p in order for g in range(G)])
     judged = Judged(reward, unshaped, passed, steps)
-    return Sampled([some[p] for p in order], rollout, judged, alike.double().mean().item())
+    return Sampled([some[p] for p in order], rollout, judged, alike.double().mean().item(), seconds)
 
 
 class Batch(NamedTuple):
@@ -598,11 +615,13 @@ def evaluate(model: Transformer, ref_model: Transformer | None, prm: Transformer
     """{metric: one number a held-out question}; the first is what the run is for. ref_model None: this is the start.
 
     Right is an answer that ended by itself and to which the rule gives 1 or more; of a function of the user's the mean
-    reward comes first. Where no answer is known, the first of --reward is all there is, the mean over eight samples.
+    reward comes first. --reward majority is measured by what an answer would vote for. Where no answer is known, the
+    first of --reward is all there is, the mean over eight samples.
     """
     model.eval()
-    name = next((name for name, _ in args.rewards if name not in NEED_NO_ANSWER), "exact")
-    rule, own = checkers.load_reward(name), ":" in name
+    names = [name for name, _ in args.rewards]
+    name = next((name for name in names if name not in NEED_NO_ANSWER), "majority" if "majority" in names else "exact")
+    rule, own = checkers.same_vote if name == "majority" else checkers.load_reward(name), ":" in name
     known = own or all("answer" in task.row for task in test["test"])
 
     def ask(tasks: list[Task], samples: int, temperature: float) -> tuple[list[Rollout], Tensor, Tensor]:
@@ -727,7 +746,9 @@ LOGGED = """logged every --log-every steps, with what is healthy (printed once a
   ratio_max         largest pi / pi_old                                below 10; exactly 1 in a first update
   grad_norm         before clipping                                    below 10 times its usual value
   mismatch          largest |log-prob as sampled - as rescored|        below 1e-3 in fp32, or the run fails
-  rollout_seconds, update_seconds, seconds, tokens_per_second
+  rollout_seconds   sampling and the calls of --tools
+  scoring_seconds   rewards, log-probs of the old policy and the start where they are needed, advantages
+  update_seconds, seconds, tokens_per_second
 """
 
 
@@ -779,22 +800,23 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                      "in further turns of --dynamic-sampling)")  # fmt: skip
     cli.add_argument("--sft-steps", type=WHOLE, help="supervised steps before RL (default: of --preset, else 0)")
     cli.add_argument("--sft-data", metavar="WHAT", help="worked, annotation or a JSONL file (default: of --preset)")
-    cli.add_argument("--sft-lr", type=REAL, default=1e-3, help="of these steps (default: %(default)s)")
+    cli.add_argument("--sft-lr", type=REAL, help="of these steps (default: 1e-3, with --adapter as many times that as "
+                     "--lr)")  # fmt: skip
     cli.add_argument("--baseline", action="store_true", help="also train by SFT for equal seconds on the annotation")
     cli.add_argument("--tests", type=COUNT, default=400, help="held-out questions of the world (default: %(default)s)")
     cli.add_argument("--show-every", type=WHOLE, default=10, help="steps between samples shown (default: %(default)s)")
     cli.add_argument("--map", nargs="+", default=[], metavar="THEIRS=OURS", help="rename fields of the JSONL files")
     cli.add_argument("--seeds", type=COUNT, default=1, help=f"runs of {', '.join(MAIN_LOSSES)} in --loss all")
     args = cli.parse_args(argv)
-    if args.steps is None and args.loss == "all":
+    if args.steps is None and args.loss == "all" and not args.data:
         args.steps = 6  # where the losses still differ: after ten all are at 0.99
     fill(args, rates_of(DEFAULTS, args.adapter), args.model is not None)
+    fill(args, {"sft_lr": rates_of({"lr": SFT_LR}, args.adapter)["lr"]}, args.model is not None)
     fill(args, {"steps": STEPS}, args.data is not None)
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    args.rewards = [(name, float(weight)) if math.isfinite(weight := number_or_nan(tail)) else (text, 1.0)
-                    for text in args.reward for name, _, tail in [text.rpartition("=")]]  # fmt: skip
+    args.rewards = [weighted(text) for text in args.reward]
     if args.loss == "all" and args.preset == "r1":
         raise UserError("--preset r1 is several runs, each with a result of its own: no --loss all")
     if args.loss == "all" and args.data and all(name in NEED_NO_ANSWER for name, _ in args.rewards):
@@ -802,10 +824,13 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args if args.loss == "all" else resolved(args)
 
 
-def number_or_nan(text: str) -> float:
+def weighted(text: str) -> tuple[str, float]:
+    """"format=0.2" -> ("format", 0.2); without a weight it is 1."""
+    name, _, tail = text.rpartition("=")
     with contextlib.suppress(ValueError):
-        return float(text)
-    return math.nan
+        if math.isfinite(weight := float(tail)):
+            return name, weight
+    return text, 1.0
 
 
 def resolved(args: argparse.Namespace) -> argparse.Namespace:
@@ -837,6 +862,10 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
         (args.dynamic_sampling and args.process_weight, "--process-weight takes no --dynamic-sampling"),
         (args.sft_steps and (args.data or args.tools) and args.sft_data in ("worked", "annotation"),
          "--sft-steps: --data and --tools have no annotation of the world; give --sft-data FILE"),
+        (args.baseline and args.preset in ("zero", "cold", "r1"), "--baseline compares with SFT of the same start on "
+         f"annotation of the same questions, asked alike: --preset {args.preset} has none"),
+        (args.sft_steps and args.preset == "zero",
+         "--sft-steps teaches chats, and --preset zero asks the base model in its own way, without SFT: --preset cold"),
         (args.sft_data != PRESETS[args.preset]["sft_data"] and not (args.sft_steps or args.baseline),
          "--sft-data needs --sft-steps or --baseline"),
         (args.prm and "prm" not in names, "--prm needs --reward prm"),
@@ -899,9 +928,8 @@ def main(args: argparse.Namespace) -> dict:
         lr, begun = set_lr(optimizer, args, step), time.perf_counter()
 
         # rollout and reward
-        some, rollout, judged, no_spread = sampled_step(model, tokenizer, tasks, step, prm, args, loop)
-        reward = judged.reward  # (P, G)
-        B, rollout_seconds = len(rollout.answers), time.perf_counter() - begun
+        some, rollout, judged, no_spread, rollout_seconds = sampled_step(model, tokenizer, tasks, step, prm, args, loop)
+        reward, B = judged.reward, len(rollout.answers)  # (P, G), P * G
         counted = rollout.finished.view_as(reward).cpu() | (not args.mask_unfinished)
         mask = rollout.completion_mask * counted.flatten()[:, None].to(loop.device)
         if args.show_every and step % args.show_every == 1 % args.show_every:
@@ -924,6 +952,7 @@ def main(args: argparse.Namespace) -> dict:
             baseline = earned.mean().item() if baseline is None else 0.9 * baseline + 0.1 * earned.mean().item()
         entropy_coef = entropy_coefficient(args.entropy_coef, args.entropy_adapt, earned) if len(earned) else 0.0
         batch = Batch(rollout.input_ids, mask, rollout.sampled_logps, advantages, old_logps, ref_logps)
+        scoring_seconds = time.perf_counter() - begun - rollout_seconds
 
         # updates: forward -> loss -> backward -> clip -> step
         sums, largest, n_read = torch.zeros(5, device=loop.device), torch.zeros(2, device=loop.device), 0
@@ -953,7 +982,8 @@ def main(args: argparse.Namespace) -> dict:
         loop.log(
             step, pass_rate=everybodys(judged.passed.double(), loop).mean(), reward=rewards.mean(),
             **measured(rollout, sums, largest, no_spread, args.passes * args.minibatches, loop), grad_norm=grad_norm,
-            lr=lr, rollout_seconds=rollout_seconds, update_seconds=time.perf_counter() - begun - rollout_seconds,
+            lr=lr, rollout_seconds=rollout_seconds, scoring_seconds=scoring_seconds,
+            update_seconds=time.perf_counter() - begun - rollout_seconds - scoring_seconds,
             tokens=loop.sum_over_ranks(n_read),
         )  # fmt: skip
         if args.eval_every and loop.due("eval", step) and step < args.steps:

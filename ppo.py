@@ -10,7 +10,7 @@
 Ziegler et al. 2019, 1909.08593, equation 2, and InstructGPT, 2203.02155; the details of Huang et al. 2024, 2403.17031,
 here N+.)
 values[t] is what the critic expects from the state before token t, and returns = advantages + values, before whitening.
-An answer that is cut off ends there like any other, and its reward is --eos-penalty instead.
+An answer that is cut off ends there like any other, and its reward is --eos-penalty instead (see `below_all`).
 
     detail of N+                                               here
     reward -1 for an answer without its ending token           --eos-penalty, in `final_reward`
@@ -45,6 +45,7 @@ The last lines say what the annotator thinks of held-out answers: `utility: -1.x
 """
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -220,13 +221,11 @@ def file_tasks(rewards: Sequence[str], tokenizer: Tokenizer, args: argparse.Name
     """(train, held out) of --data, as the `rewards` need it: a function of the user's sees every column of its row."""
     needing, keep = [name for name in rewards if name in checkers.NEED_ANSWER], any(":" in name for name in rewards)
     schemas, mapping = ("answer",) if needing else ("answer", "prompt"), formats.parse_map(args.map)
-    rows = formats.read_jsonl(args.data, schemas, mapping=mapping, keep=keep)
-    if args.eval_data:
-        held_out = formats.read_jsonl(args.eval_data, schemas, mapping=mapping, keep=keep)
-    else:
-        rows, held_out = formats.hold_out(rows)
-    for name in needing:
-        checkers.check_answers(name, rows + held_out)
+    files = {path: formats.read_jsonl(path, schemas, mapping=mapping, keep=keep)
+             for path in (args.data, args.eval_data) if path}  # fmt: skip
+    for name, (path, rows) in itertools.product(needing, files.items()):
+        checkers.check_answers(name, rows, path)
+    rows, held_out = (files[args.data], files[args.eval_data]) if args.eval_data else formats.hold_out(files[args.data])
     if not held_out:
         loop.say(f"only {len(rows)} rows: none are held out, and what is measured are the training rows")
     train, test = ([task_of(row, tokenizer) for row in some] for some in (rows, held_out or rows))
@@ -308,6 +307,17 @@ def utilities(texts: list[str], tasks: Sequence[Task]) -> list[float]:
             for text, row in zip(texts, rows, strict=True)]  # fmt: skip
 
 
+def below_all(reward: Tensor, finished: Tensor, args: argparse.Namespace, loop: Loop) -> Tensor:
+    """reward (B,), in which an answer that was cut off has no more than any that ended by itself, on all ranks.
+
+    Of a rule or a function of the user's, which may pay less than --eos-penalty; that of a learned reward is in its
+    deviations, like the reward itself, and stays.
+    """
+    if args.reward in LEARNED:
+        return reward
+    return torch.where(finished, reward, everybodys(reward.amin()[None], loop).amin())
+
+
 @torch.no_grad()
 def scored(model: Transformer, ids: Tensor, mask: Tensor, tokenizer: Tokenizer, temperature: float,
            args: argparse.Namespace, loop: Loop, critic: nn.Module | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -342,19 +352,18 @@ def ratio_and_mismatch(largest: Tensor, loop: Loop) -> dict[str, float]:
 
 
 def measured(found: Generation, texts: list[str], tasks: Sequence[Task], scores: Tensor, batch: Batch,
-             ref_logps: Tensor, sums: Tensor, largest: Tensor, loop: Loop) -> dict[str, float]:  # fmt: skip
-    """What LOGGED explains, of all ranks; sums (4,): means over the updates of what is named last."""
+             ref_logps: Tensor, of_updates: dict[str, float], largest: Tensor, loop: Loop
+             ) -> dict[str, float]:  # fmt: skip
+    """What LOGGED explains, of all ranks."""
     real, values, returns = batch.completion_mask.bool(), batch.old_values, batch.returns
     explained = 1 - (returns - values)[real].var() / returns[real].var().clamp(min=1e-8)
-    means = torch.stack([
-        scores.mean(), torch.tensor(utilities(texts, tasks), device=loop.device).mean(),
-        (batch.old_logps - ref_logps).sum(-1).mean(), real.sum(-1).float().mean(), 1 - found.finished.float().mean(),
-        explained,
-    ])  # fmt: skip
-    names = ("reward", "utility", "kl", "length", "unfinished", "explained", "loss", "value_loss", "entropy",
-             "clip_fraction")  # fmt: skip
-    values = (loop.sum_over_ranks(means) / loop.world_size).tolist() + sums.tolist()
-    return dict(zip(names, values, strict=True)) | ratio_and_mismatch(largest, loop)
+    means = {
+        "reward": scores.mean(), "utility": torch.tensor(utilities(texts, tasks), device=loop.device).mean(),
+        "kl": (batch.old_logps - ref_logps).sum(-1).mean(), "length": real.sum(-1).float().mean(),
+        "unfinished": 1 - found.finished.float().mean(), "explained": explained,
+    }  # fmt: skip
+    of_all = (loop.sum_over_ranks(torch.stack([*means.values()])) / loop.world_size).tolist()
+    return dict(zip(means, of_all, strict=True)) | of_updates | ratio_and_mismatch(largest, loop)
 
 
 def lesson(reward_model: Transformer, model: Transformer, judge: Transformer | None, tasks: Sequence[Task],
@@ -406,6 +415,8 @@ def imitate(model: Transformer, rows: Sequence[chat.Row], args: argparse.Namespa
             seconds: float = 0.0) -> None:  # fmt: skip
     """Supervised steps on `rows` by sft.py's loss, in place, 64 rows each: `steps` of them, or for some `seconds`."""
     optimizer, start, done = adamw(model, args.sft_lr, 0.0), time.perf_counter(), 0
+    for group in optimizer.param_groups:
+        group["lr"] *= group["lr_times"]
     while loop.sum_over_ranks(int(loop.main and (done < steps or time.perf_counter() - start < seconds))):
         some = [rows[(done * 64 + i) % len(rows)] for i in range(64)][loop.rank :: loop.world_size]
         starts = range(0, len(some) or 1, args.micro_batch_size)  # a rank without rows has one of padding
@@ -444,7 +455,8 @@ def evaluate(model: Transformer, ref_model: Transformer | None, reward_model: Tr
     else:
         said, greedy = answers_to(model, tasks, tokenizer, 1, 0.0, (0,), args, loop)
         right = (scores_of(said, greedy, tasks, tokenizer, None, args, loop) >= 1) & said.finished.to(loop.device)
-        paid = torch.where(found.finished.to(loop.device), reward, args.eos_penalty)
+        ended = found.finished.to(loop.device)
+        paid = below_all(torch.where(ended, reward, args.eos_penalty), ended, args, loop)
         both = [("accuracy", right.float().tolist()), ("reward", paid.tolist())]
         rows = dict(both[::-1] if ":" in args.reward else both) | rows
     if ref_model is not None:
@@ -500,6 +512,7 @@ def conclude(model: Transformer, ref_model: Transformer, tokenizer: Tokenizer, t
 # 3. Config
 
 LEARNED = ("model", "judge")  # rewards that are no rule
+UPDATED = ("loss", "value_loss", "entropy", "clip_fraction", "step_kl")  # summed over an update's tokens, over theirs
 DEFAULTS = {  # flag: (the tiny model), (a --model of your own)
     "batch_size": (128, 64),
     "micro_batch_size": (128, 4),
@@ -508,6 +521,7 @@ DEFAULTS = {  # flag: (the tiny model), (a --model of your own)
     "max_length": (128, 2048),
     "max_new_tokens": (72, 512),
 }
+SFT_LR = (1e-3, 1e-3)  # likewise, of the supervised steps before
 OF_DATA = {"steps": (15, 200), "kl_coef": (0.1, 0.05), "rm_pairs": (6000, 0)}  # (the generated world), (--data)
 PRESETS = {  # of the generated world
     "": {"reward": "model", "sft_steps": 0, "questions": None, "eos_penalty": -1.0},
@@ -529,7 +543,9 @@ LOGGED = """logged every --log-every steps, with what is healthy (printed once a
   updates           made of --passes * --minibatches                      all of them, unless --stop-kl stops
   grad_norm         before clipping                                       below 10 times its usual value
   mismatch          largest |log-prob as sampled - as rescored|           below 1e-3 in fp32, or the run fails
-  rollout_seconds, update_seconds, seconds, tokens_per_second
+  rollout_seconds   sampling, and the lessons of --refresh-rm
+  scoring_seconds   rewards, log-probs of policy and start, values, advantages
+  update_seconds, seconds, tokens_per_second
 """
 
 
@@ -551,7 +567,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--reward-model", metavar="DIR", help="checkpoint of reward.py (default: out/reward)")
     cli.add_argument("--reward-clip", type=REAL, help="largest reward, 0: none (default: 5 deviations of the "
                      "start's, if it is learned; else 0)")  # fmt: skip
-    cli.add_argument("--eos-penalty", type=float, help="reward of an answer that is cut off (default: -1; reft 0)")
+    cli.add_argument("--eos-penalty", type=float, help="reward of an answer that is cut off; of a rule or "
+                     "FILE.py at most the least of those that ended (default: -1; reft 0)")  # fmt: skip
     cli.add_argument("--critic", choices=("own", "shared"),
                      help="a network, or a head on the policy (default: own; with --adapter shared)")
     cli.add_argument("--critic-warmup", type=WHOLE, default=0, help="first steps in which only the critic learns")
@@ -575,7 +592,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                      "ai: --model itself, or out/judge, by the constitution of reward.py")  # fmt: skip
     cli.add_argument("--rm-lr", type=REAL, default=1e-3, help="learning rate of these lessons (default: %(default)s)")
     cli.add_argument("--sft-steps", type=WHOLE, help="supervised steps before PPO (default: 0; reft 30)")
-    cli.add_argument("--sft-lr", type=REAL, default=1e-3, help="their learning rate (default: %(default)s)")
+    cli.add_argument("--sft-lr", type=REAL, help="their learning rate (default: 1e-3, with --adapter as many times "
+                     "that as --lr)")  # fmt: skip
     cli.add_argument("--questions", type=COUNT, help="different ones of the world (default: never one twice; reft 500)")
     cli.add_argument("--tests", type=COUNT, default=400, help="held-out ones of the world (default: %(default)s)")
     cli.add_argument("--show-every", type=WHOLE, default=10, help="steps between samples shown (default: %(default)s)")
@@ -583,6 +601,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = cli.parse_args(argv)
     of_model = args.reward_model or args.rm_pairs or args.judge == "ai"
     fill(args, rates_of(DEFAULTS, args.adapter), args.model is not None)
+    fill(args, {"sft_lr": rates_of({"lr": SFT_LR}, args.adapter)["lr"]}, args.model is not None)
     fill(args, OF_DATA, args.data is not None)
     fill(args, {"critic": ("own", "shared")}, args.adapter is not None)
     for name, value in (PRESETS[args.preset] | LOSSES[args.loss]).items():
@@ -595,6 +614,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         (args.parallel == "fsdp", "--parallel fsdp: ranks decode unequal numbers of tokens; only replicas work here"),
         (args.clip_eps >= 1, "--clip-eps: expected less than 1"),
         (max(args.gamma, args.lam) > 1, "--gamma and --lam: expected at most 1"),
+        (args.kl_target and not args.kl_coef, "--kl-target multiplies kl_coef, and from --kl-coef 0 it stays 0"),
         (args.data and args.preset, "--preset is a recipe of the generated world: it takes no --data"),
         (args.data and args.sft_steps, "--sft-steps learns from the generated world: it takes no --data"),
         (args.refresh_rm and args.reward != "model", "--refresh-rm teaches a reward model: it needs --reward model"),
@@ -679,10 +699,11 @@ def main(args: argparse.Namespace) -> dict:
             before |= {"reward": evaluate(ref_model, None, reward_model, test, tokenizer, args, loop)["reward"]}
             scale = scale_of(before, args)
         found, texts = answers_to(model, some, tokenizer, 1, args.temperature, (args.seed, step, loop.rank), args, loop)
-        scores = scores_of(found, texts, some, tokenizer, reward_model, args, loop)
-        reward = final_reward(scores, found.finished.to(loop.device), clip_at=args.reward_clip,
-                              eos_penalty=args.eos_penalty, **scale)  # fmt: skip
         rollout_seconds = time.perf_counter() - begun
+        scores = scores_of(found, texts, some, tokenizer, reward_model, args, loop)
+        finished = found.finished.to(loop.device)
+        reward = final_reward(scores, finished, clip_at=args.reward_clip, eos_penalty=args.eos_penalty, **scale)
+        reward = below_all(reward, finished, args, loop)
         if args.show_every and step % args.show_every == 1 % args.show_every:
             loop.say(f"step {step}: {prompt_text(some[0])!r} -> {texts[0]!r}: {reward[0].item():.2f}")
 
@@ -694,14 +715,15 @@ def main(args: argparse.Namespace) -> dict:
         advantages, returns = gae(rewards, old_values, mask, gamma=args.gamma, lam=args.lam)
         advantages = whitened(advantages, mask, loop)
         batch = Batch(found.input_ids, mask, old_logps, old_values, advantages, returns)
+        scoring_seconds = time.perf_counter() - begun - rollout_seconds
 
         # updates: forward -> loss -> backward -> clip -> step
-        updates, n_read, sums = 0, 0, torch.zeros(5, device=loop.device)
+        updates, n_read, sums = 0, 0, torch.zeros(len(UPDATED), device=loop.device)
         largest = torch.stack([torch.zeros_like(old_logps[0, 0]), (old_logps - found.logps).abs().max()])
-        for rows in (rows for _ in range(args.passes) for rows in torch.randperm(len(mask)).tensor_split(
-                args.minibatches)):  # fmt: skip
+        passes = (torch.randperm(len(mask)).tensor_split(args.minibatches) for _ in range(args.passes))
+        for rows in itertools.chain.from_iterable(passes):
             n_tokens = max(1, loop.sum_over_ranks(int(mask[rows].sum())))
-            update = torch.zeros(5, device=loop.device)
+            update = torch.zeros_like(sums)
             for part in (Batch(*(x[few] for x in batch)) for few in rows.split(args.micro_batch_size)):
                 with loop.autocast():
                     logps, entropy, values = score(model, part.input_ids, part.completion_mask, tokenizer,
@@ -716,8 +738,9 @@ def main(args: argparse.Namespace) -> dict:
                     clip_eps = args.clip_eps or math.inf
                     beyond = beyond_clip(ratio, clip_low=clip_eps, clip_high=clip_eps)
                     step_kl = ratio - 1 - ratio.log()  # of pi_old to pi
-                    parts = (losses, value_losses, entropy, beyond, step_kl)
-                    update += torch.stack([x.sum() for x in parts]) / n_tokens
+                    parts = {"loss": losses, "value_loss": value_losses, "entropy": entropy, "clip_fraction": beyond,
+                             "step_kl": step_kl}  # fmt: skip
+                    update += torch.stack([parts[name].sum() for name in UPDATED]) / n_tokens
                     largest[0] = torch.maximum(largest[0], ratio.amax())
                 n_read += part.input_ids.numel()
             loop.all_reduce(both)
@@ -726,14 +749,17 @@ def main(args: argparse.Namespace) -> dict:
             optimizer.zero_grad()
             update, updates = loop.sum_over_ranks(update), updates + 1
             sums += update
-            if args.stop_kl and update[4] > args.stop_kl:
+            of_update = dict(zip(UPDATED, update, strict=True))
+            if args.stop_kl and of_update["step_kl"] > args.stop_kl:
                 break
 
         # log
-        metrics = measured(found, texts, some, scores, batch, ref_logps, sums[:4] / updates, largest, loop)
+        means = dict(zip(UPDATED, (sums / updates).tolist(), strict=True)) | {"step_kl": of_update["step_kl"]}
+        metrics = measured(found, texts, some, scores, batch, ref_logps, means, largest, loop)
         loop.log(
-            step, **metrics, step_kl=update[4], kl_coef=kl_coef, updates=updates, grad_norm=grad_norm, lr=lr,
-            rollout_seconds=rollout_seconds, update_seconds=time.perf_counter() - begun - rollout_seconds,
+            step, **metrics, kl_coef=kl_coef, updates=updates, grad_norm=grad_norm, lr=lr,
+            rollout_seconds=rollout_seconds, scoring_seconds=scoring_seconds,
+            update_seconds=time.perf_counter() - begun - rollout_seconds - scoring_seconds,
             tokens=loop.sum_over_ranks(n_read),
         )  # fmt: skip
         if args.kl_target:

@@ -6,14 +6,14 @@ and never closed is no answer.
 
     exact      1 if the answer is, letter by letter, the right one
     number     1 if the answer ends with the right number: after ####, or else in the last sentence, and there only one
-    boxed      1 if the one thing in \\boxed{...} is the right one, as text without spaces or as a number
+    boxed      1 if the one thing in \\boxed{...} is the right one, as text without spaces, or both are the same number
     reft       1 the right number, 0.1 another number, 0 none (ReFT, arXiv 2401.08967, section 3.2)
     format     1 if the completion is <think>reasoning</think>answer and nothing else (DeepSeek-R1, 2501.12948, 2.2.2)
     FILE.py:function    your own; the row has all the columns of its file
 
-A minus is - or U+2212, and a space may follow it. Rules are there to be gamed: a list of guesses, a second \\boxed,
-digits of other scripts, 1e999 and text that copies the question's markup get nothing, and no text takes more than a
-pass over it.
+A minus is - or U+2212 or a hyphen or short dash of print, and a space may follow it. The number in a formula, as in
+\\sqrt{2}, is not an answer. Rules are there to be gamed: a list of guesses, a second \\boxed, digits of other scripts,
+1e999 and text that copies the question's markup get nothing, and no text takes more than a few passes over it.
 """
 
 import functools
@@ -29,22 +29,46 @@ from data.formats import UserError
 from data.world import final_answer
 
 Reward = Callable[[str, str, dict], float]
-_NUMBER = re.compile(r"(?<![\w.,])(?:[-+\u2212]\s*)?"
-                     r"\$?([0-9]{1,3}(?:,[0-9]{3}){1,6}|[0-9]{1,20})(\.[0-9]{1,20})?(?![\w,]|\.\w)")  # fmt: skip
+_SIGNS = r"-+\u2010-\u2013\u2212\ufe63\uff0d"  # all but + are minus
+_NUMBER = re.compile(rf"(?<![\w.,])(?:(?P<sign>[{_SIGNS}])\s*)?\$?(?P<whole>[0-9]{{1,3}}(?:,[0-9]{{3}}){{1,6}}|"
+                     r"[0-9]{1,20})(?P<decimals>\.[0-9]{1,20})?(?!\w|[.,]\w)")  # fmt: skip
+_UNIT = r"(?:\\?%|\^\\circ|\^\{\\circ\}|\\(?:text|mathrm)\{[A-Za-z]{1,20}\})?\.?"  # behind a number it is still one
+_MARKUP = re.compile(r"\\(?:boxed|text(?:bf|it)?|math(?:rm|bf)|left|right|quad)\b|\^\\circ|\^\{\\circ\}")
+_BEFORE = re.compile(rf"(?:[{_SIGNS}^_/\u221a\u00b1][\s({{]*|"  # what a number of a formula stands behind
+                     r"\\[A-Za-z]+[\s({]*|\w\(\s*|\}\s*\{\s*)$")  # fmt: skip
+_BEHIND = re.compile(r"[\s)}]*(?:[\^\u221a]|\\[A-Za-z])")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 
 
 def number_in(text: str) -> Fraction | None:
-    """The only number in `text`, exactly; None if there is none, another one, or something that only looks like one.
+    r"""The only number in `text`, exactly; None if there is none, another one, or something that only looks like one.
 
-    >>> number_in("So it is $1,234.50."), number_in("- 5"), number_in("4 or 5"), number_in("1e9")
-    (Fraction(2469, 2), Fraction(-5, 1), None, None)
+    >>> [number_in(text) for text in ("So it is $1,234.50.", "- 5", "4 or 5", "1e9", r"\sqrt{2}")]
+    [Fraction(2469, 2), Fraction(-5, 1), None, None, None]
     """
+    text = _MARKUP.sub(" ", text)  # which may stand around a number
     found = list(_NUMBER.finditer(text))
-    if len(found) != 1 or any(c.isnumeric() for c in text[: found[0].start()] + text[found[0].end() :]):
+    if len(found) != 1:
         return None
-    sign = -1 if found[0][0][0] in "-\u2212" else 1
-    return sign * Fraction(found[0][1].replace(",", "") + (found[0][2] or ""))
+    before, behind = text[: found[0].start()], text[found[0].end() :]
+    if any(c.isnumeric() for c in before + behind) or _BEFORE.search(before) or _BEHIND.match(behind):
+        return None
+    return _value(found[0])
+
+
+def whole_number(text: str) -> Fraction | None:
+    r"""The number that `text`, without spaces, is and nothing else but its unit; else None.
+
+    >>> whole_number("1,000."), whole_number(r"2\%"), whole_number(r"2\pi"), whole_number("x=2")
+    (Fraction(1000, 1), Fraction(2, 1), None, None)
+    """
+    found = _NUMBER.match(text)
+    return _value(found) if found and re.fullmatch(_UNIT, text[found.end() :]) else None
+
+
+def _value(found: re.Match) -> Fraction:
+    sign = 1 if found["sign"] in (None, "+") else -1
+    return sign * Fraction(found["whole"].replace(",", "") + (found["decimals"] or ""))
 
 
 def last_number(completion: str) -> Fraction | None:
@@ -95,10 +119,14 @@ def boxed(prompt: str, completion: str, row: dict) -> float:
     said, gold = last_boxed(completion), row["answer"]
     if said is None:
         return 0.0
-    gold = last_boxed(gold) or gold.rpartition("####")[2]
-    said, gold = (re.sub(r"\s|\\[!,;: ]|\$", "", text) for text in (said, gold))
-    same_number = number_in(said) is not None and number_in(said) == number_in(gold)
+    said, gold = bare(said), bare(last_boxed(gold) or gold.rpartition("####")[2])
+    same_number = whole_number(said) is not None and whole_number(said) == whole_number(gold)
     return float(said != "" and (said == gold or same_number))
+
+
+def bare(text: str) -> str:
+    """`text` without spaces, thin ones too, and without dollars, of money and of formulas."""
+    return re.sub(r"\s|\\[!,;: ]|\\?\$", "", text)
 
 
 def format(prompt: str, completion: str, row: dict) -> float:
@@ -108,22 +136,44 @@ def format(prompt: str, completion: str, row: dict) -> float:
     return float(bool(well_formed))
 
 
+def vote(completion: str) -> str:
+    r"""What a completion comes to, as --reward majority counts it: its last \boxed, else the number that it ends with,
+    else all that is said behind #### or the reasoning; '' is no vote. A number is one however it is written.
+
+    >>> vote("2 * 9 = 18. #### 18"), vote(r"So it is \boxed{18.0}."), vote("<think>2 * 9</think>It is $18."), vote("no")
+    ('18', '18', '18', 'no')
+    """
+    text = final_answer(completion)
+    if "\\boxed{" in text:
+        said = bare(last_boxed("\\boxed{" + text.rsplit("\\boxed{", 1)[1]) or "")
+        value = whole_number(said)
+    else:
+        said, value = text.rpartition("####")[2].strip(), last_number(completion)
+    return said if value is None else str(value)
+
+
+def same_vote(prompt: str, completion: str, row: dict) -> float:
+    """1 if a completion would vote as the right answer would."""
+    said = vote(completion)
+    return float(said != "" and said == vote(row["answer"]))
+
+
 CHECKERS = {"exact": exact, "number": number, "reft": reft, "boxed": boxed, "format": format}
 NEED_ANSWER = ("exact", "number", "reft", "boxed")
 
 
-def check_answers(name: str, rows: list[dict]) -> None:
-    """UserError unless checker `name` finds the right answer of every row right, else nothing could be rewarded."""
+def check_answers(name: str, rows: list[dict], path: str) -> None:
+    """UserError unless checker `name` finds the right answer of every row of `path` right: none could be paid."""
     for i, row in enumerate(rows, start=1):
-        gold = row["answer"]
+        gold, where = row["answer"], f"--reward {name}: {path}:{i}"
         said = gold
         if name == "boxed" and not last_boxed(gold):  # then it is the answer itself, or stands behind ####
             if "####" not in gold and "\\begin" not in gold and "\n" in gold.strip():
-                raise UserError(f"--reward boxed: row {i}: the answer has several lines: what belongs into the box is "
-                                "expected, alone or behind ####")  # fmt: skip
+                raise UserError(f"{where}: the answer has several lines: what belongs into the box is expected, alone "
+                                "or behind ####")  # fmt: skip
             said = f"\\boxed{{{gold.rpartition('####')[2]}}}"
         if CHECKERS[name]("", said, row) != 1.0:
-            raise UserError(f"--reward {name}: row {i}: the answer {gold[:40]!r} is not one that it can find right")
+            raise UserError(f"{where}: the answer {gold[:40]!r} is not one that it can find right")
 
 
 @functools.cache  # what it computes at import or keeps from call to call is there once

@@ -3,7 +3,6 @@
 import itertools
 import random
 import re
-import time
 
 import pytest
 
@@ -17,20 +16,25 @@ RIGHT = {
     "exact": ("42", " 42\n", "<think>40 + 2 = 42.</think>42", "<think>a</think>\n\n42"),
     "number": ("42", "42.", "So it is 42.", "The answer is $42", "6 * 7 = 42", "40 + 2 = 42. So it is 42.", "42.0",
                "+42", "first 3, then 4.\n#### 42", "<think>41</think>42", "I counted 7. It has 42 wheels", "**42**",
-               "(42)", "Answer: 42", "+ 42", "7 of them.\n42", "42 kg", "is 42."),
-    "boxed": (r"\boxed{42}", r"So $\boxed{42}$.", r"\boxed{ 42 }", r"\boxed{42.0}",
+               "(42)", "Answer: 42", "+ 42", "7 of them.\n42", "42 kg", "is 42.", "It is 42, as asked.",
+               "It is $42$, so", r"Thus \(42\).", r"It is \boxed{42}.", r"It is \boxed{\text{42}}.",
+               r"It is \left( 42 \right)", r"42\%", r"$42 \text{ apples}$", r"42^\circ", "It is \u2014 42", r"\$42"),
+    "boxed": (r"\boxed{42}", r"So $\boxed{42}$.", r"\boxed{ 42 }", r"\boxed{42.0}", r"\boxed{42.}", r"\boxed{\$42}",
+              r"\boxed{$42}", r"\boxed{+42}", r"\boxed{42\%}", r"\boxed{42^\circ}", r"\boxed{42 \text{ cm}}",
               r"<think>\boxed{1}</think>\boxed{42}"),
     "format": ("<think>a</think>42", "<think>\na\n</think>\n\nx"),
 }  # fmt: skip
 WRONG = {
     "exact": ("", "43", "42.", "the 42", "42 42", "<think>42", "<think>42</think>", "</think>", "４２"),
     "number": ("", "43", "41 or 42", "42 or 41", "42, 42", "1 2 3 42", "4 2", "4,2", "420", "142", "-42", "42.5",
-               "- 42", "\u221242", "\u2212 42", "x = - 42", "-$42", "- $42",
+               "- 42", "\u221242", "\u2212 42", "x = - 42", "-$42", "- $42", "\u201342", "It is \u2013 42", "\u201142",
+               "--42", "x-42", "x+42", r"-\boxed{42}", "-(42)", "42,1", "42,a", r"4^\circ2", "sqrt(42)", "\u221a42",
                "0.42", "42e0", "42kg", "x42", "0x42", "42/1 or 43/1", "#### 42 #### 43", "#### 41 42", "42 ####",
                "٤٢", "４２", "42 ４２",
                "forty-two", "<think>42", "<think>42</think>", "<think>42</think>none", "4²", "42%3", "1,42",
                "42 = 43", "42.\n43"),
-    "boxed": ("42", r"\boxed{43}", r"\boxed{42} \boxed{43}", r"\boxed{41} \boxed{42}", r"\boxed{42", r"\boxed42}",
+    "boxed": ("42", r"\boxed{43}", r"\boxed{x=42}", r"\boxed{42 or 43}", r"\boxed{42!}", "\\boxed{\u201342}",
+              r"\boxed{42} \boxed{43}", r"\boxed{41} \boxed{42}", r"\boxed{42", r"\boxed42}",
               r"boxed{42}", r"\boxed{}", r"\boxed{{42}", r"<think>\boxed{42}", r"<think>\boxed{42}</think>"),
     "format": ("", "42", "<think>a</think>", "<think></think>42", "<think> </think>42", "a<think>b</think>42",
                "<think>a", "<think>a</think>b</think>42", "<think><think>a</think>42", "a</think>42"),
@@ -66,6 +70,29 @@ def test_numbers_are_exact():
         assert CHECKERS["boxed"]("", said, {"answer": answer}) == 1.0
 
 
+@pytest.mark.parametrize("formula", [
+    r"\sqrt{2}", r"\frac{\pi}{2}", r"\frac{2}{x}", "e^2", "e^{-2}", r"2\pi", r"2 \pi", "x^{2}", "2^x", r"\ln 2",
+    r"\ln(2)", r"2\sqrt{x}", "x/2", r"\pm 2", "-2", "2x",
+])  # fmt: skip
+def test_a_formula_is_not_the_number_in_it(formula):
+    assert CHECKERS["boxed"]("", rf"\boxed{{{formula}}}", {"answer": "2"}) == 0.0
+    assert CHECKERS["boxed"]("", r"\boxed{2}", {"answer": formula}) == 0.0
+    assert CHECKERS["boxed"]("", rf"\boxed{{{formula}}}", {"answer": formula}) == 1.0
+    assert CHECKERS["number"]("", f"So it is ${formula}$.", {"answer": "2"}) == 0.0
+
+
+def test_votes_are_for_what_is_said_in_the_end():
+    for text in ("2 * 9 = 18.\n#### 18", r"So \boxed{18}.", r"\boxed{3}, no, \boxed{18.0}", "<think>2 * 9</think>18",
+                 "First 2 * 9.\nSo it is $18.", r"<think>x</think>It is \(18\)."):  # fmt: skip
+        assert checkers.vote(text) == "18" and checkers.same_vote("", text, {"answer": "2 * 9 = 18\n#### 18"}) == 1.0
+        assert checkers.same_vote("", text, {"answer": r"so \boxed{9}"}) == 0.0
+    for text, wanted in (("<think>18", ""), (r"\boxed{18", ""), (r"It is \boxed{ x + 1 }.", "x+1"),
+                         ("#### Mira", "Mira"), ("<think>8</think>Mira", "Mira"), ("", ""),
+                         (r"\boxed{\sqrt{2}}", r"\sqrt{2}")):  # fmt: skip
+        assert checkers.vote(text) == wanted
+    assert checkers.same_vote("", "", {"answer": ""}) == 0.0
+
+
 def test_reft_pays_a_tenth_for_a_number():
     assert [CHECKERS["reft"]("", text, GOLD) for text in ("42", "43", "no", "41 or 42")] == [1.0, 0.1, 0.0, 0.0]
 
@@ -96,26 +123,33 @@ def hostile(rng: random.Random) -> str:
 
 
 def test_200_hostile_completions_neither_hang_nor_pay():
-    """Except where the one thing that is said is right, none gets anything, from any checker, in less than a second."""
-    rng, start = random.Random(0), time.perf_counter()
+    """None gets anything, from any checker, but the tenth that reft pays for a number."""
+    rng = random.Random(0)
     texts = [hostile(rng) for _ in range(200)]
     assert len(set(texts)) > 60
-    for text, name in itertools.product(texts, ("exact", "number", "boxed", "format")):
-        assert CHECKERS[name]("What is 6 * 7?", text, GOLD) == 0.0, (name, text[:60])
-    assert time.perf_counter() - start < 60.0
+    for text, name in itertools.product(texts, CHECKERS):
+        assert CHECKERS[name]("What is 6 * 7?", text, GOLD) <= 0.1 * (name == "reft"), (name, text[:60])
     for expression in texts:
         assert world.calculator(expression) == "error" or len(expression) < 16
 
 
+def test_no_text_takes_more_than_a_few_passes():
+    """Of 40,000 characters: with work that grows with their square this would take minutes."""
+    for some in ("(", "{", "\\boxed{", "-", "- ", " ", "$", "\n", ". ", "= ", "1,", "a(", "\\a", "} {", "<think>", "^"):
+        half = some * (20_000 // len(some))
+        for rule in (checkers.number, checkers.boxed, checkers.same_vote):
+            assert rule("", f"{half}42{half}", {"answer": "43"}) == 0.0
+
+
 def test_answers_that_can_never_be_right_are_refused():
-    check_answers("number", [{"answer": "7"}, {"answer": "#### 1,000"}])
+    check_answers("number", [{"answer": "7"}, {"answer": "#### 1,000"}], "f")
     matrix = "\\begin{pmatrix} 1 \n 2 \\end{pmatrix}"
-    check_answers("boxed", [{"answer": a} for a in ("7", r"\boxed{x}", "6 + 1 = 7\n#### 7", matrix)])
+    check_answers("boxed", [{"answer": a} for a in ("7", r"\boxed{x}", "6 + 1 = 7\n#### 7", matrix)], "f")
     for name, answer in (("number", "seven"), ("number", "1 or 2"), ("exact", " "), ("boxed", " "),
                          ("boxed", "6 + 1 = 7\nso 7"), ("boxed", "6 + 1 = 7\n####")):  # fmt: skip
         several = "has several lines" if "so" in answer else repr(answer)[:9]
-        with pytest.raises(UserError, match=f"row 2: the answer {re.escape(several)}"):
-            check_answers(name, [{"answer": "7"}, {"answer": answer}])
+        with pytest.raises(UserError, match=f"rows.jsonl:2: the answer {re.escape(several)}"):
+            check_answers(name, [{"answer": "7"}, {"answer": answer}], "rows.jsonl")
 
 
 def test_a_function_of_your_own(tmp_path):

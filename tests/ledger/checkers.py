@@ -3,19 +3,17 @@
 from tests.mutants import Mutant
 
 TESTS = "tests/test_checkers.py::"
-RIGHT, WRONG, HOSTILE = (
-    "test_right_answers_are_paid",
-    "test_wrong_answers_are_not",
-    ("test_200_hostile_completions_neither_hang_nor_pay"),
-)
+RIGHT, WRONG = "test_right_answers_are_paid", "test_wrong_answers_are_not"
+HOSTILE = "test_200_hostile_completions_neither_hang_nor_pay"
+FORMULA, VOTE = "test_a_formula_is_not_the_number_in_it", "test_votes_are_for_what_is_said_in_the_end"
 
 MUTANTS = [
     Mutant(name, "data/checkers.py", old, new, tuple(TESTS + t for t in ((test,) if isinstance(test, str) else test)))
     for name, old, new, test in [
         (
             "G19: exact: an empty answer matches",
-            'float(said != "" and said ==',
-            'float(said in ("", gold := "") or said ==',
+            'float(said != "" and said == final_answer(row',
+            'float(said in ("", gold := "") or said == final_answer(row',
             f"{WRONG}[exact]",
         ),
         (
@@ -26,45 +24,53 @@ MUTANTS = [
         ),
         (
             "number: a list of guesses is read from its end",
-            "    if len(found) != 1 or any(",
-            "    if not found or False and any(",
+            "    if len(found) != 1:\n        return None\n",
+            "    if not found:\n        return None\n    if len(found) > 1:\n        return _value(found[-1])\n",
             f"{WRONG}[number]",
         ),
         (
             "number: digits of other scripts beside it",
-            "    if len(found) != 1 or any(c.isnumeric() for c in",
-            "    if len(found) != 1 or any(False for c in",
-            f"{WRONG}[number]",
+            "if any(c.isnumeric() for c in before + behind) or",
+            "if",
+            (f"{WRONG}[number]", HOSTILE),
         ),
         ("number: part of a word", r"(?<![\w.,])", "", f"{WRONG}[number]"),
-        ("number: what follows it is not looked at", r"(?![\w,]|\.\w)", "", f"{WRONG}[number]"),
+        ("number: its sign is part of a word", "[{_SIGNS}^_/", "[_^/", f"{WRONG}[number]"),
+        ("number: what follows it is not looked at", r"(?!\w|[.,]\w)", "", f"{WRONG}[number]"),
+        ("number: no comma may follow", r"(?!\w|[.,]\w)", r"(?![\w,]|\.\w)", f"{RIGHT}[number]"),
+        ("number: what a formula puts before it", "or _BEFORE.search(before) or", "or", FORMULA),
+        ("number: what a formula puts behind it", " or _BEHIND.match(behind):", ":", FORMULA),
+        ("number: markup is a formula", """text = _MARKUP.sub(" ", text)""", "text = text", f"{RIGHT}[number]"),
+        ("number: markup joins digits", """_MARKUP.sub(" ", text)""", """_MARKUP.sub("", text)""", f"{WRONG}[number]"),
+        ("number: a bracket parts it from its minus", r"\u00b1][\s({{]*|", r"\u00b1]\s*|", f"{WRONG}[number]"),
         (
             "G19: thousands are not read",
-            r"([0-9]{1,3}(?:,[0-9]{3}){1,6}|[0-9]{1,20})",
-            "([0-9]{1,20})",
+            r"(?P<whole>[0-9]{{1,3}}(?:,[0-9]{{3}}){{1,6}}|",
+            "(?P<whole>",
             "test_numbers_are_exact",
         ),
         (
             "number: signs are lost",
-            'sign = -1 if found[0][0][0] in "-\\u2212" else 1',
+            'sign = 1 if found["sign"] in (None, "+") else -1',
             "sign = 1",
             "test_numbers_are_exact",
         ),
         (
             "number: a minus of print is none",
-            'in "-\\u2212" else 1',
-            'in "-" else 1',
+            r"-+\u2010-\u2013\u2212\ufe63\uff0d",
+            "-+",
             ("test_numbers_are_exact", f"{WRONG}[number]"),
         ),
+        ("number: a dash of print is no minus", r"-+\u2010-\u2013\u2212", r"-+\u2212", f"{WRONG}[number]"),
         (
             "number: a minus with a space is none",
-            r"(?:[-+\u2212]\s*)?",
-            r"(?:[-+\u2212])?",
-            ("test_numbers_are_exact", f"{WRONG}[number]"),
+            r"(?:(?P<sign>[{_SIGNS}])\s*)?",
+            r"(?:(?P<sign>[{_SIGNS}]))?",
+            "test_numbers_are_exact",
         ),
         (
             "number: decimals are lost",
-            '.replace(",", "") + (found[0][2] or ""))',
+            '.replace(",", "") + (found["decimals"] or ""))',
             '.replace(",", ""))',
             "test_numbers_are_exact",
         ),
@@ -114,10 +120,32 @@ MUTANTS = [
         ),
         (
             "boxed: no number equals no number",
-            "same_number = number_in(said) is not None and number_in",
-            "same_number = number_in",
+            "same_number = whole_number(said) is not None and whole_number",
+            "same_number = whole_number",
             "test_numbers_are_exact",
         ),
+        (
+            "boxed: the number in a text is the text",
+            "same_number = whole_number(said) is not None and whole_number(said) == whole_number(gold)",
+            "same_number = number_in(said) is not None and number_in(said) == number_in(gold)",
+            f"{WRONG}[boxed]",
+        ),
+        (
+            "boxed: a text that begins with a number is it",
+            "if found and re.fullmatch(_UNIT, text[found.end() :]) else None",
+            "if found else None",
+            (FORMULA, f"{WRONG}[boxed]"),
+        ),
+        ("boxed: percent are no number", r'r"(?:\\?%|', 'r"(?:', f"{RIGHT}[boxed]"),
+        ("boxed: the dollar's backslash stays", r'[!,;: ]|\\?\$"', r'[!,;: ]|\$"', f"{RIGHT}[boxed]"),
+        ("vote: the first box", 'text.rsplit("\\\\boxed{", 1)', 'text.split("\\\\boxed{", 1)', VOTE),
+        ("vote: boxes are not looked at", '    if "\\\\boxed{" in text:', "    if False:", VOTE),
+        ("vote: numbers as they are written", "return said if value is None else str(value)", "return said", VOTE),
+        ("vote: the working votes, too", 'text.rpartition("####")[2].strip(), last', "text, last", VOTE),
+        ("vote: reasoning votes", 'final_answer(completion)\n    if "\\\\boxed', 'completion\n    if "\\\\boxed', VOTE),
+        ("vote: nothing is said alike", 'float(said != "" and said == vote(', "float(said == vote(", VOTE),
+        ("rows are counted from 0", "for i, row in enumerate(rows, start=1):", "for i, row in enumerate(rows):",
+         "test_answers_that_can_never_be_right_are_refused"),
         (
             "reft: any text is worth a tenth",
             "0.1 * (last_number(completion) is not None)",
@@ -160,8 +188,8 @@ MUTANTS = [
         ),
         (
             "boxed: thin spaces count",
-            r're.sub(r"\s|\\[!,;: ]|\$", "", text) for text in',
-            r're.sub(r"\s|\$", "", text) for text in',
+            r're.sub(r"\s|\\[!,;: ]|',
+            r're.sub(r"\s|',
             "test_numbers_are_exact",
         ),
         (

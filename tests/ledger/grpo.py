@@ -21,6 +21,8 @@ OWN = "test_a_function_of_the_users_sees_its_columns_and_is_the_metric"
 SINGLE = "test_advantages_need_no_float64"
 MEAN = "test_the_loss_is_the_mean_over_updates"
 STEPS = "test_no_steps_are_a_measurement"
+REFUSED = "test_flags_that_do_not_go_together_are_refused"
+ROOM = "test_a_turn_for_which_there_is_no_room_is_not_begun"
 
 MUTANTS = [
     Mutant(name, "grpo.py", old, new, tuple(TESTS + t for t in ((test,) if isinstance(test, str) else test)))
@@ -364,22 +366,116 @@ MUTANTS = [
         ("the overlong penalty has no floor", ".clamp(-1, 0)", ".clamp(max=0)", "test_overlong_penalty_and_majority"),
         (
             "majority: no answer is an answer",
-            "if answer else 0.0 for answer in answers]",
-            "for answer in answers]",
+            " if vote else 0.0 for vote in votes]",
+            " for vote in votes]",
             "test_overlong_penalty_and_majority",
         ),
         (
+            "majority: one of several is a majority",
+            "and (n > 1 or not others))",
+            ")",
+            ("test_overlong_penalty_and_majority", "test_majority_needs_no_answers"),
+        ),
+        ("majority: a single vote is none", "(n > 1 or not others)", "n > 1", "test_overlong_penalty_and_majority"),
+        (
+            "majority: measured by another rule",
+            '"majority" if "majority" in names else "exact")',
+            '"exact")',
+            "test_majority_is_measured_by_what_it_counts",
+        ),
+        (
             "majority: texts are compared, reasoning and all",
-            "world.final_answer(text) if ended else",
+            "checkers.vote(text) if ended else",
             "text if ended else",
             "test_majority_needs_no_answers",
         ),
         (
             "majority: what is cut off has a vote",
-            'world.final_answer(text) if ended else ""',
-            "world.final_answer(text)",
+            'checkers.vote(text) if ended else ""',
+            "checkers.vote(text)",
             CUT,
         ),
+        (
+            "majority: all of a chain of thought votes",
+            "checkers.vote(text) if",
+            "world.final_answer(text) if",
+            "test_majority_needs_no_answers",
+        ),
+        # flags
+        (
+            "--baseline of presets that ask or begin otherwise",
+            'args.baseline and args.preset in ("zero", "cold", "r1"), "',
+            'args.baseline and args.preset in ("cold",), "',
+            REFUSED,
+        ),
+        ("--preset zero after SFT on chats", '(args.sft_steps and args.preset == "zero",', "(False,", REFUSED),
+        (
+            "--loss all: six steps of --data",
+            'args.loss == "all" and not args.data:',
+            'args.loss == "all":',
+            "test_presets_and_their_start",
+        ),
+        (
+            "--sft-lr: the rate of full fine-tuning for an adapter",
+            '{"sft_lr": rates_of({"lr": SFT_LR}, args.adapter)["lr"]}',
+            '{"sft_lr": SFT_LR}',
+            "test_presets_and_their_start",
+        ),
+        # what a step is made of
+        ("another step's samples", "(args.seed, step, turn, loop", "(args.seed, 1, turn, loop", LOOP),
+        ("tools: all turns have one seed", "calls, seed + turn, args", "calls, seed, args", TOOLS),
+        (
+            "tools: a turn beyond the context",
+            "finished[r] = len(prompt) + args.max_new_tokens <= model.context",
+            "finished[r] = True",
+            ROOM,
+        ),
+        (
+            "tools: a row without room has finished",
+            "        return rollout._replace(finished=finished)\n",
+            "        return rollout\n",
+            ROOM,
+        ),
+        ("tools: products of the test", '"calculator", rng, split)', '"calculator", rng, "test")',
+         "test_products_that_are_measured_are_held_out"),
+        (
+            "the start is scored at temperature 1",
+            "scored(ref_model, *rollout[:2], tokenizer, args.temperature,",
+            "scored(ref_model, *rollout[:2], tokenizer, 1.0,",
+            LOOP,
+        ),
+        (
+            "the KL in the reward upside down",
+            "log_ratios = (rollout.sampled_logps if one_update else old_logps) - ref_logps",
+            "log_ratios = ref_logps - (rollout.sampled_logps if one_update else old_logps)",
+            LOOP,
+        ),
+        (
+            "the KL of a token alone",
+            "(log_ratios * rollout.completion_mask).flip(-1).cumsum(-1).flip(-1)",
+            "log_ratios * rollout.completion_mask",
+            LOOP,
+        ),
+        (
+            "importance of the sampler over the policy",
+            "truncated_importance(old, part.sampled_logps, args",
+            "truncated_importance(part.sampled_logps, old, args",
+            LOOP,
+        ),
+        (
+            "no importance",
+            "importance = truncated_importance(old, part.sampled_logps, args.importance_cap)",
+            "importance = torch.ones_like(old)",
+            LOOP,
+        ),
+        (
+            "the running mean of rewards runs away",
+            "0.9 * baseline + 0.1 * earned",
+            "0.1 * baseline + 0.9 * earned",
+            "test_rows_that_are_cut_off_can_be_left_out",
+        ),
+        ("weights are part of a reward's name", "            return name, weight\n", "            return text, 1.0\n",
+         "test_presets_and_their_start"),
         # rollouts and rewards
         (
             "G22: the samples do not depend on the step",

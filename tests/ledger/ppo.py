@@ -28,6 +28,8 @@ TEACH = "test_two_ranks_teach_one_model"
 OWN = "test_a_function_of_the_users_sees_its_columns_and_is_the_metric"
 OTHER = "test_a_reward_model_of_another_tokenizer_is_refused"
 FILES = "test_rows_are_held_out_of_one_file_only"
+WORST = "test_what_is_cut_off_is_never_worth_more"
+RATES = "test_imitation_learns_at_the_rates_of_an_adapter"
 
 MUTANTS = [
     Mutant(name, "ppo.py", old, new, TESTS + test)
@@ -436,13 +438,13 @@ MUTANTS = [
         ("the divisor of a micro-batch", ".sum() / n_tokens).backward()", ".mean()).backward()", SPLIT),
         (
             "one pass",
-            "for _ in range(args.passes) for rows",
-            "for _ in range(1) for rows",
+            "for _ in range(args.passes))",
+            "for _ in range(1))",
             "test_the_ratio_moves_after_the_first_pass_only",
         ),
         (
             "updates never stop",
-            "if args.stop_kl and update[4] > args.stop_kl:",
+            'if args.stop_kl and of_update["step_kl"] > args.stop_kl:',
             "if False:",
             "test_updates_stop_where_the_policy_has_gone_too_far",
         ),
@@ -485,8 +487,8 @@ MUTANTS = [
             "found.completion_mask, tokenizer, args.temperature, args, loop)",
             "test_kl_is_the_log_ratio_of_whole_answers[0.5]",
         ),
-        ("the loss of the last update", "sums[:4] / updates, largest", "update[:4], largest", LOOP),
-        ("the loss is a sum over updates", "sums[:4] / updates, largest", "sums[:4], largest", LOOP),
+        ("the loss of the last update", "(sums / updates).tolist()", "update.tolist()", LOOP),
+        ("the loss is a sum over updates", "(sums / updates).tolist()", "sums.tolist()", LOOP),
         (
             "a graph for each shape",
             "loop.compile(model, dynamic=True)",
@@ -507,29 +509,96 @@ MUTANTS = [
         ),
         (
             "what is cut off is paid where it is measured",
-            "paid = torch.where(found.finished.to(loop.device), reward, args.eos_penalty)",
+            "paid = below_all(torch.where(ended, reward, args.eos_penalty), ended, args, loop)",
             "paid = reward",
             OWN,
         ),
+        (
+            "what is cut off is paid the penalty where it is measured, be the others below",
+            "paid = below_all(torch.where(ended, reward, args.eos_penalty), ended, args, loop)",
+            "paid = torch.where(ended, reward, args.eos_penalty)",
+            OWN,
+        ),
+        (
+            "P14: what is cut off is the best, be the others below",
+            "        reward = below_all(reward, finished, args, loop)\n",
+            "",
+            OWN,
+        ),
+        (
+            "P14: all get the least",
+            "torch.where(finished, reward, everybodys(",
+            "torch.where(finished & False, reward, everybodys(",
+            WORST,
+        ),
+        (
+            "P14: each rank has a least of its own",
+            "everybodys(reward.amin()[None], loop).amin()",
+            "reward.amin()",
+            TEACH,
+        ),
+        ("P14: a learned reward's, too", "    if args.reward in LEARNED:\n        return reward\n", "", WORST),
         ("the user's function is measured by its ones", 'both[::-1] if ":" in args.reward else both', "both", OWN),
         (
             "columns of the user's are dropped",
-            "rows = formats.read_jsonl(args.data, schemas, mapping=mapping, keep=keep)",
-            "rows = formats.read_jsonl(args.data, schemas, mapping=mapping)",
+            "formats.read_jsonl(path, schemas, mapping=mapping, keep=keep)",
+            "formats.read_jsonl(path, schemas, mapping=mapping)",
             OWN,
         ),
         (
             "rows are held out though others are measured",
-            "    if args.eval_data:\n        held_out = formats",
-            "    if args.eval_data:\n        rows, _ = formats.hold_out(rows)\n        held_out = formats",
+            "(files[args.data], files[args.eval_data]) if args.eval_data",
+            "(formats.hold_out(files[args.data])[0], files[args.eval_data]) if args.eval_data",
             FILES,
         ),
         ("prompts of any length", "    check_length(train + test, args)\n", "    check_length(train, args)\n", FILES),
         (
             "answers that can never be right are accepted",
-            "        checkers.check_answers(name, rows + held_out)",
+            "        checkers.check_answers(name, rows, path)",
             "        pass",
             "test_a_run_on_a_file",
+        ),
+        (
+            "answers of --eval-data that can never be right are accepted",
+            "itertools.product(needing, files.items()):",
+            "itertools.product(needing, [*files.items()][:1]):",
+            "test_a_run_on_a_file",
+        ),
+        (
+            "a controller that multiplies 0",
+            "(args.kl_target and not args.kl_coef,",
+            "(False,",
+            "test_flags_that_do_not_go_together_are_refused",
+        ),
+        ("the controller steers nothing", "mask, kl_coef=kl_coef)", "mask, kl_coef=args.kl_coef)", LOOP),
+        (
+            "the start is scored at temperature 1",
+            "scored(ref_model, found.input_ids, mask, tokenizer, args.temperature,",
+            "scored(ref_model, found.input_ids, mask, tokenizer, 1.0,",
+            LOOP,
+        ),
+        ("updates score at temperature 1", "args.temperature, critic)  # fmt", "1.0, critic)  # fmt", LOOP),
+        ("kl: upside down", '"kl": (batch.old_logps - ref_logps)', '"kl": (ref_logps - batch.old_logps)', LOOP),
+        ("kl: the mean over tokens", "- ref_logps).sum(-1)", "- ref_logps).mean(-1)", LOOP),
+        ("another step's samples", "(args.seed, step, loop.rank)", "(args.seed, 1, loop.rank)", LOOP),
+        (
+            "lessons of the test's requests",
+            '("lesson", args.seed, i), "train", args)',
+            '("lesson", args.seed, i), "test", args)',
+            "test_the_critic_begins_as_the_reward_model_that_pays",
+        ),
+        (
+            "the best of four that are one",
+            '4, 1.0, (args.seed, "best of 4")',
+            '4, 0.0, (args.seed, "best of 4")',
+            "test_best_of_4_is_the_reward_models_choice",
+        ),
+        ("imitation at one rate", '        group["lr"] *= group["lr_times"]\n', "        pass\n", RATES),
+        (
+            "--sft-lr: the rate of full fine-tuning for an adapter",
+            '{"sft_lr": rates_of({"lr": SFT_LR}, args.adapter)["lr"]}',
+            '{"sft_lr": SFT_LR}',
+            RATES,
         ),
         (
             "all answers are decoded at once",
