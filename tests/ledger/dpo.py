@@ -868,13 +868,13 @@ MUTANTS = [
             "a resumed round is sampled anew",
             "[] if begins else kept, model",
             "[], model",
-            f"{RESUME}[True-flags3]",
+            f"{RESUME}[True-flags4]",
         ),
         (
             "a resumed run's next rounds have the samples of the one that was interrupted",
             "[] if begins else kept, model",
             "kept, model",
-            f"{RESUME}[True-flags6]",
+            f"{RESUME}[True-flags3]",
         ),
         (
             "--online: all rounds ask the same",
