@@ -14,14 +14,17 @@ itself. --loss picks a variant among the functions below, each with its paper; t
     --credit                shows held-out answers, each token coloured by beta * log pi / ref (2404.12358)
     --eval-data world       a run on --data is measured in the generated world, like one without
 
-Logged. `margin`: the implicit reward of the best answer minus that of the worst; it is beta * log pi / ref, or what
-stands in its place (LOSSES). `accuracy`: how often it is above 0. `chosen_reward`, `rejected_reward`: its two parts.
-`chosen_logps`, `rejected_logps`: sums of log pi; both may fall while the margin grows (likelihood displacement).
-`grad_norm`: before clipping. Measured in the generated world, one sample at temperature 1 for each held-out request:
-`win rate` against a sample of the SFT model by the annotator's true utility, ties half; `utility` itself; `KL`, the
-mean of log pi / ref over these samples, in nats a sequence; `length` in tokens; `skills`, exact match on the questions
-of sft.py: what falls there is the alignment tax. On held-out rows of --data: `pair accuracy` of the implicit reward,
-and `loss`. With --adapter the reference is the same model, but for the adapter (lora.py). Not here: PCO, DNO, UNA.
+Logged. `loss`: the mean over the rows of a step, before its update, with --sft-weight. `margin`: the implicit reward of
+the best answer minus that of the worst; it is beta * log pi / ref, or what stands in its place (LOSSES). `accuracy`:
+how often it is above 0. `chosen_reward`, `rejected_reward`: its two parts. `chosen_logps`, `rejected_logps`: sums of
+log pi; both may fall while the margin grows (likelihood displacement). `grad_norm`: before clipping. `lr`, `seconds` of
+training so far, and `tokens_per_second`, padding among them. Measured in the generated world, one sample at temperature
+1 for each held-out request: `win rate` against a sample of the SFT model by the annotator's true utility, ties half;
+`utility` itself; `KL`, the mean of log pi / ref over these samples, in nats a sequence; `length` in tokens; `skills`,
+exact match on the questions of sft.py: what falls there is the alignment tax. On held-out rows of --data: `pair
+accuracy` of the implicit reward, and `loss`; `length`, and `KL` where a reference is held, of one sample to each of up
+to 64 of their prompts, of those that leave room for --max-new-tokens within --max-length. With --adapter the reference
+is the same model, but for the adapter (lora.py). Not here: PCO, DNO, UNA.
 
     python dpo.py                                                         the tiny model, the annotator's comparisons
     python dpo.py --model DIR --data preferences.jsonl --precompute-ref   a real model, real rows
@@ -439,7 +442,7 @@ def encode(prompt: str | list[dict], answers: Sequence[str | list[dict]], scores
 
 
 def fit(examples: Iterable[Example], args: argparse.Namespace, counts: Counter) -> list[Example]:
-    """Examples of at most --max-length tokens; dropped if the best and the worst answer are then alike.
+    """Examples of at most --max-length tokens; dropped if an answer is then empty, or the best and the worst alike.
 
     --too-long cut shortens the prompt from its beginning, for all its answers alike and at most to half of
     --max-length, and only then the answers from their end. `counts` says what was cut and dropped.
@@ -457,11 +460,20 @@ def fit(examples: Iterable[Example], args: argparse.Namespace, counts: Counter) 
             prompt = e.prompt[-max(args.max_length - longest, args.max_length // 2) :]
             room = args.max_length - len(prompt)
             e = e._replace(prompt=prompt, answers=[chat.Row(ids[:room], mask[:room]) for ids, mask in e.answers])
-        if len(e.answers) > 1 and e.answers[0] == e.answers[-1]:
+        if not all(any(answer.completion_mask) for answer in e.answers):
+            counts["with nothing left of an answer: dropped"] += 1
+        elif len(e.answers) > 1 and e.answers[0] == e.answers[-1]:
             counts["with two answers that are the same: dropped"] += 1
         else:
             kept.append(e)
     return kept
+
+
+def check_room(prompts: Iterable[list[int]], args: argparse.Namespace) -> None:
+    """UserError if a prompt and what is sampled after it may be longer than --max-length."""
+    if (longest := max(map(len, prompts))) + args.max_new_tokens > args.max_length:
+        raise UserError(f"--max-length {args.max_length}: the longest prompt has {longest} tokens, and as many as "
+                        f"--max-new-tokens {args.max_new_tokens} are sampled after it")
 
 
 def ranked(prompt: list[int], answers: list[chat.Row], scores: list[float], args: argparse.Namespace) -> Example:
@@ -514,14 +526,14 @@ def from_file(row: dict, tokenizer: Tokenizer, args: argparse.Namespace) -> Exam
 def examples(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, loop: Loop
              ) -> tuple[list, dict[str, list]]:  # fmt: skip
     """The rows to train on (with --online their prompts), and what `evaluate` measures."""
-    counts, test = Counter(), {}
+    counts, of_test, test = Counter(), Counter(), {}
     if args.data:
         read = partial(file_rows, args, counts)
         if args.eval_data == "world":
             rows = read(args.data)
         else:
             (rows,), held_out = formats.split([args.data], args.eval_data, read, loop.say)
-            test["pairs"] = fit((from_file(row, tokenizer, args) for row in held_out), args, Counter())
+            test["pairs"] = fit((from_file(row, tokenizer, args) for row in held_out), args, of_test)
         bar = tqdm(rows, "encoding", unit="row", disable=None, leave=False)
         rows = fit((from_file(row, tokenizer, args) for row in bar), args, counts)
     if not args.data or args.eval_data == "world":
@@ -532,17 +544,26 @@ def examples(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer,
         requests = [manners.draw_request(world.rng_for("dpo", args.seed, i), "train")
                     for i in range(max(1, args.steps) * args.batch_size)]  # fmt: skip
         prompts = [(chat.prompt_ids(row["prompt"], tokenizer), row) for row in requests]
+        check_room((ids for ids, _ in prompts), args)
         return (prompts if args.online else sampled_rows(model, tokenizer, prompts, args, loop)), test
     if not args.data:
         rows = fit(written_rows(args, tokenizer), args, counts)
-    for kind, n in counts.items():
+    said = [*((f"rows {kind}", n) for kind, n in counts.items()),
+            *((f"measured rows {kind}", n) for kind, n in of_test.items())]  # fmt: skip
+    for kind, n in said:
         if n:
-            loop.say(f"{n} rows {kind}")
+            loop.say(f"{n} {kind}")
     if not rows or not all(test.values()):
         raise UserError(f"no row is left to train on or to measure: --max-length is {args.max_length}")
+    if "pairs" in test:
+        asked = [list(ids) for ids in dict.fromkeys(tuple(e.prompt) for e in test["pairs"])]
+        asked = [ids for ids in asked if len(ids) + args.max_new_tokens <= args.max_length][:PROMPTS]
+        test |= {"prompts": asked} if asked else {}
     if args.online:
+        check_room((e.prompt for e in rows), args)
         return [(e.prompt, {}) for e in rows], test
     if args.loss == "nn":
+        check_room((e.prompt for e in rows + test.get("pairs", [])), args)
         rows = with_own_answers(rows, model, tokenizer, args, loop)
         if "pairs" in test:
             test["pairs"] = with_own_answers(test["pairs"], model, tokenizer, args, loop)
@@ -585,6 +606,17 @@ def sampled_rows(model: Transformer, tokenizer: Tokenizer, prompts: list[tuple[l
     return rows
 
 
+def rows_of_round(i: int, rows: list, others: list[Example], kept: list[Example], model: Transformer,
+                  tokenizer: Tokenizer, args: argparse.Namespace, loop: Loop
+                  ) -> tuple[list[Example], list[Example]]:  # fmt: skip
+    """The rows of round i, and for kto answers to other prompts; --online samples the rows that are not `kept`."""
+    mine = rows[i :: args.rounds]
+    if not args.online:
+        return mine, others[i :: args.rounds]
+    mine = kept or sampled_rows(model, tokenizer, mine, args, loop)
+    return mine, of_other_prompts(mine, args.max_length) if args.loss == "kto" else []
+
+
 def judged(model: Transformer, tokenizer: Tokenizer, prompts: list[tuple[list[int], dict]],
            answers: list[list[chat.Row]], args: argparse.Namespace, loop: Loop) -> list[list[float]]:  # fmt: skip
     """The score of each answer by --judge: the annotator, a chat model's opinion (ai) or a reward model.
@@ -605,6 +637,8 @@ def judged(model: Transformer, tokenizer: Tokenizer, prompts: list[tuple[list[in
         return [[reward.worth(said[text], rules) for text in some] for some in texts]
     path = loop.require("reward") if args.judge == "reward" else args.judge
     judge, found = reward.load_reward_model(path, tokenizer, loop.device), []
+    if (room := judge.context - max(len(ids) for ids, _ in prompts)) < args.max_new_tokens:
+        raise UserError(f"--max-new-tokens {args.max_new_tokens}: the longest prompt leaves --judge room for {room}")
     for (ids, _), some in zip(prompts, answers, strict=True):
         batch = collate([Example(ids, some, [0.0] * len(some))], loop.device, 64 if loop.compiled else 1)
         with torch.no_grad(), loop.autocast():
@@ -706,6 +740,13 @@ def evaluate(model: Transformer, ref_model: Transformer | None, tokenizer: Token
             groups = [s._replace(baseline=baseline) for s in groups]
         found["pair accuracy"] = [x for s in groups for x in is_right(implicit_rewards(s, args), s).tolist()]
         found["loss"] = [x for s in groups for x in objective(s, args).tolist()]
+    if "prompts" in test:
+        answers = sampled(model, tokenizer, test["prompts"], 1, 1.0, 5 if before is None else 6, args, loop)
+        if before is None and ref_model is not None:
+            found["KL"] = [0.0] * len(answers)
+        elif before is not None and "KL" in before:  # a reference that --credit alone needs is not there before
+            found["KL"] = sampled_kls(model, ref_model, test["prompts"], answers, args, loop)
+        found["length"] = [float(len(answer.input_ids)) for (answer,) in answers]
     if "requests" in test:
         prompts = [ids for ids, _ in test["requests"]]
         answers = sampled(model, tokenizer, prompts, 1, 1.0, 1 if before is None else 2, args, loop)
@@ -714,20 +755,26 @@ def evaluate(model: Transformer, ref_model: Transformer | None, tokenizer: Token
         found["win rate"] = [(a > b) + 0.5 * (a == b) for a, b in zip(utility, theirs, strict=True)]
         found["utility"], found["KL"] = utility, [0.0] * len(utility)
         if before is not None and ref_model is not None:
-            rows = [Example(ids, some, [1.0]) for ids, some in zip(prompts, answers, strict=True)]
-            kls = []
-            for some in in_groups(rows, args.micro_batch_size):
-                batch = collate(some, loop.device, 64 if loop.compiled else 1)
-                with torch.no_grad(), loop.autocast():
-                    now, then = (answer_logps(m, batch) for m in (model, ref_model))
-                kls += (now - then).tolist()
-            found["KL"] = kls
+            found["KL"] = sampled_kls(model, ref_model, prompts, answers, args, loop)
         found["length"] = [float(len(answer.input_ids)) for (answer,) in answers]
         asked = [chat.prompt_ids(row["messages"][:1], tokenizer) for row in test["skills"]]
         said = sampled(model, tokenizer, asked, 1, 0.0, 0, args, loop)
         found["skills"] = [float(world.is_correct(chat.completion_text(answer.input_ids, tokenizer), row["answer"]))
                            for (answer,), row in zip(said, test["skills"], strict=True)]  # fmt: skip
     model.train()
+    return found
+
+
+@torch.no_grad()
+def sampled_kls(model: Transformer, ref_model: Transformer, prompts: list[list[int]], answers: list[list[chat.Row]],
+                args: argparse.Namespace, loop: Loop) -> list[float]:  # fmt: skip
+    """log pi / ref of the one answer that pi gave to each prompt: their mean estimates KL(pi || ref), in nats."""
+    rows, found = [Example(ids, some, [1.0]) for ids, some in zip(prompts, answers, strict=True)], []
+    for some in in_groups(rows, args.micro_batch_size):
+        batch = collate(some, loop.device, 64 if loop.compiled else 1)
+        with loop.autocast():
+            now, then = (answer_logps(m, batch) for m in (model, ref_model))
+        found += (now - then).tolist()
     return found
 
 
@@ -797,6 +844,7 @@ DEFAULTS = {  # flag: (the tiny model), (a --model of your own)
     "warmup": (10, 20),
 }
 REQUESTS = 500  # of the generated world that are held out
+PROMPTS = 64  # at most, of held-out rows of --data, that are answered for KL and length
 WORLD_STEPS = 60  # --steps where the rows are made as they are needed
 HYPER = ("lr", "beta", "gamma", "alpha", "label_smoothing", "desirable_weight", "undesirable_weight", "sft_weight")
 
@@ -809,7 +857,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                "--eval-data", "--chat-format", "--seed", "--device", "--dtype", "--compile", "--parallel",
                "--log-every", "--eval-every", "--save-every", "--resume", "--adapter"),
         defaults=told(DEFAULTS) | dict.fromkeys(("lr", "steps"))
-        | {"epochs": 1.0, "schedule": "linear", "weight_decay": 0.0, "grad_clip": 1.0},
+        | {"epochs": {"with --data": 1.0}, "schedule": "linear", "weight_decay": 0.0, "grad_clip": 1.0},
     )
     cli.add_argument("--loss", choices=(*LOSSES, "all"), default="dpo", help="a variant, or a table of all of them")
     cli.add_argument("--beta", type=REAL, help="how near to the reference, in most losses (defaults: see LOSSES)")
@@ -839,6 +887,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--seeds", type=COUNT, default=1, help=f"runs of {', '.join(MAIN_LOSSES)} in --loss all")
     args = cli.parse_args(argv)
     fill(args, DEFAULTS, args.model is not None)
+    if args.epochs is not None and args.data is None:
+        raise UserError("--epochs are passes over the rows of --data: those of the world are as many as --steps needs")
+    fill(args, {"epochs": (1.0,)}, 0)
     if args.steps is None and args.data is None:
         args.steps = WORLD_STEPS
     if args.loss == "all" and args.data:
@@ -848,7 +899,6 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def resolved(args: argparse.Namespace) -> argparse.Namespace:
     """`args` with the defaults of its --loss; UserError for flags that do not go together."""
-    args.answers = args.answers or (4 if args.loss in LISTWISE else 2)
     _, of_answers, defaults = LOSSES[args.loss]
     defaults = {"sft_weight": (0.0, 0.0)} | rates_of(defaults, args.adapter)
     needs_reference = of_answers in WITH_REFERENCE
@@ -872,9 +922,12 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
         (args.judge != "annotator" and not args.online and (args.data or args.pairs == "written"),
          "--judge ranks sampled answers: it needs --online or --pairs sampled"),
         (args.pairs == "written" and args.data, "--pairs is of the generated world: it takes no --data"),
+        (args.answers and not args.online and args.loss != "nn" and (args.data or args.pairs == "written"),
+         "--answers are sampled: they need --online, --pairs sampled or --loss nn"),
     ):
         if is_wrong:
             raise UserError(text)
+    args.answers = args.answers or (4 if args.loss in LISTWISE else 2)
     return args
 
 
@@ -912,9 +965,9 @@ def main(args: argparse.Namespace) -> dict:
     extra = loop.restore(model, optimizer)
     loop.describe(model)
     before = extra.get("before") or evaluate(model, ref_model, tokenizer, test, None, args, loop)
-    current = [Example(ids, [chat.Row(*answer) for answer in answers], *rest)  # of a round that was interrupted
-               for ids, answers, *rest in extra.get("current", ())]  # fmt: skip
-    unrelated: list[Example] = []
+    kept = [Example(ids, [chat.Row(*answer) for answer in answers], *rest)  # samples of a round that was interrupted
+            for ids, answers, *rest in extra.get("current", ())]  # fmt: skip
+    current: list[Example] = []
     if extra and args.ref == "last":
         ref_model.load_state_dict({name: extra[f"ref.{name}"] for name in ref_model.state_dict()})
 
@@ -922,14 +975,11 @@ def main(args: argparse.Namespace) -> dict:
     for step in loop.steps(total):
         lr = set_lr(optimizer, args, step, total)
         i = max(i for i, done in enumerate(starts) if done < step)  # the round
-        if step == starts[i] + 1 and args.ref == "last":
+        begins = step == starts[i] + 1
+        if begins and args.ref == "last":
             ref_model.load_state_dict(model.state_dict())
-        if not args.online:
-            current, unrelated = rows[i :: args.rounds], others[i :: args.rounds]
-        elif step == starts[i] + 1 or not unrelated:
-            if step == starts[i] + 1:
-                current = sampled_rows(model, tokenizer, rows[i :: args.rounds], args, loop)
-            unrelated = of_other_prompts(current, args.max_length)
+        if begins or not current:  # or a resumed run is within a round
+            current, unrelated = rows_of_round(i, rows, others, [] if begins else kept, model, tokenizer, args, loop)
         indices = list(loop.micro_batches(len(current), step - starts[i]))
         batches = [collate([current[j] for j in some], loop.device, 64 if loop.compiled else 1) for some in indices]
         n_read = loop.sum_over_ranks(sum(batch.input_ids.numel() for batch in batches))
@@ -954,9 +1004,9 @@ def main(args: argparse.Namespace) -> dict:
             name, values = next(iter(evaluate(model, ref_model, tokenizer, test, before, args, loop).items()))
             loop.say(f"step {step}: {name} {statistics.fmean(values):.3f}")
         if loop.due("save", step):
-            kept = {"before": before, "current": current if args.online else []}
-            kept |= {f"ref.{name}": p for name, p in ref_model.state_dict().items()} if args.ref == "last" else {}
-            loop.save(step, model=model, optimizer=optimizer, tokenizer=tokenizer, extra=kept)
+            state = {"before": before, "current": current if args.online else []}
+            state |= {f"ref.{name}": p for name, p in ref_model.state_dict().items()} if args.ref == "last" else {}
+            loop.save(step, model=model, optimizer=optimizer, tokenizer=tokenizer, extra=state)
 
     # 6. Evaluate
     if args.ref == "last" or (ref_model is None and ("requests" in test or args.credit)):

@@ -9,7 +9,8 @@ generated world tosses a known coin, so that the best possible accuracy is known
 
     --feedback comparison   which of two answers is better; the label may be a probability (AI labels, label smoothing)
     --feedback binary       good or not, one answer at a time (critique): cross-entropy of sigmoid(r)
-    --feedback rank         K answers in order: Plackett-Luce (Zhu et al. 2023, 2301.11270)
+    --feedback rank         K answers in order: Plackett-Luce (Zhu et al. 2023, 2301.11270); --rank-loss pairwise: the
+                            mean over all pairs i < j of - log sigmoid(r_i - r_j) (InstructGPT, equation 1)
     --feedback steps        right or wrong at the end of each step of a sum: a process reward model (Lightman et al.
                             2023, 2305.20050), its labels made by finishing each step often (Math-Shepherd, 2312.08935)
 
@@ -89,12 +90,14 @@ def rewards_of(model: Transformer, input_ids: Tensor, completion_mask: Tensor) -
 
 
 def bradley_terry(first: Tensor, second: Tensor, confidence: Tensor, margin: float, centre: float) -> Tensor:
-    """Cross-entropy (N,) of P(first is better) = sigmoid(first - second - margin) with the label `confidence` (N,).
+    """c * softplus(margin - d) + (1 - c) * softplus(margin + d), (N,), of d = first - second and c = `confidence` (N,).
 
-    confidence 1: the loss of InstructGPT, with a margin that of Llama 2; 1 - eps: label smoothing; in between: AI
-    labels. A comparison leaves the level of rewards open: centre * (first + second)^2 draws it to 0 (2312.09244, 3.1).
+    c is the chance that the first is better: 1 is the loss of InstructGPT, with a margin that of Llama 2; 1 - eps label
+    smoothing; in between are AI labels. The margin is asked of the winner, whichever that is: a tie stays one.
+    A comparison leaves the level of rewards open: centre * (first + second)^2 draws it to 0 (2312.09244, 3.1).
     """
-    loss = F.binary_cross_entropy_with_logits(first - second - margin, confidence, reduction="none")
+    d, won = first - second, torch.ones_like(confidence)
+    loss = confidence * binary(d - margin, won) + (1 - confidence) * binary(d + margin, 1 - won)
     return loss + centre * (first + second) ** 2
 
 
@@ -111,6 +114,18 @@ def plackett_luce(rewards: Tensor, answers: Tensor) -> Tensor:
     r = rewards.masked_fill(~answers, -1e9)  # wins against nothing
     rest = r.flip(1).logcumsumexp(1).flip(1)  # (N, K): log sum of e^r from place k on
     return ((rest - r) * answers).sum(1)
+
+
+def all_pairs(rewards: Tensor, answers: Tensor) -> Tensor:
+    """Mean over i < j of - log sigmoid(r_i - r_j) (N,) of K answers, best first (InstructGPT, section 3.5, equation 1).
+
+    rewards (N, K); answers (N, K): False where a list has fewer than K. However long it is, a list counts as much as
+    another.
+    """
+    r = rewards.masked_fill(~answers, 0.0)
+    pairs = (answers[:, :, None] & answers[:, None, :]).triu(1)  # (N, K, K): i is there, and j, which is worse
+    losses = -F.logsigmoid(r[:, :, None] - r[:, None, :])
+    return (losses * pairs).sum((1, 2)) / pairs.sum((1, 2))
 
 
 def process(rewards: Tensor, steps: Tensor) -> Tensor:
@@ -150,7 +165,8 @@ def losses_of(model: Transformer, batch: "Batch", args: argparse.Namespace) -> t
     if args.feedback == "binary":
         return binary(rewards[:, 0], smooth), rewards[:, 0] * (2 * labels - 1)
     if args.feedback == "rank":
-        return plackett_luce(rewards, answers), rewards[:, 0] - rewards[:, 1]
+        of_lists = all_pairs if args.rank_loss == "pairwise" else plackett_luce
+        return of_lists(rewards, answers), rewards[:, 0] - rewards[:, 1]
     return bradley_terry(rewards[:, 0], rewards[:, 1], smooth, args.margin, args.centre), rewards[:, 0] - rewards[:, 1]
 
 
@@ -291,7 +307,11 @@ def examples(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer,
         (rows,), held_out = formats.split([args.data], args.eval_data, partial(file_rows, args, loop), loop.say)
         rows = ai_labels(model, tokenizer, rows, args, loop) if args.labels == "ai" else rows
         train, test = ([file_example(row, tokenizer, args) for row in part] for part in (rows, held_out))
-        return train, {"examples": list(fit(test, args.max_length, args.too_long, Counter()))}
+        counts: Counter = Counter()
+        test = list(fit(test, args.max_length, args.too_long, counts))
+        for kind, n in counts.items():
+            loop.say(f"--max-length {args.max_length}: {n} measured rows {kind}")
+        return train, {"examples": test}
     if args.feedback == "steps":
         train = worked_sums(model, tokenizer, args, loop, "train", math.ceil(args.pairs / 4), 4)
         return train, {"examples": worked_sums(model, tokenizer, args, loop, "test", 200, 8)}
@@ -341,13 +361,15 @@ def read_constitution(args: argparse.Namespace) -> list[tuple[str, float]]:
 
 
 @torch.no_grad()
-def odds(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], words: tuple[str, str], loop: Loop
-         ) -> Tensor:  # fmt: skip
+def odds(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], words: tuple[str, str], rows_at_once: int,
+         loop: Loop) -> Tensor:  # fmt: skip
     """log p(words[0]) - log p(words[1]) (N,), each by its first token, as what the model says next."""
+    if (longest := max(map(len, prompts), default=0)) > model.context:
+        raise UserError(f"a question to the judge has {longest} tokens: the judge reads at most {model.context}")
     yes, no = (tokenizer.encode(word)[0] for word in words)
     order, found = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), torch.zeros(len(prompts))
-    for start in tqdm(range(0, len(order), 256), "judging", disable=None, leave=False):
-        some = order[start : start + 256]
+    for start in tqdm(range(0, len(order), rows_at_once), "judging", disable=None, leave=False):
+        some = order[start : start + rows_at_once]
         rows = [Example([chat.Row(prompts[i], [1] * len(prompts[i]))]) for i in some]
         batch = collate(rows, loop.device, 64 if loop.compiled else 1)
         with loop.autocast():
@@ -365,10 +387,13 @@ def judge_of(model: Transformer, args: argparse.Namespace, loop: Loop) -> Transf
 
 def opinions(model: Transformer, tokenizer: Tokenizer, answers: Iterable[str], rules: list[tuple[str, float]],
              args: argparse.Namespace, loop: Loop) -> dict[str, list[float]]:  # fmt: skip
-    """{answer: P(yes) to each question of the constitution}, as the model says when it is asked."""
-    answers = list(dict.fromkeys(answers))
+    """{answer: P(yes) to each question of the constitution}, as the model says when it is asked.
+
+    A --model of one's own reads --micro-batch-size questions at a time, the judge of the tiny world 256.
+    """
+    answers, at_once = list(dict.fromkeys(answers)), args.micro_batch_size if args.model else 256
     asked = [chat.prompt_ids(f"Answer: {a} {q}", tokenizer) for a in answers for q, _ in rules]
-    yes = odds(model, tokenizer, asked, ("yes", "no"), loop).sigmoid().view(len(answers), len(rules))
+    yes = odds(model, tokenizer, asked, ("yes", "no"), at_once, loop).sigmoid().view(len(answers), len(rules))
     return dict(zip(answers, yes.tolist(), strict=True))
 
 
@@ -381,7 +406,8 @@ def ai_labels(model: Transformer, tokenizer: Tokenizer, rows: list[dict], args: 
               ) -> list[dict]:  # fmt: skip
     """`rows` of the schema "preference" as the AI would label them, with its "confidence", at least 1/2; also a file.
 
-    Whoever reads that file as --data takes its labels for certain: "confidence" is no field of the schema.
+    Whoever reads that file as --data takes its labels for certain: "confidence" is no field of the schema. So it has no
+    exact ties, which the rows returned keep, as 1/2.
 
     P(a is better) = sigmoid(sum_q weight_q (P(yes to q of a) - P(yes to q of b))), or with --judge the mean of what the
     judge says where a comes first and where it comes second: what it gives to the first of two, whatever that says,
@@ -396,7 +422,8 @@ def ai_labels(model: Transformer, tokenizer: Tokenizer, rows: list[dict], args: 
         if not its_tokenizer.chat_format:  # else --chat-format is another's, that of --model
             its_tokenizer = its_tokenizer.with_chat_format(args.chat_format)
         prompts = [chat.prompt_ids(text, its_tokenizer) for text in asked]
-        first, second = odds(judge, its_tokenizer, prompts, ("A", "B"), loop).sigmoid().view(-1, 2).T
+        found = odds(judge, its_tokenizer, prompts, ("A", "B"), args.micro_batch_size, loop)
+        first, second = found.sigmoid().view(-1, 2).T
         better = ((first + 1 - second) / 2).tolist()  # first: P(a) where a is A; second: P(b) where b is A
         alike = ((first > 0.5) != (second > 0.5)).float().mean()
         loop.say(f"--judge: prefers the same answer in both orders of {alike:.1%}")
@@ -415,7 +442,10 @@ def ai_labels(model: Transformer, tokenizer: Tokenizer, rows: list[dict], args: 
         chosen, rejected = ("chosen", "rejected") if p >= 0.5 else ("rejected", "chosen")
         labelled.append({"prompt": row["prompt"], "chosen": row[chosen], "rejected": row[rejected],
                          "confidence": max(p, 1 - p)})
-    write_jsonl(loop, "preferences.jsonl", labelled)
+    decided = [row for row in labelled if row["confidence"] > 0.5]
+    if len(decided) < len(labelled):
+        loop.say(f"{len(labelled) - len(decided)} pairs are exact ties: not written")
+    write_jsonl(loop, "preferences.jsonl", decided)
     return labelled
 
 
@@ -455,7 +485,13 @@ def revise(model: Transformer, tokenizer: Tokenizer, args: argparse.Namespace, l
     sentence is put in; of all these changes the one that raises the judge's score most is made. What the judge sees in
     an answer is all that it knows: not who asked, nor whether a fact is true.
     """
-    rules, judge = read_constitution(args), judge_of(model, args, loop)
+    rules = [(question, weight) for question, weight in read_constitution(args) if weight]
+    known = manners.QUESTIONS.values()
+    if not rules or (odd := [question for question, _ in rules if question not in known]):
+        found = repr(odd[0]) if rules else "no question with a weight"
+        raise UserError(f"{args.constitution}: found {found}; --revise measures what the world can check: "
+                        f"{' '.join(known)}")
+    judge = judge_of(model, args, loop)
     requests = [manners.draw_request(world.rng_for("revise", args.seed, i), "train") for i in range(args.pairs)]
     prompts = [chat.prompt_ids(request["prompt"], tokenizer) for request in requests]
     seen: dict[str, list[float]] = {}  # text: P(yes) to each question
@@ -717,6 +753,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--margin", type=REAL, default=0.0, help="that the better answer must have (default: %(default)s)")
     cli.add_argument("--centre", type=REAL, help="weight of (r + r)^2, of comparisons (default: 0.01)")
     cli.add_argument("--label-smoothing", type=REAL, default=0.0, metavar="EPS", help="share of labels held for wrong")
+    cli.add_argument("--rank-loss", choices=("listwise", "pairwise"), help="of --feedback rank: Plackett-Luce, or the "
+                     "mean over all pairs of a list (default: listwise)")
     cli.add_argument("--map", nargs="+", default=[], metavar="THEIRS=OURS", help="rename fields of the JSONL files")
     cli.add_argument("--too-long", choices=("refuse", "drop", "cut"), default="refuse",
                      help="rows of more than --max-length tokens (cut: at the end of the answers, never the prompt)")
@@ -730,15 +768,20 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
          "--margin and --centre are of comparisons: they need --feedback comparison"),
         (args.feedback in ("rank", "steps") and args.label_smoothing,
          "--label-smoothing: --feedback rank and steps have none"),
+        (args.feedback != "rank" and args.rank_loss, "--rank-loss is of lists: it needs --feedback rank"),
         (args.label_smoothing >= 0.5, "--label-smoothing: from 0.5 on the labels say the opposite"),
         (args.labels == "ai" and args.feedback != "comparison", "--labels ai compares: it needs --feedback comparison"),
         (args.judge and args.labels != "ai", "--judge compares in the annotator's place: it needs --labels ai"),
         (args.constitution and args.labels != "ai" and not args.revise, "--constitution needs --labels ai or --revise"),
         (args.revise and args.data, "--revise answers requests of the generated world, not those of --data"),
+        (args.revise and (args.labels == "ai" or args.feedback != "comparison"),
+         "--revise compares and labels nothing: it takes no --labels, --judge or --feedback"),
     ):
         if wrong:
             raise UserError(said)
     fill(args, {"centre": (0.01,)}, 0)
+    if args.feedback == "rank":  # elsewhere it stays None
+        fill(args, {"rank_loss": ("listwise",)}, 0)
     return args
 
 

@@ -326,6 +326,24 @@ def test_baseline_of_bco_is_between_good_and_bad(one):
     assert step_baseline("bco", [s._replace(logps=s.ref_logps - 2)], one).item() == pytest.approx(-2)
 
 
+def test_held_out_pairs_of_kto_are_measured_beside_answers_to_other_prompts(one):
+    """As in training; the two models are told apart by which of them gives those answers more."""
+    rows = ragged_examples()
+    others = dpo.of_other_prompts(rows, 99)
+
+    def ratios(models, some):
+        return [[logp_by_hand(models[0], e, k) - logp_by_hand(models[1], e, k) for k in (0, 1)] for e in some]
+
+    models = [small(), small(seed=1)]
+    mean = statistics.fmean(x for row in ratios(models, others) for x in row)
+    models, z = models if mean > 0 else models[::-1], abs(mean)
+    found = dpo.evaluate(*models, tiny(), {"pairs": rows, "others": others}, None, one.args, one)
+    own, beta = ratios(models, rows), one.args.beta
+    wanted = [(1 - sigmoid(beta * (a - z)) + 1 - sigmoid(beta * (z - b))) / 2 for a, b in own]
+    assert found["loss"] == pytest.approx(wanted, rel=1e-3)
+    assert z > 0.1 and z != pytest.approx(statistics.fmean(x for row in own for x in row), rel=0.1)
+
+
 def test_answers_to_other_prompts():
     def example(prompt, *answers):
         return Example(prompt, [Row(a, [1] * len(a)) for a in answers], [1.0, 0.0])
@@ -755,6 +773,11 @@ def test_pairs_that_are_the_same_are_dropped_and_counted():
     assert len(fit([same_start], Namespace(max_length=5, too_long="cut"), counts)) == 1 and not counts
     assert fit([same_start], Namespace(max_length=4, too_long="cut"), counts) == []
     assert counts == {"too long: cut": 1, "with two answers that are the same: dropped": 1}
+    counts = Counter()
+    of_another = Example([1, 2], [Row([5, 6, 7], [0, 0, 1]), Row([5, 8, 9], [1, 1, 1])], [1.0, 0.0])  # a mean over none
+    assert fit([of_another], Namespace(max_length=5, too_long="cut"), counts) == [of_another] and not counts
+    assert fit([of_another], Namespace(max_length=4, too_long="cut"), counts) == []
+    assert counts == {"too long: cut": 1, "with nothing left of an answer: dropped": 1}
     alone = Example([1], [Row([5], [1])], [0.0])
     assert fit([alone], Namespace(max_length=4, too_long="cut"), Counter()) == [alone]
 
@@ -866,6 +889,12 @@ def test_other_judges(one, tmp_path, monkeypatch):
     wanted = reward.rewards_of(judge, batch.input_ids, batch.completion_mask).tolist()
     assert wanted[0] != wanted[1]
     assert dpo.judged(model, tiny(), prompts, answers, one.args, one) == [pytest.approx(wanted, abs=1e-4)]
+    room = 20 - len(prompts[0][0])
+    save(reward.with_scalar_head(small(tiny().vocab_size, max_length=20 + 63)), tiny(), tmp_path / "short")
+    one.args.judge = str(tmp_path / "short")
+    with pytest.raises(UserError, match=f"--max-new-tokens 64: .* leaves --judge room for {63 + room}$"):
+        dpo.judged(model, tiny(), prompts, answers, one.args, one)
+    one.args.judge = str(tmp_path / "judge")
     (tmp_path / "judge" / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="tokenizer is not the policy's"):
         dpo.judged(model, tiny(), prompts, answers, one.args, one)
@@ -1062,7 +1091,7 @@ def test_a_reference_computed_before_is_the_same(checkpoint, data, tmp_path, nam
     """--precompute-ref: the same numbers, and no second model."""
     copies = []
     watch(monkeypatch, "frozen", lambda copy, model: copies.append(copy))
-    flags = ("--loss", name, "--steps", 4, "--max-new-tokens", 4, "--answers", 3 if name == "nn" else 2)
+    flags = ("--loss", name, "--steps", 4, "--max-new-tokens", 4, *(("--answers", 3) if name == "nn" else ()))
     live = run(checkpoint, data, tmp_path / "live", *flags)
     assert len(copies) == 1
     before = run(checkpoint, data, tmp_path / "before", *flags, "--precompute-ref")
@@ -1104,6 +1133,34 @@ def test_held_out_pairs(checkpoint, tmp_path, monkeypatch):
     assert run(checkpoint, file, out, "--steps", 1, "--eval-data", other)["n"] == 3
 
 
+def test_held_out_prompts_are_answered(checkpoint, data, tmp_path, monkeypatch):
+    """KL and length of one sample to each of a few different prompts that leave room; the policy's, not the start's."""
+    monkeypatch.setattr(dpo, "PROMPTS", 3)
+    answers = {}
+    watch(monkeypatch, "sampled", lambda rows, model, tokenizer, prompts, samples, temperature, seed, args, loop:
+          answers.update({seed: (prompts, [row[0] for row in rows], samples, temperature,
+                                 next(model.parameters()).requires_grad)}))  # fmt: skip
+    long, *rows = pairs(6)
+    long["prompt"] *= 20
+    held_out = write_jsonl(tmp_path / "held-out.jsonl", [long, rows[0], rows[0] | {"chosen": "Other."}, *rows[1:]])
+    flags = ("--steps", 2, "--lr", 1e-2, "--max-new-tokens", 30, "--eval-data", held_out)
+    result = run(checkpoint, data, tmp_path / "out", *flags, "--max-length", 130)
+    wanted = [chat.prompt_ids(row["prompt"], tiny()) for row in rows[:3]]
+    assert len(answers) == 2 and all(some[0] == wanted and some[2:] == (1, 1.0, True) for some in answers.values())
+    (_, old, *_), (_, new, *_) = answers.values()
+    model, ref_model = load(tmp_path / "out" / "checkpoint")[0], load(checkpoint)[0]
+    some = [Example(prompt, [answer], [1.0]) for prompt, answer in zip(wanted, new, strict=True)]
+    kl = statistics.fmean(logp_by_hand(model, e, 0) - logp_by_hand(ref_model, e, 0) for e in some)
+    metrics = result["metrics"]
+    assert metrics["KL"]["after"] == pytest.approx(kl, rel=1e-3, abs=1e-4) and abs(kl) > 1e-3
+    assert metrics["KL"]["before"] == 0 and metrics["KL"]["n"] == metrics["length"]["n"] == 3 < result["n"] == 7
+    assert metrics["length"]["before"] == pytest.approx(statistics.fmean(len(answer.input_ids) for answer in old))
+    assert metrics["length"]["after"] == pytest.approx(statistics.fmean(len(answer.input_ids) for answer in new))
+    for more in (("--loss", "simpo"), ("--precompute-ref", "--credit")):  # no reference is held
+        assert set(run(checkpoint, data, tmp_path / "out", *flags, *more)["metrics"]) == {"loss", "length"}
+    assert set(run(checkpoint, data, tmp_path / "out", *flags, "--max-new-tokens", 155)["metrics"]) == {"loss"}
+
+
 class Stop(Exception): ...
 
 
@@ -1119,11 +1176,14 @@ def stopping(after: int):
 
 @pytest.mark.parametrize(("world_run", "flags"), [
     (False, ()), (False, ("--loss", "kto", "--precompute-ref")), (False, ("--rounds", 3, "--ref", "last")),
-    (True, ("--online", "--rounds", 2)), (True, ("--online", "--rounds", 2, "--ref", "last", "--loss", "kto")),
+    (True, ("--online", "--rounds", 4)), (True, ("--online", "--rounds", 2, "--ref", "last", "--loss", "kto")),
     (True, ()),
 ])  # fmt: skip
 def test_resuming_is_exact(checkpoint, data, tmp_path, monkeypatch, world_run, flags):
-    """Stopped in the middle of a round: the reference and the samples of that round are the same as ever."""
+    """Stopped in the middle of a round: the reference and the samples of that round are the same as ever.
+
+    Stopped at the end of one (the third of 4): the next round has samples of its own.
+    """
     monkeypatch.setattr(dpo, "REQUESTS", 6)
     monkeypatch.setattr(world, "sft_test", lambda n: [world.exchange("add", world.rng_for("x", 1), "test")])
     flags = (*flags, "--steps", 7, "--save-every", 5)
@@ -1183,12 +1243,16 @@ def test_online_rounds_sample_the_policy_anew(checkpoint, tmp_path, monkeypatch,
         monkeypatch,
         "sampled_rows",
         lambda rows, model, tokenizer, prompts, args, loop: rounds.append(
-            (Loop.step, len(prompts), {tuple(ids) for ids, _ in prompts}, rows)
+            (Loop.step, len(prompts), {tuple(ids) for ids, _ in prompts}, rows, [row for _, row in prompts],
+             next(model.parameters()).requires_grad)
         ),
-    )
+    )  # fmt: skip
     run(checkpoint, None, tmp_path / "out", "--online", "--rounds", 3, "--steps", 6)
     assert [(step, n) for step, n, *_ in rounds] == [(1, 8), (3, 8), (5, 8)]
     assert not rounds[0][2] & rounds[1][2] and rounds[0][3] != rounds[1][3]
+    asked = [row for *_, some, _ in rounds for row in some]
+    assert {world.split_of(f"{row['asker']} asks about {row['name']}") for row in asked} == {"train"}
+    assert all(is_policy for *_, is_policy in rounds)  # not the reference, which is frozen
     rounds.clear()
     run(checkpoint, None, tmp_path / "out", "--steps", 6)
     assert [(step, n) for step, n, *_ in rounds] == [(0, 24)]
@@ -1198,14 +1262,13 @@ def test_the_world_is_measured_by_true_utility(checkpoint, tmp_path, monkeypatch
     """One answer to each request before, another after, by independent draws; wins, ties half; KL by hand; skills."""
     texts = ["Go away now.", "I hope this helps.", "Nobody knows.", "Have a nice day! Thank you for asking.", "No. No."]
     says(monkeypatch, itertools.cycle([*texts, "Go away now.", "Thank you for asking."]))
-    answers = {}
-    watch(
-        monkeypatch,
-        "sampled",
-        lambda rows, model, tokenizer, prompts, samples, temperature, seed, args, loop: answers.setdefault(
-            (seed, temperature, len(prompts)), (prompts, [row[0] for row in rows])
-        ),
-    )
+    answers, who = {}, []
+
+    def look(rows, model, tokenizer, prompts, samples, temperature, seed, args, loop):
+        answers.setdefault((seed, temperature, len(prompts)), (prompts, [row[0] for row in rows]))
+        who.append((seed, "policy" if next(model.parameters()).requires_grad else "reference"))
+
+    watch(monkeypatch, "sampled", look)
     result = run(checkpoint, None, tmp_path / "out", "--lr", 1e-2)
     (prompts, old), (_, new) = answers[1, 1.0, 8], answers[2, 1.0, 8]
     asked = [manners.draw_request(world.rng_for("dpo test", i), "test") for i in range(8)]
@@ -1226,6 +1289,7 @@ def test_the_world_is_measured_by_true_utility(checkpoint, tmp_path, monkeypatch
     assert metrics["KL"]["after"] == pytest.approx(kl, rel=1e-3) and metrics["KL"]["before"] == 0 and abs(kl) > 1e-3
     assert metrics["length"]["after"] == pytest.approx(statistics.fmean(len(answer.input_ids) for answer in new))
     assert set(metrics) == {"utility", "KL", "length", "skills"}
+    assert who[-5:] == [(0, "policy"), (2, "policy"), (0, "policy"), (3, "reference"), (3, "policy")]
     assert answers[0, 0.0, 3] and capsys.readouterr().out.count("  user    ") == 3
 
 
@@ -1310,6 +1374,14 @@ def test_compiled_runs_see_few_lengths(checkpoint, data, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("world_run", [False, True])
+def test_every_number_is_explained(checkpoint, data, tmp_path, short_world, world_run):
+    rows = None if world_run else data
+    result = run(checkpoint, rows, tmp_path / "out", "--steps", 1, "--max-new-tokens", 8)
+    for name in {result["metric"], *result["metrics"], *logged(tmp_path / "out")[0]} - {"step"}:
+        assert f"`{name}`" in " ".join(dpo.__doc__.split()), f"--help does not explain {name!r}"
+
+
+@pytest.mark.parametrize("world_run", [False, True])
 def test_no_steps_are_no_steps(checkpoint, data, tmp_path, short_world, world_run):
     result = run(checkpoint, None if world_run else data, tmp_path / "out", "--steps", 0)
     assert result["seconds"] < 1 and not (tmp_path / "out" / "checkpoint").exists()
@@ -1355,10 +1427,26 @@ def test_settings_are_resolved_and_kept(checkpoint, data, tmp_path, capsys):
     (("--judge", "ai", "--data", "x.jsonl"), "--judge ranks sampled answers"),
     (("--judge", "ai", "--pairs", "written"), "--judge ranks sampled answers"),
     (("--pairs", "written", "--data", "x.jsonl"), "--pairs is of the generated world"),
+    (("--epochs", 1), "--epochs are passes over the rows of --data"),
+    (("--answers", 2, "--data", "x.jsonl"), "--answers are sampled"),
+    (("--answers", 4, "--loss", "lipo", "--pairs", "written"), "--answers are sampled"),
 ])  # fmt: skip
 def test_flags_that_do_not_go_together_are_refused(flags, said):
     with pytest.raises(UserError, match=said):
         get_args(list(map(str, flags)))
+
+
+def test_flags_that_go_together():
+    assert [of("dpo", *flags).epochs for flags in ((), ("--data", "x"), ("--data", "x", "--epochs", 2))] == [1, 1, 2]
+    for flags in ((), ("--online", "--judge", "ai", "--data", "x"), ("--loss", "nn", "--data", "x"),
+                  ("--loss", "nn", "--pairs", "written")):  # fmt: skip
+        assert get_args([*flags, "--answers", "3"]).answers == 3
+
+
+@pytest.mark.parametrize("flags", [(), ("--online", "--judge", "ai"), ("--loss", "nn")])
+def test_samples_that_may_be_too_long_are_refused(checkpoint, data, tmp_path, flags):
+    with pytest.raises(UserError, match=r"--max-length 100: the longest prompt has \d+ tokens, .* --max-new-tokens 84"):
+        run(checkpoint, data if flags else None, tmp_path / "out", "--max-length", 100, "--max-new-tokens", 84, *flags)
 
 
 # Files
@@ -1394,6 +1482,8 @@ def test_equal_pairs_of_a_file_are_dropped_and_said(checkpoint, tmp_path, monkey
     used, file = trained_on(monkeypatch), write_jsonl(tmp_path / "rows.jsonl", rows)
     run(checkpoint, file, tmp_path / "out", "--steps", 1)
     assert len(used) == 4 and "1 rows with two answers that are the same: dropped" in capsys.readouterr().err
+    run(checkpoint, write_jsonl(tmp_path / "good.jsonl", pairs(4)), tmp_path / "out", "--steps", 1, "--eval-data", file)
+    assert "\n1 measured rows with two answers that are the same: dropped" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", dpo.UNPAIRED)

@@ -26,6 +26,7 @@ from loop import Loop, learning_rate
 from model import Config, Transformer, load, save
 from reward import (
     Example,
+    all_pairs,
     binary,
     bradley_terry,
     calibration,
@@ -146,8 +147,8 @@ def test_bradley_terry_term_by_term():
     for margin, centre in itertools.product((0.0, 0.7), (0.0, 0.3)):
         found = bradley_terry(first, second, confidence, margin, centre)
         for a, b, c, loss in zip(first.tolist(), second.tolist(), confidence.tolist(), found.tolist(), strict=True):
-            p = sigmoid(a - b - margin)
-            assert loss == pytest.approx(-c * math.log(p) - (1 - c) * math.log(1 - p) + centre * (a + b) ** 2)
+            won, lost = (math.log(1 + math.exp(margin + x)) for x in (b - a, a - b))
+            assert loss == pytest.approx(c * won + (1 - c) * lost + centre * (a + b) ** 2)
 
 
 def test_bradley_terry_at_points_that_are_known():
@@ -160,8 +161,16 @@ def test_bradley_terry_at_points_that_are_known():
     d = torch.tensor([math.log(0.8 / 0.2)], dtype=torch.float64, requires_grad=True)
     bradley_terry(d, zero, 0.8 * one, 0.0, 0.0).backward()
     assert d.grad.item() == pytest.approx(0.0, abs=1e-12)
+
+
+def test_a_margin_is_asked_of_the_winner_whichever_that_is():
+    """Exchanged answers with the opposite label cost the same, and a tie is not moved."""
     x, y, c = numbers(5), numbers(5, seed=1), torch.rand(5, dtype=torch.float64)
-    torch.testing.assert_close(bradley_terry(x, y, c, 0.0, 0.1), bradley_terry(y, x, 1 - c, 0.0, 0.1))
+    for margin in (0.0, 0.7):
+        torch.testing.assert_close(bradley_terry(x, y, c, margin, 0.1), bradley_terry(y, x, 1 - c, margin, 0.1))
+        d = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+        bradley_terry(d, torch.zeros_like(d), torch.full_like(d, 0.5), margin, 0.0).backward()
+        assert d.grad.item() == pytest.approx(0.0, abs=1e-12)
 
 
 @pytest.mark.parametrize("margin, centre", [(0.0, None), (0.4, None), (0.4, 0.05)])
@@ -231,6 +240,21 @@ def test_plackett_luce_of_unequal_lists():
     torch.testing.assert_close(again.double(), grad, rtol=1e-4, atol=1e-5)
 
 
+def test_all_pairs_of_a_list_count_alike():
+    """By brute force, of lists of 5, 3 and 2; what stands in places without an answer is not read."""
+    rewards, answers = numbers(3, 5), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0]]).bool()
+    rewards.data[~answers] = math.nan
+    found = all_pairs(rewards, answers)
+    for row, n, loss in zip(rewards.tolist(), (5, 3, 2), found.tolist(), strict=True):
+        pairs = itertools.combinations(row[:n], 2)
+        assert loss == pytest.approx(statistics.fmean(-math.log(sigmoid(better - worse)) for better, worse in pairs))
+    (grad,) = torch.autograd.grad(found.sum(), rewards)
+    assert (grad[~answers] == 0).all() and (grad[:, 0] < 0).all() and grad[0, -1] > 0
+    a, b = numbers(6), numbers(6, seed=1)
+    both = all_pairs(torch.stack([a, b], 1), torch.ones(6, 2, dtype=torch.bool))
+    torch.testing.assert_close(both, bradley_terry(a, b, torch.ones_like(a), 0.0, 0.0))
+
+
 def test_a_process_reward_is_judged_at_the_ends_of_steps_alone():
     rewards, steps = numbers(2, 6), torch.tensor([[-1, 1, -1, 0, -1, -1], [-1, -1, 0, -1, -1, 1]])
     rewards.data[steps < 0] = math.nan
@@ -290,19 +314,26 @@ def brute_losses(model: Transformer, examples: list[Example], args: Namespace) -
             continue
         r = [brute_force(model, row).item() for row in example.rows]
         label = example.label * (1 - args.label_smoothing) + (1 - example.label) * args.label_smoothing
+        if args.feedback == "rank" and args.rank_loss == "pairwise":
+            pairs = itertools.combinations(r, 2)
+            losses.append(statistics.fmean(-math.log(sigmoid(better - worse)) for better, worse in pairs))
+            continue
         if args.feedback == "rank":
             losses.append(sum(math.log(sum(map(math.exp, r[k:]))) - r[k] for k in range(len(r))))
             continue
-        z = r[0] - r[1] - args.margin if args.feedback == "comparison" else r[0]
-        centre = args.centre * (r[0] + r[1]) ** 2 if args.feedback == "comparison" else 0.0
-        losses.append(-label * math.log(sigmoid(z)) - (1 - label) * math.log(sigmoid(-z)) + centre)
+        pair = args.feedback == "comparison"
+        z, margin = (r[0] - r[1], args.margin) if pair else (r[0], 0.0)
+        centre = args.centre * (r[0] + r[1]) ** 2 if pair else 0.0
+        won, lost = (-math.log(sigmoid(x - margin)) for x in (z, -z))
+        losses.append(label * won + (1 - label) * lost + centre)
     return losses
 
 
-@pytest.mark.parametrize("feedback", ["comparison", "binary", "rank", "steps"])
+@pytest.mark.parametrize("feedback", ["comparison", "binary", "rank", "rank pairwise", "steps"])
 def test_losses_of_a_batch_are_those_of_its_rows_alone(feedback):
+    feedback, _, rank_loss = feedback.partition(" ")
     model, examples = scalar(), some_examples(feedback)
-    args = Namespace(feedback=feedback, label_smoothing=0.1, margin=0.2, centre=0.05)
+    args = Namespace(feedback=feedback, label_smoothing=0.1, margin=0.2, centre=0.05, rank_loss=rank_loss or "listwise")
     batch = collate(examples, CPU, multiple_of=8)
     losses, margins = losses_of(model, batch, args)
     assert len(losses) == len(margins) == batch.n
@@ -523,6 +554,18 @@ def test_four_answers_are_in_the_order_of_plackett_and_luce():
     assert found / 800 == pytest.approx(wanted / 800, abs=0.05)
 
 
+def test_the_noise_of_an_order_is_that_of_the_answer_wherever_it_runs():
+    """Not of the place that the answer has in a set, which is another in every process."""
+    rows, examples = feedback_of_the_world("rank", 12)
+    for i, (row, e) in enumerate(zip(rows, examples, strict=True)):
+        rng, answers = world.rng_for("feedback", 0, i), {row["chosen"], row["rejected"]}
+        while len(answers) < 4:
+            answers.add(manners.draw_answer(rng, row["asker"], row["name"]))
+        worth = {a: manners.utility(a, row["asker"], row["name"]) - math.log(-math.log(rng.random()))
+                 for a in sorted(answers)}  # fmt: skip
+        assert [said(r) for r in e.rows] == sorted(worth, key=worth.get, reverse=True)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # AI feedback
 
@@ -538,10 +581,10 @@ def test_odds_are_of_the_first_token_after_each_prompt(tmp_path):
     prompts = [chat.prompt_ids(text, tokenizer) for text in ("Is it?", "Hello", "What is 3 + 4? Is it more than 5?")]
     yes, no = tokenizer.encode("yes")[0], tokenizer.encode("no")[0]
     wanted = [model(torch.tensor([ids]))[0, -1].log_softmax(-1) for ids in prompts]
-    found = reward.odds(model, tokenizer, prompts, ("yes", "no"), loop)
+    found = reward.odds(model, tokenizer, prompts, ("yes", "no"), 256, loop)
     torch.testing.assert_close(found, torch.stack([p[yes] - p[no] for p in wanted]).detach(), atol=1e-5, rtol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):  # as main has one around it: --dtype is of what the judge reads alone
-        assert reward.odds(model, tokenizer, prompts, ("yes", "no"), loop).equal(found)
+        assert reward.odds(model, tokenizer, prompts, ("yes", "no"), 256, loop).equal(found)
     with pytest.raises(UserError, match="--max-new-tokens: 150 more are to be said, .* leaves room for 1[0-9][0-9]$"):
         reward.sampled(model, tokenizer, prompts, 150, 1, 1.0, 0)
     (short := small(tiny().vocab_size)).virtual = 100  # positions of a prefix
@@ -553,10 +596,32 @@ def test_odds_are_of_the_first_token_after_each_prompt(tmp_path):
     )
 
 
+def test_a_judge_reads_so_many_questions_at_a_time_and_none_beyond_its_context(tmp_path, monkeypatch):
+    """A --model of one's own --micro-batch-size of them, the tiny world's judge 256."""
+    (_, loop), sizes = a_loop(tmp_path), []
+    monkeypatch.setattr(reward, "collate", lambda rows, *how: sizes.append(len(rows)) or collate(rows, *how))
+    model = small(tiny().vocab_size, max_length=40)
+    prompts = [[1] * n for n in (40, 7, 9, 3, 5)]
+    found = reward.odds(model, tiny(), prompts, ("yes", "no"), 2, loop)
+    assert sizes == [2, 2, 1]
+    torch.testing.assert_close(found, reward.odds(model, tiny(), prompts, ("yes", "no"), 5, loop))
+    with pytest.raises(UserError, match="a question to the judge has 41 tokens: the judge reads at most 40"):
+        reward.odds(model, tiny(), [*prompts, [1] * 41], ("yes", "no"), 2, loop)
+    model.virtual = 1  # positions of a prefix
+    with pytest.raises(UserError, match="has 40 tokens: the judge reads at most 39"):
+        reward.odds(model, tiny(), prompts, ("yes", "no"), 2, loop)
+    asked = []
+    monkeypatch.setattr(reward, "odds", lambda model, tokenizer, prompts, words, at_once, loop: asked.append(at_once) or
+                        torch.zeros(len(prompts)))  # fmt: skip
+    for flags in (("--model", "x", "--micro-batch-size", "3"), ()):
+        reward.opinions(model, tiny(), ["Hi!"], list(reward.CONSTITUTION), *a_loop(tmp_path, *flags))
+    assert asked == [3, 256]
+
+
 def knows_the_truth(requests: dict[str, tuple[str, str]]):
     """A stand-in for `odds` of the model "judge": answers the world's questions with what is true, sure by 3 nats."""
 
-    def odds(model, tokenizer, prompts, words, loop):
+    def odds(model, tokenizer, prompts, words, at_once, loop):
         assert model == "judge"
         found = []
         for ids in prompts:
@@ -604,7 +669,9 @@ def test_the_ai_label_is_the_weighted_difference_of_its_opinions(tmp_path, monke
         and f"{agree / judged:.1%} are in the order of the true utility" in text
     )
     again = formats.read_jsonl(tmp_path / "out" / "preferences.jsonl", "preference")
-    assert again == [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in labelled]
+    kept = [row for row in labelled if row["confidence"] != 0.5]  # whoever reads the others would take them for certain
+    assert again == [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in kept]
+    assert 0 < len(kept) < 60 and f"\n{60 - len(kept)} pairs are exact ties: not written" in text
     example = reward.file_example(labelled[0], tiny(), args)
     assert example.label == labelled[0]["confidence"] and said(example.rows[0]) == labelled[0]["chosen"]
     (tmp_path / "rules.json").write_text('[["Is it rude?", -5000]]')  # e^5000 is no float
@@ -616,20 +683,21 @@ def test_a_judge_that_prefers_a_place_says_nothing(bias, tmp_path, monkeypatch, 
     """Asked in both orders: equal answers get 1/2, the better one more, and nothing depends on which comes first."""
     seen = []
 
-    def odds(model, tokenizer, prompts, words, loop):
+    def odds(model, tokenizer, prompts, words, at_once, loop):
         found = []
         for ids in prompts:
             text = tokenizer.decode(ids)
             first, second = (text.split(f"Answer {x}: ")[1].split("\n\n")[0] for x in "AB")
             seen.append(text)
             found.append(bias + len(first) - len(second))
-        assert words == ("A", "B")
+        assert words == ("A", "B") and at_once == 5
         return torch.tensor(found)
 
     monkeypatch.setattr(reward, "odds", odds)
     own = "" if bias else "chatml"  # --chat-format is for a judge that does not say
     monkeypatch.setattr(reward, "load", lambda path, **how: (None, replace(tiny(), chat_format=own)))
-    args, loop = a_loop(tmp_path, "--labels", "ai", "--judge", "somewhere", "--chat-format", "qwen2.5")
+    args, loop = a_loop(tmp_path, "--labels", "ai", "--judge", "somewhere", "--chat-format", "qwen2.5",
+                        "--micro-batch-size", "5")  # fmt: skip
     prompt = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Say something."}]
     rows = [
         {"prompt": prompt, "chosen": a, "rejected": b}
@@ -703,8 +771,11 @@ def test_revision_drops_what_is_held_against_an_answer_and_adds_what_it_lacks(tm
 
 
 def revised(tmp_path, monkeypatch, draft: str, additions: list[str], worth: dict[str, float]) -> list[str]:
-    """What --revise writes for two requests, with the draft and the additions of a model, by a judge's one question."""
-    (tmp_path / "rules.json").write_text('[["Is it good?", 1.0]]')
+    """What --revise writes for two requests, with the draft and the additions of a model, by a judge's one question.
+
+    Nobody is asked the one of no weight.
+    """
+    (tmp_path / "rules.json").write_text('[["Does it greet?", 0], ["Does it tell a fact?", 1.0]]')
     args, loop = a_loop(tmp_path, "--revise", "--pairs", "2", "--constitution", str(tmp_path / "rules.json"))
     monkeypatch.setattr(reward, "judge_of", lambda *_: None)
     monkeypatch.setattr(reward, "sampled", lambda model, tokenizer, prompts, new, samples, *_: [
@@ -712,7 +783,7 @@ def revised(tmp_path, monkeypatch, draft: str, additions: list[str], worth: dict
     monkeypatch.setattr(reward, "opinions", lambda model, tokenizer, answers, *_: {a: [worth.get(a, 0.0)]
                                                                                    for a in answers})  # fmt: skip
     result = reward.revise(None, tiny(), args, loop)
-    assert "utility" in result["metrics"]
+    assert set(result["metrics"]) == {"utility", "rules kept: facts"}
     rows = map(json.loads, (tmp_path / "out" / "revised.jsonl").read_text().splitlines())
     return [row["messages"][1]["content"] for row in rows]
 
@@ -729,6 +800,19 @@ def revised(tmp_path, monkeypatch, draft: str, additions: list[str], worth: dict
 )
 def test_each_round_of_revision_makes_the_best_change(tmp_path, monkeypatch, worth, wanted):
     assert revised(tmp_path, monkeypatch, "A.", ["B. D.", "C. B.", "D."], worth) == wanted
+
+
+@pytest.mark.parametrize("rules, found", [
+    ('[["Does it greet?", 1], ["Is it good?", 1]]', "'Is it good[?]'"),
+    ('[["Is it rude?", 0]]', "no question with a weight"), ('[["Is it good?", 0]]', "no question with a weight"),
+])  # fmt: skip
+def test_revision_by_what_the_world_cannot_check_is_refused(tmp_path, monkeypatch, rules, found):
+    """All of no rules would be kept. It is said before anybody is asked."""
+    monkeypatch.setattr(reward, "judge_of", lambda *_: pytest.fail("the judge is loaded"))
+    (tmp_path / "rules.json").write_text(rules)
+    args, loop = a_loop(tmp_path, "--revise", "--constitution", str(tmp_path / "rules.json"))
+    with pytest.raises(UserError, match=rf"rules.json: found {found}; .*: Does it greet[?] Is it rude[?]"):
+        reward.revise(None, tiny(), args, loop)
 
 
 def test_the_tiny_worlds_judge_is_a_stage_of_its_own(tmp_path, monkeypatch):
@@ -922,6 +1006,20 @@ def test_a_reward_that_is_the_utility_reaches_the_ceiling(tmp_path, monkeypatch)
     assert worst["EPIC distance to utility"] == pytest.approx([1.0]) and worst["calibration error"][0] > 0.3
 
 
+@pytest.mark.parametrize("flags", [*(("--feedback", kind) for kind in reward.PAIRS), ("--labels", "ai")])
+def test_what_the_world_trains_on_is_never_measured(flags, tmp_path, monkeypatch):
+    """Of no kind: nobody asks the same in training and in the test."""
+    written = manners.preferences
+    monkeypatch.setattr(manners, "preferences", lambda count, *how: written(min(count, 60), *how))
+    monkeypatch.setattr(reward, "ai_labels", lambda model, tokenizer, rows, args, loop: rows)
+    monkeypatch.setattr(reward, "sampled", lambda model, tokenizer, prompts, new, samples, *_: [
+        [[tokenizer.eos_ids[0]]] * samples for _ in prompts])  # fmt: skip
+    train, test = reward.examples(*((args := a_loop(tmp_path, *flags, "--pairs", "120"))[0], None, tiny(), args[1]))
+    asked, measured = ({tuple(e.rows[0].input_ids[: e.rows[0].completion_mask.index(1)]) for e in some}
+                       for some in (train, test["examples"]))  # fmt: skip
+    assert min(len(asked), len(measured)) > 25 and not asked & measured
+
+
 def test_held_out_pairs_are_of_other_requests():
     train = {(row["asker"], row["name"]) for row in manners.preferences(3000, 0)}
     args = get_args([])
@@ -1027,8 +1125,8 @@ def test_a_run_is_a_plain_loop(checkpoint, preferences, tmp_path):
         total = right = margin = 0.0
         for pair in pairs:
             a, b = (brute_force(model, row) for row in pair)
-            z = a - b - 0.3
-            nll = -0.9 * torch.nn.functional.logsigmoid(z) - 0.1 * torch.nn.functional.logsigmoid(-z)
+            won, lost = (torch.nn.functional.softplus(0.3 + x) for x in (b - a, a - b))
+            nll = 0.9 * won + 0.1 * lost
             loss = (nll + 0.1 * (a + b) ** 2) / 8
             loss.backward()
             total, right, margin = total + loss.item(), right + (a > b).item() / 8, margin + (a - b).item() / 8
@@ -1203,7 +1301,7 @@ def test_compiled_runs_see_few_lengths_and_forward_passes_are_in_dtype(checkpoin
         run(checkpoint, preferences, tmp_path / "out", "--steps", 2, "--compile", "on", "--dtype", "bf16")
         args, loop = a_loop(tmp_path, "--compile", "on")
         loop.compile(small(tiny().vocab_size))
-        reward.odds(small(tiny().vocab_size), tiny(), [[1, 2, 3]], ("yes", "no"), loop)
+        reward.odds(small(tiny().vocab_size), tiny(), [[1, 2, 3]], ("yes", "no"), 1, loop)
     assert {(n % 64, narrow, dtype) for n, narrow, dtype in seen} == {(0, True, torch.float32)}
     assert len(measured) > len(seen) and all(batch.input_ids.shape[1] % 64 == 0 for batch in measured)
     assert {w.dtype for w in weights(tmp_path / "out").values()} == {torch.float32}
@@ -1229,6 +1327,7 @@ def test_defaults_are_of_one_table():
     assert {f: get_args(["--feedback", f]).pairs for f in reward.PAIRS} == reward.PAIRS
     assert get_args(["--revise"]).pairs == 256 and get_args(["--revise", "--pairs", "9"]).pairs == 9
     assert get_args(["--lr", "0.5"]).lr == 0.5 and get_args(["--feedback", "rank"]).centre == 0.01
+    assert (get_args(["--feedback", "rank"]).rank_loss, get_args([]).rank_loss) == ("listwise", None)
     epochs = [get_args(["--feedback", f, *more]).epochs for f in ("rank", "steps") for more in ((), ("--epochs", "2"))]
     assert epochs == [1.0, 2.0, 3.0, 2.0]
 
@@ -1249,18 +1348,23 @@ def exits(monkeypatch, capsys, *argv: object) -> tuple[int, str]:
         (("--judge", "x"), "needs --labels ai"),
         (("--constitution", "x"), "needs --labels ai or --revise"),
         (("--revise", "--data", "x"), "not those of --data"),
+        (("--revise", "--labels", "ai", "--judge", "x"), "it takes no --labels, --judge or"),
+        (("--revise", "--labels", "ai"), "it takes no --labels, --judge or"),
+        (("--revise", "--feedback", "rank"), "it takes no --labels, --judge or --feedback"),
+        (("--rank-loss", "pairwise"), "--rank-loss is of lists: it needs --feedback rank"),
         (("--margin", -1), "expected a finite number of at least 0"),
         (("--margin", 1, "--feedback", "rank"), "need --feedback comparison"),
         (("--centre", 0, "--feedback", "binary"), "need --feedback comparison"),
         (("--label-smoothing", 0.1, "--feedback", "steps"), "--feedback rank and steps have none"),
-        (("--model", "nowhere", "--out", Path(__file__, "out")), "expected a folder, found a file"),
+        (("--out", Path(__file__, "out")), "expected a folder, found a file"),
         (("--pairs", 0), "expected a whole number of at least 1"),
         (("--feedback", "stars"), "invalid choice"),
-        (("--model", "nowhere"), "nowhere/config.json"),
+        ((), "nowhere/config.json"),
     ],
 )
 def test_bad_flags_are_one_line_and_exit_2(flags, said, tmp_path, monkeypatch, capsys):
-    code, line = exits(monkeypatch, capsys, "--out", tmp_path / "out", "--device", "cpu", *flags)
+    start = ("--model", "nowhere")  # so that no stage is built where a flag is taken
+    code, line = exits(monkeypatch, capsys, *start, "--out", tmp_path / "out", "--device", "cpu", *flags)
     assert code == 2 and said in line
 
 
@@ -1299,6 +1403,9 @@ def test_what_was_dropped_is_counted_out_loud(checkpoint, tmp_path, capsys):
     run(checkpoint, data, tmp_path / "out", "--steps", 1, "--too-long", "drop")
     err = capsys.readouterr().err
     assert "1 rows dropped: its answers are the same" in err and "1 rows too long, dropped" in err
+    run(checkpoint, data, tmp_path / "out", "--steps", 0, "--too-long", "drop", "--eval-data", data)
+    err = capsys.readouterr().err
+    assert "1 measured rows dropped: its answers are the same" in err and "1 measured rows too long, dropped" in err
     same = write_jsonl(tmp_path / "same.jsonl", rows[-2:-1])
     with pytest.raises(UserError, match="no row is left to train on"):
         run(checkpoint, same, tmp_path / "out", "--eval-data", data, "--too-long", "drop")

@@ -10,6 +10,9 @@ SPLIT = "test_splitting_a_batch_changes_nothing"
 RANKS = "test_two_ranks_equal_one"
 SUMS = "test_log_probs_are_sums_over_the_tokens_of_each_answer"
 WORLD = "test_the_world_is_measured_by_true_utility"
+ROUNDS = "test_online_rounds_sample_the_policy_anew"
+ANSWERED = "test_held_out_prompts_are_answered"
+FLAGS = "test_flags_that_do_not_go_together_are_refused"
 COIN = "test_the_annotator_labels_samples_by_its_coin"
 
 MUTANTS = [
@@ -75,6 +78,12 @@ MUTANTS = [
             "- 1 / (2 * beta)).square()",
             "- beta / 2).square()",
             "test_ipo_rests_at_its_margin",
+        ),
+        (
+            "robust: the sure term keeps its whole weight",
+            "    mixed = -(1 - label_smoothing) * F.logsigmoid(logits)",
+            "    mixed = -F.logsigmoid(logits)",
+            f"{PAPER}[robust]",
         ),
         (
             "ipo: not squared",
@@ -245,6 +254,12 @@ MUTANTS = [
             (f"{PAPER}[tdpo]", "test_tdpo_moves_the_kl_of_the_rejected_answer_only"),
         ),
         (
+            "tdpo: alpha is not looked at",
+            "- alpha * beta * (s.kls[:, -1]",
+            "- beta * (s.kls[:, -1]",
+            f"{PAPER}[tdpo]",
+        ),
+        (
             "tdpo: beta is not in the KL term",
             "- alpha * beta * (s.kls[:, -1]",
             "- alpha * (s.kls[:, -1]",
@@ -314,6 +329,12 @@ MUTANTS = [
             "lipo: places from 0",
             "torch.log(2.0 + r.argsort",
             "torch.log(1.5 + r.argsort",
+            f"{PAPER}[lipo]",
+        ),
+        (
+            "lipo: the worse answer is pushed up",
+            "(weights * F.logsigmoid(pairs_of(r)))",
+            "(weights * F.logsigmoid(-pairs_of(r)))",
             f"{PAPER}[lipo]",
         ),
         (
@@ -405,6 +426,12 @@ MUTANTS = [
             "beta * margin(mean_logps(s)) - gamma",
             "beta * (margin(mean_logps(s)) - gamma)",
             f"{PAPER}[simpo]",
+        ),
+        (
+            "cpo: beta is not looked at",
+            "    return -F.logsigmoid(beta * margin(s.logps))",
+            "    return -F.logsigmoid(margin(s.logps))",
+            f"{PAPER}[cpo]",
         ),
         (
             "cpo: means, not sums",
@@ -608,15 +635,57 @@ MUTANTS = [
         ),
         (
             "R5: equal pairs are trained on",
-            "        if len(e.answers) > 1 and e.answers[0] == e.answers[-1]:",
-            "        if len(e.answers) > 9:",
+            "        elif len(e.answers) > 1 and e.answers[0] == e.answers[-1]:",
+            "        elif len(e.answers) > 9:",
             ("test_pairs_that_are_the_same_are_dropped_and_counted", "test_equal_pairs_of_a_file_are_dropped_and_said"),
         ),
         (
             "lone answers are dropped as equal to themselves",
-            "        if len(e.answers) > 1 and e.answers[0] == e.answers[-1]:",
-            "        if e.answers[0] == e.answers[-1]:",
+            "        elif len(e.answers) > 1 and e.answers[0] == e.answers[-1]:",
+            "        elif e.answers[0] == e.answers[-1]:",
             "test_pairs_that_are_the_same_are_dropped_and_counted",
+        ),
+        (
+            "a mean over no token is trained on",
+            "        if not all(any(answer.completion_mask) for answer in e.answers):",
+            "        if not any(any(answer.completion_mask) for answer in e.answers):",
+            "test_pairs_that_are_the_same_are_dropped_and_counted",
+        ),
+        (
+            "measured rows are dropped in silence",
+            '*((f"measured rows {kind}", n) for kind, n in of_test.items())',
+            "",
+            "test_equal_pairs_of_a_file_are_dropped_and_said",
+        ),
+        (
+            "requests of the test split are trained on",
+            'world.rng_for("dpo", args.seed, i), "train")',
+            'world.rng_for("dpo", args.seed, i), "test")',
+            ROUNDS,
+        ),
+        (
+            "samples of the world may be longer than --max-length",
+            "        check_room((ids for ids, _ in prompts), args)\n",
+            "",
+            "test_samples_that_may_be_too_long_are_refused[flags0]",
+        ),
+        (
+            "samples of --online may be longer than --max-length",
+            "        check_room((e.prompt for e in rows), args)\n",
+            "",
+            "test_samples_that_may_be_too_long_are_refused[flags1]",
+        ),
+        (
+            "samples of nn may be longer than --max-length",
+            '        check_room((e.prompt for e in rows + test.get("pairs", [])), args)\n',
+            "",
+            "test_samples_that_may_be_too_long_are_refused[flags2]",
+        ),
+        (
+            "a reward model judges what it cannot read",
+            "    if (room := judge.context - max(len(ids) for ids, _ in prompts)) < args.max_new_tokens:",
+            "    if (room := judge.context - max(len(ids) for ids, _ in prompts)) < 0:",
+            "test_other_judges",
         ),
         (
             "answers are ranked worst first",
@@ -761,33 +830,57 @@ MUTANTS = [
         ),
         (
             "all rounds have the rows of the first",
-            "            current, unrelated = rows[i :: args.rounds], others[i :: args.rounds]",
-            "            current, unrelated = rows[:: args.rounds], others[:: args.rounds]",
+            "    mine = rows[i :: args.rounds]\n",
+            "    mine = rows[:: args.rounds]\n",
             "test_rounds_have_rows_and_references_of_their_own",
         ),
         (
             "--ref last: the reference is the policy of the last step",
-            '        if step == starts[i] + 1 and args.ref == "last":',
+            '        if begins and args.ref == "last":',
             '        if args.ref == "last":',
             "test_rounds_have_rows_and_references_of_their_own",
         ),
         (
             "--ref last is not looked at",
-            '        if step == starts[i] + 1 and args.ref == "last":',
+            '        if begins and args.ref == "last":',
             "        if False:",
             "test_rounds_have_rows_and_references_of_their_own",
         ),
         (
             "--online samples at every step",
-            "        elif step == starts[i] + 1 or not unrelated:\n            if step == starts[i] + 1:",
-            "        else:\n            if step:",
-            "test_online_rounds_sample_the_policy_anew",
+            "        if begins or not current:",
+            "        if True:",
+            ROUNDS,
+        ),
+        (
+            "a run has the rows of its first round to its end",
+            "        if begins or not current:",
+            "        if not current:",
+            ("test_rounds_have_rows_and_references_of_their_own", ROUNDS),
+        ),
+        (
+            "--online: the reference is sampled",
+            "[] if begins else kept, model, tokenizer",
+            "[] if begins else kept, ref_model, tokenizer",
+            ROUNDS,
+        ),
+        (
+            "a resumed round is sampled anew",
+            "[] if begins else kept, model",
+            "[], model",
+            f"{RESUME}[True-flags4]",
+        ),
+        (
+            "a resumed run's next rounds have the samples of the one that was interrupted",
+            "[] if begins else kept, model",
+            "kept, model",
+            f"{RESUME}[True-flags3]",
         ),
         (
             "--online: all rounds ask the same",
-            "current = sampled_rows(model, tokenizer, rows[i :: args.rounds], args, loop)",
-            "current = sampled_rows(model, tokenizer, rows[:: args.rounds], args, loop)",
-            "test_online_rounds_sample_the_policy_anew",
+            "sampled_rows(model, tokenizer, mine, args, loop)",
+            "sampled_rows(model, tokenizer, rows[:: args.rounds], args, loop)",
+            ROUNDS,
         ),
         (
             "T5: weights resume, AdamW's moments do not",
@@ -888,15 +981,70 @@ MUTANTS = [
         ),
         (
             "KL: of the other direction's sign",
-            "kls += (now - then).tolist()",
-            "kls += (then - now).tolist()",
-            WORLD,
+            "found += (now - then).tolist()",
+            "found += (then - now).tolist()",
+            (WORLD, ANSWERED),
         ),
         (
             "KL: a token",
-            "kls += (now - then).tolist()",
-            "kls += ((now - then) / batch.completion_mask.sum(-1)).tolist()",
+            "found += (now - then).tolist()",
+            "found += ((now - then) / batch.completion_mask.sum(-1)).tolist()",
+            (WORLD, ANSWERED),
+        ),
+        (
+            "answers to requests are the reference's",
+            "answers = sampled(model, tokenizer, prompts, 1, 1.0, 1",
+            "answers = sampled(ref_model or model, tokenizer, prompts, 1, 1.0, 1",
             WORLD,
+        ),
+        (
+            "skills are the reference's",
+            "said = sampled(model, tokenizer, asked, 1, 0.0, 0, args, loop)",
+            "said = sampled(ref_model or model, tokenizer, asked, 1, 0.0, 0, args, loop)",
+            WORLD,
+        ),
+        (
+            "answers before and after are exchanged on the screen",
+            "3, args, loop) for m in (ref_model, model)]",
+            "3, args, loop) for m in (model, ref_model)]",
+            WORLD,
+        ),
+        (
+            "kto: held-out pairs are their own baseline",
+            'in_groups(test["others"], args.micro_batch_size)',
+            'in_groups(test["pairs"], args.micro_batch_size)',
+            "test_held_out_pairs_of_kto_are_measured_beside_answers_to_other_prompts",
+        ),
+        (
+            "held-out prompts: the reference answers",
+            'answers = sampled(model, tokenizer, test["prompts"]',
+            'answers = sampled(ref_model or model, tokenizer, test["prompts"]',
+            ANSWERED,
+        ),
+        ("held-out prompts: all are answered", "<= args.max_length][:PROMPTS]", "<= args.max_length]", ANSWERED),
+        (
+            "held-out prompts: one that leaves no room",
+            "if len(ids) + args.max_new_tokens <= args.max_length]",
+            "if len(ids) <= args.max_length]",
+            ANSWERED,
+        ),
+        (
+            "held-out prompts: the same one twice",
+            'in dict.fromkeys(tuple(e.prompt) for e in test["pairs"])]',
+            'in [tuple(e.prompt) for e in test["pairs"]]]',
+            ANSWERED,
+        ),
+        (
+            "held-out prompts: both sides draw the same numbers",
+            "1.0, 5 if before is None else 6, args, loop)",
+            "1.0, 5, args, loop)",
+            ANSWERED,
+        ),
+        (
+            "held-out prompts: a KL that was not there before",
+            '        elif before is not None and "KL" in before:',
+            "        elif before is not None and ref_model is not None:",
+            ANSWERED,
         ),
         (
             "requests of the train split are measured",
@@ -1018,6 +1166,25 @@ MUTANTS = [
             "- max(map(len, prompts))) < args.max_new_tokens",
             "- min(map(len, prompts))) < args.max_new_tokens",
             COIN,
+        ),
+        ("--epochs of the world", "if args.epochs is not None and args.data is None:", "if False:", FLAGS),
+        (
+            "--answers of a file",
+            'args.loss != "nn" and (args.data or args.pairs == "written")',
+            'args.loss != "nn" and args.pairs == "written"',
+            FLAGS,
+        ),
+        (
+            "--answers of written pairs",
+            'args.loss != "nn" and (args.data or args.pairs == "written")',
+            'args.loss != "nn" and args.data',
+            FLAGS,
+        ),
+        (
+            "nn samples no answers",
+            '(args.answers and not args.online and args.loss != "nn" and (',
+            "(args.answers and not args.online and (",
+            "test_flags_that_go_together",
         ),
         (
             "--judge of rows that are not sampled",

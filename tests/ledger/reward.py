@@ -10,9 +10,11 @@ LAST = "test_a_reward_is_read_at_the_last_token_of_the_answer"
 AFTER = "test_a_reward_knows_nothing_of_what_follows_the_answer"
 TERMS = "test_bradley_terry_term_by_term"
 POINTS = "test_bradley_terry_at_points_that_are_known"
+WINNER = "test_a_margin_is_asked_of_the_winner_whichever_that_is"
 GOOD = "test_binary_is_the_cross_entropy_of_the_sigmoid"
 ORDERS = "test_plackett_luce_is_a_distribution_over_orders"
 UNEQUAL = "test_plackett_luce_of_unequal_lists"
+PAIRS = "test_all_pairs_of_a_list_count_alike"
 ENDS = "test_a_process_reward_is_judged_at_the_ends_of_steps_alone"
 PEARSON = "test_pearson_is_the_correlation"
 EPIC = "test_epic_is_blind_to_what_changes_no_policy"
@@ -28,12 +30,15 @@ SAME = "test_pairs_that_are_the_same_after_cutting_are_dropped_and_counted"
 COLLATE = "test_collate_puts_the_answers_of_an_example_one_after_the_other"
 COIN = "test_good_is_a_coin_of_the_utility"
 FOUR = "test_four_answers_are_in_the_order_of_plackett_and_luce"
+NOISE = "test_the_noise_of_an_order_is_that_of_the_answer_wherever_it_runs"
+AT_ONCE = "test_a_judge_reads_so_many_questions_at_a_time_and_none_beyond_its_context"
 ODDS = "test_odds_are_of_the_first_token_after_each_prompt"
 AI = "test_the_ai_label_is_the_weighted_difference_of_its_opinions"
 JUDGE = "test_a_judge_that_prefers_a_place_says_nothing"
 RULES = "test_a_constitution_is_a_list_of_questions_and_weights"
 REVISE = "test_revision_drops_what_is_held_against_an_answer_and_adds_what_it_lacks"
 CHANGE = "test_each_round_of_revision_makes_the_best_change"
+UNKNOWN = "test_revision_by_what_the_world_cannot_check_is_refused"
 STAGE = "test_the_tiny_worlds_judge_is_a_stage_of_its_own"
 ENDINGS = "test_steps_are_labelled_by_where_their_endings_arrive"
 CHECKER = "test_the_checker_of_steps_wants_all_before_them_right"
@@ -42,6 +47,7 @@ SCORES = "test_scores_come_in_the_order_of_the_examples"
 MARGINS = "test_margins_of_every_kind"
 CALIBRATION = "test_calibration_by_hand"
 CEILING = "test_a_reward_that_is_the_utility_reaches_the_ceiling"
+NEVER = "test_what_the_world_trains_on_is_never_measured"
 SPLIT = "test_feedback_of_every_kind_is_learned_by_heart_however_batches_are_split"
 PLAIN = "test_a_run_is_a_plain_loop"
 RANKS = "test_two_ranks_equal_one"
@@ -58,7 +64,7 @@ ROWS = "test_bad_rows_are_one_line_and_exit_2"
 DROPPED = "test_what_was_dropped_is_counted_out_loud"
 
 MUTANTS = [
-    Mutant(name, file, old, new, TESTS + test)
+    Mutant(name, file, old, new, tuple(TESTS + t for t in ((test,) if isinstance(test, str) else test)))
     for file, group in {
         "reward.py": [
             # the head, and where it is read
@@ -121,26 +127,27 @@ MUTANTS = [
                 LAST,
             ),
             # Bradley-Terry
+            ("R3: the worse answer wins", "d, won = first - second,", "d, won = second - first,", POINTS),
+            ("no margin", "binary(d - margin, won)", "binary(d, won)", TERMS),
+            ("the margin is given, not asked for", "binary(d - margin, won)", "binary(d + margin, won)", TERMS),
             (
-                "R3: the worse answer wins",
-                "first - second - margin, confidence",
-                "second - first - margin, confidence",
-                POINTS,
-            ),
-            ("no margin", "first - second - margin, confidence", "first - second, confidence", TERMS),
-            (
-                "the margin is given, not asked for",
-                "first - second - margin, confidence",
-                "first - second + margin, confidence",
-                TERMS,
+                "the margin is the first answer's, whoever wins",
+                "binary(d + margin, 1 - won)",
+                "binary(d - margin, 1 - won)",
+                (WINNER, TERMS),
             ),
             (
                 "labels are all certain",
-                "margin, confidence, reduction",
-                "margin, torch.ones_like(confidence), reduction",
+                "confidence * binary(d - margin, won) + (1 - confidence) * binary(d + margin, 1 - won)",
+                "binary(d - margin, won)",
                 TERMS,
             ),
-            ("labels upside down", "margin, confidence, reduction", "margin, 1 - confidence, reduction", TERMS),
+            (
+                "labels upside down",
+                "confidence * binary(d - margin, won) + (1 - confidence) *",
+                "(1 - confidence) * binary(d - margin, won) + confidence *",
+                TERMS,
+            ),
             ("centred on the difference", "centre * (first + second) ** 2", "centre * (first - second) ** 2", TERMS),
             ("centred by its size", "centre * (first + second) ** 2", "centre * (first + second).abs()", TERMS),
             ("centring pushes away", "loss + centre *", "loss - centre *", TERMS),
@@ -158,6 +165,28 @@ MUTANTS = [
             ("sum, not log of a sum of exponentials", "logcumsumexp", "cumsum", ORDERS),
             ("absent answers compete", "r = rewards.masked_fill(~answers, -1e9)", "r = rewards", UNEQUAL),
             ("absent answers are infinitely bad", "~answers, -1e9)", "~answers, -math.inf)", UNEQUAL),
+            (
+                "pairs of a list: the worse wins",
+                "r[:, :, None] - r[:, None, :]",
+                "r[:, None, :] - r[:, :, None]",
+                PAIRS,
+            ),
+            ("pairs of a list: their sum", " / pairs.sum((1, 2))", "", PAIRS),
+            ("pairs of a list: each answer with itself, too", ".triu(1)", ".triu(0)", PAIRS),
+            ("pairs of a list: of neighbours", ".triu(1)", ".triu(1).tril(1)", PAIRS),
+            ("pairs of a list: with one that is not there", ":, None] & answers", ":, None] | answers", PAIRS),
+            (
+                "pairs of a list: what is not there is read",
+                "r = rewards.masked_fill(~answers, 0.0)",
+                "r = rewards",
+                PAIRS,
+            ),
+            (
+                "--rank-loss is not looked at",
+                'all_pairs if args.rank_loss == "pairwise" else plackett_luce',
+                "plackett_luce",
+                f"{LOSSES}[rank pairwise]",
+            ),
             (
                 "every token is a step",
                 "binary(rewards[steps >= 0], steps[steps >= 0])",
@@ -266,6 +295,7 @@ MUTANTS = [
                 "-manners.utility(answer, asker, name)",
                 FOUR,
             ),
+            ("ranked by the noise of a place in a set", "in sorted(answers)}", "in list(answers)}", NOISE),
             ("ranked by noise of another law", "-math.log(-math.log(rng.random()))", "3 * rng.gauss(0, 1)", FOUR),
             ("ranked from bad to good", "sorted(first, reverse=True)", "sorted(first)", SORTED),
             ("of equal scores the last", "dict(reversed([*zip(row", "dict(([*zip(row", TIES),
@@ -283,7 +313,41 @@ MUTANTS = [
                 "rows = held_out = ai_labels(model, tokenizer, rows, args, loop) if args.labels",
                 BY_AI,
             ),
+            (
+                "what the AI labels is measured",
+                "list(manners.preferences(args.pairs, args.seed)), args",
+                'list(manners.preferences(args.pairs, args.seed, "test")), args',
+                f"{NEVER}[flags4]",
+            ),
+            ("sums of the training are measured", '"test", 200, 8)', '"train", 200, 8)', f"{NEVER}[flags3]"),
+            (
+                "what is trained on is measured",
+                "enumerate(manners.preferences(args.pairs, args.seed)):",
+                'enumerate(manners.preferences(args.pairs, args.seed, "test")):',
+                f"{NEVER}[flags0]",
+            ),
             # AI feedback
+            ("a question beyond the judge's context", "> model.context:", "> 10**9:", AT_ONCE),
+            ("a prefix of the judge takes no room", "> model.context:", "> model.config.max_length:", AT_ONCE),
+            ("--micro-batch-size: not of questions", "args.micro_batch_size if args.model else 256", "256", AT_ONCE),
+            (
+                "the tiny judge reads few questions",
+                "micro_batch_size if args.model else 256",
+                "micro_batch_size",
+                AT_ONCE,
+            ),
+            ("all questions at once", "some = order[start : start + rows_at_once]", "some = order", AT_ONCE),
+            ("--micro-batch-size: not of --judge", '("A", "B"), args.micro_batch_size,', '("A", "B"), 256,', JUDGE),
+            ("exact ties are written", 'for row in labelled if row["confidence"] > 0.5]', "for row in labelled]", AI),
+            ("exact ties are left out in silence", "if len(decided) < len(labelled):", "if False:", AI),
+            ("rules that nobody can check", "if not rules or (odd :=", "if not rules and (odd :=", UNKNOWN),
+            ("no rules at all are kept", "if not rules or (odd :=", "if (odd :=", UNKNOWN),
+            (
+                "a rule of no weight is one",
+                "in read_constitution(args) if weight]",
+                "in read_constitution(args)]",
+                CHANGE,
+            ),
             ("the last column is the last token", "batch.completion_mask.sum(1) - 1]", "-1]", ODDS),
             ("odds in another order", "found[some] = (last", "found[start : start + len(some)] = (last", ODDS),
             (
@@ -319,7 +383,7 @@ MUTANTS = [
             ("odds are rounded under autocast", "loop.device.type, enabled=False", "loop.device.type", ODDS),
             ("a prefix takes no room", "model.context - max(", "model.config.max_length - max(", ODDS),
             ("samples run out of the context", "max(map(len, prompts))) < new", "max(map(len, prompts))) < 0", ODDS),
-            ("opinions in log-odds", '("yes", "no"), loop).sigmoid()', '("yes", "no"), loop)', AI),
+            ("opinions in log-odds", '("yes", "no"), at_once, loop).sigmoid()', '("yes", "no"), at_once, loop)', AI),
             ("the constitution without weights", "sum(p * weight for", "sum(p for", AI),
             (
                 "b over a",
@@ -544,6 +608,26 @@ MUTANTS = [
             ("--epochs is overruled", "if args.epochs is None:", "if True:", DEFAULTS),
             ("nothing left to train on", "if not rows or not test", "if not test", DROPPED),
             ("a list of one is ranked", 'any(len(row["scores"]) < 2', 'any(len(row["scores"]) < 1', ROWS),
+            (
+                "measured rows are dropped in silence",
+                "args.too_long, counts))\n        for kind, n in counts.items():",
+                "args.too_long, counts))\n        for kind, n in ():",
+                DROPPED,
+            ),
+            ("--revise reads no --judge", '(args.labels == "ai" or args.feedback != "comparison"),', "False,", FLAGS),
+            (
+                "--revise reads no --feedback",
+                '(args.labels == "ai" or args.feedback != "comparison"),',
+                '(args.labels == "ai"),',
+                FLAGS,
+            ),
+            ("--rank-loss of what is no list", 'args.feedback != "rank" and args.rank_loss,', "False,", FLAGS),
+            (
+                "lists are always of a stage",
+                '    if args.feedback == "rank":  # elsewhere',
+                "    if True:  #",
+                DEFAULTS,
+            ),
             (
                 "dropped in silence",
                 '        loop.say(f"--max-length {args.max_length}: {n} rows {kind}")',
