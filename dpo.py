@@ -473,7 +473,7 @@ def check_room(prompts: Iterable[list[int]], args: argparse.Namespace) -> None:
     """UserError if a prompt and what is sampled after it may be longer than --max-length."""
     if (longest := max(map(len, prompts))) + args.max_new_tokens > args.max_length:
         raise UserError(f"--max-length {args.max_length}: the longest prompt has {longest} tokens, and as many as "
-                        f"--max-new-tokens {args.max_new_tokens} are sampled after it")
+                        f"--max-new-tokens {args.max_new_tokens} are sampled after it: raise it or lower that")
 
 
 def ranked(prompt: list[int], answers: list[chat.Row], scores: list[float], args: argparse.Namespace) -> Example:
@@ -867,7 +867,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--desirable-weight", type=REAL, help="kto: of good answers")
     cli.add_argument("--undesirable-weight", type=REAL, help="kto: of bad answers")
     cli.add_argument("--sft-weight", type=REAL, help="of the SFT term on the best answer, beside any loss")
-    cli.add_argument("--rollout-batch", type=COUNT, help="answers decoded at a time, to save memory (default: all)")
+    cli.add_argument("--rollout-batch", type=COUNT, help="answers decoded at a time, to save memory (default: all; "
+                     "with --model 32)")  # fmt: skip
     cli.add_argument("--answers", type=COUNT, help="sampled to each prompt (default: 2; of lipo, rrhf, pro and nn 4)")
     cli.add_argument("--pairs", choices=("sampled", "written"), default="sampled",
                      help="of the world: answers of the model that the run begins with, or written by data/manners.py")
@@ -886,7 +887,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_argument("--credit", action="store_true", help="show held-out answers, each token coloured")
     cli.add_argument("--seeds", type=COUNT, default=1, help=f"runs of {', '.join(MAIN_LOSSES)} in --loss all")
     args = cli.parse_args(argv)
-    fill(args, DEFAULTS, args.model is not None)
+    fill(args, DEFAULTS | {"rollout_batch": (None, 32)}, args.model is not None)
     if args.epochs is not None and args.data is None:
         raise UserError("--epochs are passes over the rows of --data: those of the world are as many as --steps needs")
     fill(args, {"epochs": (1.0,)}, 0)
@@ -1001,7 +1002,8 @@ def main(args: argparse.Namespace) -> dict:
         optimizer.zero_grad()
         loop.log(step, **metrics_of(loop.sum_over_ranks(sums)), grad_norm=grad_norm, lr=lr, tokens=n_read)
         if args.eval_every and loop.due("eval", step) and step < total:
-            name, values = next(iter(evaluate(model, ref_model, tokenizer, test, before, args, loop).items()))
+            some = {kind: rows for kind, rows in test.items() if kind != "prompts"}  # what is shown needs no answers
+            name, values = next(iter(evaluate(model, ref_model, tokenizer, some, before, args, loop).items()))
             loop.say(f"step {step}: {name} {statistics.fmean(values):.3f}")
         if loop.due("save", step):
             state = {"before": before, "current": current if args.online else []}

@@ -69,6 +69,7 @@ from ppo import (
     score,
     scored,
     task_of,
+    withheld,
 )
 from reward import load_reward_model, running_rewards
 
@@ -406,12 +407,6 @@ def with_tool_turn(model: Transformer, tokenizer: Tokenizer, rollout: Rollout, s
     return Rollout(ids, mask, logps, completions, answers, finished)
 
 
-def withheld(values: Tensor, finished: Tensor, loop: Loop) -> Tensor:
-    """`values`; an answer that did not end by itself gets the least of 0 and of what any got that did, on all ranks."""
-    least = values.masked_fill(~finished, math.inf).amin().clamp(max=0.0)
-    return torch.where(finished, values, everybodys(least[None], loop).amin().cpu())
-
-
 def reward_of(rollout: Rollout, tasks: Sequence[Task], tokenizer: Tokenizer, prm: Transformer | None,
               args: argparse.Namespace, loop: Loop) -> Judged:  # fmt: skip
     """The sum of --reward, each with its weight and `withheld` from what was cut off, and the penalties of length.
@@ -426,7 +421,7 @@ def reward_of(rollout: Rollout, tasks: Sequence[Task], tokenizer: Tokenizer, prm
             steps = step_scores(prm, rollout, tokenizer, G, args, loop)
         values = values_of(name, rollout, tasks, steps)
         passed = finished & (values >= (1.0 if name != "prm" else 0.5)) if passed is None else passed
-        unshaped += withheld(weight * values, finished, loop)
+        unshaped += withheld(weight * values, finished, 0.0, loop)
     reward = unshaped - args.length_penalty * lengths / args.max_new_tokens
     if args.overlong_buffer:
         reward += overlong_penalty(lengths, args.max_new_tokens, args.overlong_buffer)
@@ -637,7 +632,7 @@ def evaluate(model: Transformer, ref_model: Transformer | None, prm: Transformer
                              dtype=torch.float64)  # fmt: skip
         finished = torch.cat([part.finished for part in parts]).cpu()
         right = (finished & (value >= 1)).double()
-        return parts, withheld(value, finished, loop).view(-1, samples), right.view(-1, samples)
+        return parts, withheld(value, finished, 0.0, loop).view(-1, samples), right.view(-1, samples)
 
     greedy, value, right = ask(test["test"], 1, 0.0)
     both = [("accuracy", right[:, 0].tolist()), ("reward", value[:, 0].tolist())]
@@ -648,7 +643,7 @@ def evaluate(model: Transformer, ref_model: Transformer | None, prm: Transformer
         found, first, whole = {}, args.rewards[0][0], joined(parts)
         steps = step_scores(prm, whole, tokenizer, 8, args, loop) if first == "prm" else None
         value = values_of(first, whole, test["test"], steps)
-        found["reward"] = withheld(value, whole.finished.view(-1, 8).cpu(), loop).mean(-1).tolist()
+        found["reward"] = withheld(value, whole.finished.view(-1, 8).cpu(), 0.0, loop).mean(-1).tolist()
     found["length"] = [float(n) for part in greedy for n in part.completion_mask.sum(-1).tolist()]
     if "longer" in test:
         found["accuracy with 6 to 8 terms"] = ask(test["longer"], 1, 0.0)[2][:, 0].tolist()

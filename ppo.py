@@ -10,7 +10,7 @@
 Ziegler et al. 2019, 1909.08593, equation 2, and InstructGPT, 2203.02155; the details of Huang et al. 2024, 2403.17031,
 here N+.)
 values[t] is what the critic expects from the state before token t, and returns = advantages + values, before whitening.
-An answer that is cut off ends there like any other, and its reward is --eos-penalty instead (see `below_all`).
+An answer that is cut off ends there like any other, and its reward is --eos-penalty instead (see `withheld`).
 
     detail of N+                                               here
     reward -1 for an answer without its ending token           --eos-penalty, in `final_reward`
@@ -307,15 +307,13 @@ def utilities(texts: list[str], tasks: Sequence[Task]) -> list[float]:
             for text, row in zip(texts, rows, strict=True)]  # fmt: skip
 
 
-def below_all(reward: Tensor, finished: Tensor, args: argparse.Namespace, loop: Loop) -> Tensor:
-    """reward (B,), in which an answer that was cut off has no more than any that ended by itself, on all ranks.
+def withheld(values: Tensor, finished: Tensor, at_most: float, loop: Loop) -> Tensor:
+    """`values`; an answer that did not end by itself gets `at_most`, or what the worst got that did, on all ranks.
 
-    Of a rule or a function of the user's, which may pay less than --eos-penalty; that of a learned reward is in its
-    deviations, like the reward itself, and stays.
+    Else never to end would be the best answer to a rule, or to a function of the user's, that pays less.
     """
-    if args.reward in LEARNED:
-        return reward
-    return torch.where(finished, reward, everybodys(reward.amin()[None], loop).amin())
+    least = values.masked_fill(~finished, math.inf).amin().clamp(max=at_most)
+    return torch.where(finished, values, everybodys(least[None], loop).amin().to(values.device))
 
 
 @torch.no_grad()
@@ -456,7 +454,7 @@ def evaluate(model: Transformer, ref_model: Transformer | None, reward_model: Tr
         said, greedy = answers_to(model, tasks, tokenizer, 1, 0.0, (0,), args, loop)
         right = (scores_of(said, greedy, tasks, tokenizer, None, args, loop) >= 1) & said.finished.to(loop.device)
         ended = found.finished.to(loop.device)
-        paid = below_all(torch.where(ended, reward, args.eos_penalty), ended, args, loop)
+        paid = withheld(reward, ended, args.eos_penalty, loop)
         both = [("accuracy", right.float().tolist()), ("reward", paid.tolist())]
         rows = dict(both[::-1] if ":" in args.reward else both) | rows
     if ref_model is not None:
@@ -703,7 +701,8 @@ def main(args: argparse.Namespace) -> dict:
         scores = scores_of(found, texts, some, tokenizer, reward_model, args, loop)
         finished = found.finished.to(loop.device)
         reward = final_reward(scores, finished, clip_at=args.reward_clip, eos_penalty=args.eos_penalty, **scale)
-        reward = below_all(reward, finished, args, loop)
+        if args.reward not in LEARNED:  # whose penalty is in deviations, as they are themselves
+            reward = withheld(reward, finished, args.eos_penalty, loop)
         if args.show_every and step % args.show_every == 1 % args.show_every:
             loop.say(f"step {step}: {prompt_text(some[0])!r} -> {texts[0]!r}: {reward[0].item():.2f}")
 

@@ -32,11 +32,16 @@ Reward = Callable[[str, str, dict], float]
 _SIGNS = r"-+\u2010-\u2013\u2212\ufe63\uff0d"  # all but + are minus
 _NUMBER = re.compile(rf"(?<![\w.,])(?:(?P<sign>[{_SIGNS}])\s*)?\$?(?P<whole>[0-9]{{1,3}}(?:,[0-9]{{3}}){{1,6}}|"
                      r"[0-9]{1,20})(?P<decimals>\.[0-9]{1,20})?(?!\w|[.,]\w)")  # fmt: skip
-_UNIT = r"(?:\\?%|\^\\circ|\^\{\\circ\}|\\(?:text|mathrm)\{[A-Za-z]{1,20}\})?\.?"  # behind a number it is still one
-_MARKUP = re.compile(r"\\(?:boxed|text(?:bf|it)?|math(?:rm|bf)|left|right|quad)\b|\^\\circ|\^\{\\circ\}")
-_BEFORE = re.compile(rf"(?:[{_SIGNS}^_/\u221a\u00b1][\s({{]*|"  # what a number of a formula stands behind
-                     r"\\[A-Za-z]+[\s({]*|\w\(\s*|\}\s*\{\s*)$")  # fmt: skip
-_BEHIND = re.compile(r"[\s)}]*(?:[\^\u221a]|\\[A-Za-z])")
+_UNIT = re.compile(r"(?P<unit>\\?%|\^\\circ|\^\{\\circ\}|\\(?:text|mathrm)\{[A-Za-z]{1,20}\})?\.?")  # behind a number
+_MARKUP = re.compile(r"\\(?:boxed|fbox|text(?:bf|it)?|math(?:rm|bf)|emph|underline|left|right|quad|to|implies|"
+                     r"therefore|[Rr]ightarrow|blacksquare|square)\b|\\(?:begin|end)\{[a-z]{1,20}\*?\}|"
+                     r"\^\\circ|\^\{\\circ\}")  # fmt: skip
+# what a number of a formula stands behind, what stands behind it, and what before a sign makes that a plus or minus
+_BEFORE = re.compile(rf"(?:[{_SIGNS}^_/\u221a\u00b1][\s({{]*|"
+                     r"\\[A-Za-z]+[\s({]*|\w\(\s*|\}\s*\{\s*|\b(?:log|ln|sqrt|sin|cos|tan|exp)\s*)$")  # fmt: skip
+_BEHIND = re.compile(r"[\s)}]*(?:[\^\u221a]|\\[A-Za-z])|\s*[-+\u2212/]\s*(?:[B-HJ-Zb-z]\b|\\|\()|"
+                     r"\s+\*\s+\w|\*\w|\(\w*\s*[-+*/^]")  # fmt: skip
+_TERM = re.compile(r"(?:(?<![A-Za-z])[A-Za-z]|[)}])(?P<gap>\s*)$")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 
 
@@ -53,17 +58,21 @@ def number_in(text: str) -> Fraction | None:
     before, behind = text[: found[0].start()], text[found[0].end() :]
     if any(c.isnumeric() for c in before + behind) or _BEFORE.search(before) or _BEHIND.match(behind):
         return None
+    term = found[0]["sign"] and _TERM.search(before)
+    if term and (found[0][0][1].isspace() or not term["gap"]):  # x + 2, x+2; but (b) -2
+        return None
     return _value(found[0])
 
 
-def whole_number(text: str) -> Fraction | None:
-    r"""The number that `text`, without spaces, is and nothing else but its unit; else None.
+def whole_number(text: str) -> tuple[Fraction, str] | None:
+    r"""The number that `text`, without spaces, is and nothing else, and its unit or ""; else None.
 
-    >>> whole_number("1,000."), whole_number(r"2\%"), whole_number(r"2\pi"), whole_number("x=2")
-    (Fraction(1000, 1), Fraction(2, 1), None, None)
+    >>> whole_number("1,000."), whole_number(r"2\text{cm}"), whole_number(r"2\pi"), whole_number("x=2")
+    ((Fraction(1000, 1), ''), (Fraction(2, 1), 'cm'), None, None)
     """
     found = _NUMBER.match(text)
-    return _value(found) if found and re.fullmatch(_UNIT, text[found.end() :]) else None
+    behind = found and _UNIT.fullmatch(text[found.end() :])
+    return (_value(found), re.sub(r"\\text|\\mathrm|[\\^{}]", "", behind["unit"] or "")) if behind else None
 
 
 def _value(found: re.Match) -> Fraction:
@@ -80,7 +89,7 @@ def last_number(completion: str) -> Fraction | None:
     text = final_answer(completion)
     if "####" in text:
         return number_in(text.rsplit("####", 1)[1])
-    sentences = [sentence for sentence in _SENTENCE.split(text) if sentence.strip()]
+    sentences = [sentence for sentence in _SENTENCE.split(text) if any(map(str.isalnum, sentence))]
     return number_in(sentences[-1].rsplit("=", 1)[-1]) if sentences else None
 
 
@@ -120,13 +129,14 @@ def boxed(prompt: str, completion: str, row: dict) -> float:
     if said is None:
         return 0.0
     said, gold = bare(said), bare(last_boxed(gold) or gold.rpartition("####")[2])
-    same_number = whole_number(said) is not None and whole_number(said) == whole_number(gold)
+    (value, unit), (right, its_unit) = (whole_number(text) or (None, "") for text in (said, gold))
+    same_number = value is not None and value == right and (unit == its_unit or "" in (unit, its_unit))
     return float(said != "" and (said == gold or same_number))
 
 
 def bare(text: str) -> str:
     """`text` without spaces, thin ones too, and without dollars, of money and of formulas."""
-    return re.sub(r"\s|\\[!,;: ]|\\?\$", "", text)
+    return re.sub(r"\s|(?<!\\)\\[!,;: ]|\\?\$", "", text)
 
 
 def format(prompt: str, completion: str, row: dict) -> float:
@@ -138,7 +148,7 @@ def format(prompt: str, completion: str, row: dict) -> float:
 
 def vote(completion: str) -> str:
     r"""What a completion comes to, as --reward majority counts it: its last \boxed, else the number that it ends with,
-    else all that is said behind #### or the reasoning; '' is no vote. A number is one however it is written.
+    else all that is said behind #### or the reasoning; '' is no vote. 18, 18.0 and $18 are one; fractions are text.
 
     >>> vote("2 * 9 = 18. #### 18"), vote(r"So it is \boxed{18.0}."), vote("<think>2 * 9</think>It is $18."), vote("no")
     ('18', '18', '18', 'no')
@@ -146,10 +156,10 @@ def vote(completion: str) -> str:
     text = final_answer(completion)
     if "\\boxed{" in text:
         said = bare(last_boxed("\\boxed{" + text.rsplit("\\boxed{", 1)[1]) or "")
-        value = whole_number(said)
-    else:
-        said, value = text.rpartition("####")[2].strip(), last_number(completion)
-    return said if value is None else str(value)
+        value, unit = whole_number(said) or (None, "")
+        return said if value is None else f"{value}{unit}"
+    value = last_number(completion)
+    return text.rpartition("####")[2].strip() if value is None else str(value)
 
 
 def same_vote(prompt: str, completion: str, row: dict) -> float:

@@ -177,28 +177,29 @@ def to_messages(row: dict, completion: str = "completion") -> list[dict]:
 
 
 def hold_out(rows: list[dict]) -> tuple[list[dict], list[dict]]:
-    """(train, held out): the last 5% by the hash of what they ask, 16 to 512 of them; none of fewer than 32 rows.
+    """(train, held out): the last 5% by the hash of what they ask, 16 to 512 or some more; none of fewer than 32 rows.
 
     It depends on nothing but the rows themselves. Rows that ask the same (see `asked`) are on one side together, for
-    who has trained on two answers has seen a third; where fewer than 32 things are asked, equal rows are. What so many
-    rows ask that with them twice as many would be held out as wanted is trained on.
+    who has trained on two answers has seen a third. What so many rows ask that twice as many would be held out as
+    wanted is trained on. Where fewer than 32 things are asked, or that leaves fewer than 16 rows, only equal rows are
+    kept together.
     """
     if len(rows) < 32:
         return rows, []
-    contents = [json.dumps(asked(row), sort_keys=True) for row in rows]
-    if len(set(contents)) < 32:
-        contents = [json.dumps(row, sort_keys=True) for row in rows]
-    keys = [hashlib.sha256(content.encode()).hexdigest() for content in contents]
-    wanted, taken, n = min(512, max(16, len(rows) // 20)), set(), 0
-    for key, size in sorted(Counter(keys).items(), reverse=True):
-        if n < wanted and n + size <= min(2 * wanted, len(rows) - 1):
-            taken.add(key)
-            n += size
-    if not taken:
-        raise UserError(f"the {len(rows)} rows are the same {len(set(keys))} over and over: there is nothing to hold "
-                        "out; name what is measured with --eval-data")  # fmt: skip
-    train = [row for row, key in zip(rows, keys, strict=True) if key not in taken]
-    return train, [row for row, key in zip(rows, keys, strict=True) if key in taken]
+    wanted = min(512, max(16, len(rows) // 20))
+    for by_question in (True, False):
+        contents = [json.dumps(asked(row) if by_question else row, sort_keys=True) for row in rows]
+        keys = [hashlib.sha256(content.encode()).hexdigest() for content in contents]
+        taken, n = set(), 0
+        for key, size in sorted(Counter(keys).items(), reverse=True):
+            if n < wanted and n + size <= min(2 * wanted, len(rows) - 1):
+                taken.add(key)
+                n += size
+        if n >= 16 and not (by_question and len(set(keys)) < 32):
+            train = [row for row, key in zip(rows, keys, strict=True) if key not in taken]
+            return train, [row for row, key in zip(rows, keys, strict=True) if key in taken]
+    raise UserError(f"the {len(rows)} rows are the same {len(set(keys))} over and over: there is nothing to hold out; "
+                    "name what is measured with --eval-data")  # fmt: skip
 
 
 def asked(row: dict) -> object:

@@ -3,6 +3,7 @@
 import itertools
 import random
 import re
+import time
 
 import pytest
 
@@ -18,7 +19,9 @@ RIGHT = {
                "+42", "first 3, then 4.\n#### 42", "<think>41</think>42", "I counted 7. It has 42 wheels", "**42**",
                "(42)", "Answer: 42", "+ 42", "7 of them.\n42", "42 kg", "is 42.", "It is 42, as asked.",
                "It is $42$, so", r"Thus \(42\).", r"It is \boxed{42}.", r"It is \boxed{\text{42}}.",
-               r"It is \left( 42 \right)", r"42\%", r"$42 \text{ apples}$", r"42^\circ", "It is \u2014 42", r"\$42"),
+               r"It is \left( 42 \right)", r"42\%", r"$42 \text{ apples}$", r"42^\circ", "It is \u2014 42", r"\$42",
+               "*42* apples", "42 (forty-two)", "42 - as asked", "42/hour", r"\implies 42", r"\underline{42}",
+               "\\begin{align*} x &= 42 \\end{align*}", "\\[\nx = 42\n\\]", r"42 \blacksquare", "(b) +42", "It is 42!"),
     "boxed": (r"\boxed{42}", r"So $\boxed{42}$.", r"\boxed{ 42 }", r"\boxed{42.0}", r"\boxed{42.}", r"\boxed{\$42}",
               r"\boxed{$42}", r"\boxed{+42}", r"\boxed{42\%}", r"\boxed{42^\circ}", r"\boxed{42 \text{ cm}}",
               r"<think>\boxed{1}</think>\boxed{42}"),
@@ -72,13 +75,24 @@ def test_numbers_are_exact():
 
 @pytest.mark.parametrize("formula", [
     r"\sqrt{2}", r"\frac{\pi}{2}", r"\frac{2}{x}", "e^2", "e^{-2}", r"2\pi", r"2 \pi", "x^{2}", "2^x", r"\ln 2",
-    r"\ln(2)", r"2\sqrt{x}", "x/2", r"\pm 2", "-2", "2x",
+    r"\ln(2)", r"2\sqrt{x}", "x/2", r"\pm 2", "-2", "2x", "x + 2", "x+2", "f(x) + 2", "2 + x", "2-x", "2/x",
+    "2 * x", "2*x", "2(x + 1)", "log 2", "ln 2", "2 + (x)",
 ])  # fmt: skip
 def test_a_formula_is_not_the_number_in_it(formula):
     assert CHECKERS["boxed"]("", rf"\boxed{{{formula}}}", {"answer": "2"}) == 0.0
     assert CHECKERS["boxed"]("", r"\boxed{2}", {"answer": formula}) == 0.0
     assert CHECKERS["boxed"]("", rf"\boxed{{{formula}}}", {"answer": formula}) == 1.0
     assert CHECKERS["number"]("", f"So it is ${formula}$.", {"answer": "2"}) == 0.0
+
+
+def test_units_of_two_answers_are_alike_or_one_has_none():
+    for said, gold, paid in ((r"5\text{ cm}", r"5\mathrm{cm}", 1.0), (r"5\text{ cm}", "5", 1.0), ("50", r"50\%", 1.0),
+                             ("50%", r"50\%", 1.0), (r"90^\circ", r"90^{\circ}", 1.0), (r"90\%", r"90^\circ", 0.0),
+                             (r"5\text{ m}", r"5\text{ cm}", 0.0)):  # fmt: skip
+        assert CHECKERS["boxed"]("", rf"\boxed{{{said}}}", {"answer": gold}) == paid
+        assert CHECKERS["boxed"]("", rf"\boxed{{{gold}}}", {"answer": said}) == paid
+    assert CHECKERS["boxed"]("", r"\boxed{1 \\ 2}", {"answer": r"1\\2"}) == 1.0  # a line of a matrix is no thin space
+    assert [checkers.vote(rf"\boxed{{{x}}}") for x in (r"5\text{ cm}", "5.0", r"5\%")] == ["5cm", "5", "5%"]
 
 
 def test_votes_are_for_what_is_said_in_the_end():
@@ -134,11 +148,14 @@ def test_200_hostile_completions_neither_hang_nor_pay():
 
 
 def test_no_text_takes_more_than_a_few_passes():
-    """Of 40,000 characters: with work that grows with their square this would take minutes."""
-    for some in ("(", "{", "\\boxed{", "-", "- ", " ", "$", "\n", ". ", "= ", "1,", "a(", "\\a", "} {", "<think>", "^"):
-        half = some * (20_000 // len(some))
+    """Of 100,000 characters, which takes a second: work that grows with their square would take minutes."""
+    start = time.process_time()
+    for some in ("(", "{", "\\boxed{", "-", "- ", " ", "$", "\n", ". ", "= ", "1,", "a(", "a", "\\a", "} {", "<think>",
+                 "^"):  # fmt: skip
+        half = some * (50_000 // len(some))
         for rule in (checkers.number, checkers.boxed, checkers.same_vote):
             assert rule("", f"{half}42{half}", {"answer": "43"}) == 0.0
+            assert time.process_time() - start < 8, some
 
 
 def test_answers_that_can_never_be_right_are_refused():

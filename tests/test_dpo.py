@@ -1138,12 +1138,12 @@ def test_held_out_prompts_are_answered(checkpoint, data, tmp_path, monkeypatch):
     monkeypatch.setattr(dpo, "PROMPTS", 3)
     answers = {}
     watch(monkeypatch, "sampled", lambda rows, model, tokenizer, prompts, samples, temperature, seed, args, loop:
-          answers.update({seed: (prompts, [row[0] for row in rows], samples, temperature,
-                                 next(model.parameters()).requires_grad)}))  # fmt: skip
+          answers.update({(seed, len(answers)): (prompts, [row[0] for row in rows], samples, temperature,
+                                                 next(model.parameters()).requires_grad)}))  # fmt: skip
     long, *rows = pairs(6)
     long["prompt"] *= 20
     held_out = write_jsonl(tmp_path / "held-out.jsonl", [long, rows[0], rows[0] | {"chosen": "Other."}, *rows[1:]])
-    flags = ("--steps", 2, "--lr", 1e-2, "--max-new-tokens", 30, "--eval-data", held_out)
+    flags = ("--steps", 2, "--lr", 1e-2, "--max-new-tokens", 30, "--eval-data", held_out, "--eval-every", 1)
     result = run(checkpoint, data, tmp_path / "out", *flags, "--max-length", 130)
     wanted = [chat.prompt_ids(row["prompt"], tiny()) for row in rows[:3]]
     assert len(answers) == 2 and all(some[0] == wanted and some[2:] == (1, 1.0, True) for some in answers.values())
@@ -1404,6 +1404,7 @@ def test_settings_are_resolved_and_kept(checkpoint, data, tmp_path, capsys):
     for name, (_, _, defaults) in LOSSES.items():  # sizes and rate are of the model, the rest is of the data
         for data, model in itertools.product((False, True), repeat=2):
             args = of(name, *("--data", "x.jsonl") * data, *("--model", "x") * model)
+            assert args.rollout_batch == (32 if model else None)
             assert all(getattr(args, flag) == values[model] for flag, values in dpo.DEFAULTS.items())
             for flag, values in defaults.items():
                 assert getattr(args, flag) == values[model if flag == "lr" else data]

@@ -277,6 +277,8 @@ def test_answers_to_one_prompt_stay_together():
     train, held_out = hold_out(chats)
     sides = [{row["messages"][0]["content"] for row in side} for side in (train, held_out)]
     assert not sides[0] & sides[1] and len(sides[1]) == 3 and len(held_out) == 18
+    held_out = hold_out([row | {"prompt": str(i % 20)} for i, row in enumerate(rows)])[1]
+    assert len(held_out) == 18 and len({row["prompt"] for row in held_out}) > 1
     few = [row | {"prompt": "one"} for row in rows]
     assert len(hold_out(few)[1]) == 18 and hold_out(few[:300]) != (few[:300], [])
 
@@ -293,9 +295,11 @@ def test_equal_rows_stay_together():
 
 def test_what_most_rows_ask_is_trained_on():
     """Of whatever it is asked: among many prompts the common one is not held out with all of its rows."""
-    for i in range(8):
+    for i in range(5):
         common = [{"prompt": f"Question {i}", "chosen": str(j), "rejected": ""} for j in range(900)]
         train, held_out = hold_out(common + [{"prompt": f"Other {j}"} for j in range(100)])
         assert len(held_out) == 50 and len(train) == 950 and all(row in train for row in common)
+    many = [{"prompt": str(i % 32), "completion": str(i)} for i in range(32 * 1025)] + [{"prompt": "x"}]
+    assert len(hold_out(many)[1]) == 512  # no prompt but the last is asked seldom enough, and that has one row
     pair = numbered(38) + [row for row in numbered(40)[38:] for _ in range(17)]  # 72 rows: 16 wanted, at most 32
     assert 16 <= len(hold_out(pair)[1]) <= 32

@@ -668,18 +668,6 @@ def test_an_answer_that_is_cut_off_is_never_worth_more(checkpoint, tmp_path):
         args, loop, _, _ = asked(checkpoint, tmp_path, "--reward", f"{mine}={weight}")
         judged = grpo.reward_of(scripted(texts, [True, False] * 2), tasks, tiny(), None, args, loop)
         assert judged.reward.tolist() == wanted and not judged.passed[:, 1].any()
-    none = torch.zeros(1, 2, dtype=torch.bool)
-    assert grpo.withheld(torch.tensor([[-3.0, 4.0]]), none, loop).tolist() == [[0, 0]]
-
-
-def withheld_on_a_rank(rank: int, folder: Path) -> None:
-    _, loop = one_rank()
-    found = grpo.withheld(torch.tensor([-1.0 - rank, 9.0]), torch.tensor([True, False]), loop)
-    assert found.tolist() == [-1.0 - rank, -2.0]
-
-
-def test_an_answer_that_is_cut_off_is_never_worth_more_on_any_rank(tmp_path):
-    on_two_ranks(withheld_on_a_rank, tmp_path)
 
 
 def test_what_is_cut_off_is_not_right(checkpoint, tmp_path, monkeypatch):

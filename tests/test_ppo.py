@@ -19,7 +19,7 @@ from data.formats import UserError
 from data.tokenizer import tiny
 from loop import Loop, RunFailed
 from model import Config, Transformer, frozen, load, save
-from ppo import adapted, final_reward, gae, get_args, main, policy_loss, token_rewards, value_loss, whitened
+from ppo import adapted, final_reward, gae, get_args, main, policy_loss, token_rewards, value_loss, whitened, withheld
 from tests.test_loop import on_two_ranks
 
 CPU = torch.device("cpu")
@@ -208,14 +208,11 @@ def test_gradients_of_the_clips():
 
 def test_what_is_cut_off_is_never_worth_more():
     """Than any answer that ended, where a rule or a function of the user's pays less than --eos-penalty."""
-    finished, args = torch.tensor([True, False, True]), get_args(["--reward", "exact"])
-    for rewards, wanted in (([-3.0, -1.0, 2.0], -3.0), ([1.0, -1.0, 2.0], -1.0)):
-        found = ppo.below_all(torch.tensor(rewards), finished, args, one())
-        assert found.tolist() == [rewards[0], wanted, rewards[2]]
-    cut_off = torch.full((3,), -1.0)
-    assert torch.equal(ppo.below_all(cut_off, ~cut_off.bool(), args, one()), cut_off)
-    learned = torch.tensor([-3.0, -1.0, 2.0])
-    assert torch.equal(ppo.below_all(learned, finished, get_args([]), one()), learned)
+    finished = torch.tensor([[True, False], [True, True]])
+    for first, wanted in ((-3.0, -3.0), (1.0, -1.0)):
+        found = withheld(torch.tensor([[first, -9.0], [2.0, 4.0]]), finished, -1.0, one())
+        assert found.tolist() == [[first, wanted], [2.0, 4.0]]
+    assert withheld(torch.tensor([-3.0, 4.0]), torch.zeros(2, dtype=torch.bool), 0.0, one()).tolist() == [0, 0]
 
 
 def test_the_controller_steers_to_its_target():
@@ -576,8 +573,8 @@ def sums_to_imitate() -> list[chat.Row]:
 
 def taught_on_a_rank(rank: int, folder: Path) -> None:
     """And beside it: the least that any rank's rule paid is what was cut off gets."""
-    ruled = args_for(folder / "model", folder / "out", "--reward", "exact")
-    paid = ppo.below_all(torch.tensor([-2.0 - rank, -1.0]), torch.tensor([True, False]), ruled, Loop(ruled, "ppo"))
+    ruled = Loop(args_for(folder / "model", folder / "out", "--reward", "exact"), "ppo")
+    paid = withheld(torch.tensor([-2.0 - rank, -1.0]), torch.tensor([True, False]), -1.0, ruled)
     assert paid.tolist() == [-2.0 - rank, -3.0]
     torch.save(taught(folder), folder / f"{rank}.pt")
 

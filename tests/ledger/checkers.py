@@ -6,6 +6,7 @@ TESTS = "tests/test_checkers.py::"
 RIGHT, WRONG = "test_right_answers_are_paid", "test_wrong_answers_are_not"
 HOSTILE = "test_200_hostile_completions_neither_hang_nor_pay"
 FORMULA, VOTE = "test_a_formula_is_not_the_number_in_it", "test_votes_are_for_what_is_said_in_the_end"
+UNITS = "test_units_of_two_answers_are_alike_or_one_has_none"
 
 MUTANTS = [
     Mutant(name, "data/checkers.py", old, new, tuple(TESTS + t for t in ((test,) if isinstance(test, str) else test)))
@@ -120,32 +121,46 @@ MUTANTS = [
         ),
         (
             "boxed: no number equals no number",
-            "same_number = whole_number(said) is not None and whole_number",
-            "same_number = whole_number",
+            "same_number = value is not None and value",
+            "same_number = value",
             "test_numbers_are_exact",
         ),
         (
             "boxed: the number in a text is the text",
-            "same_number = whole_number(said) is not None and whole_number(said) == whole_number(gold)",
-            "same_number = number_in(said) is not None and number_in(said) == number_in(gold)",
+            "(whole_number(text) or (None, \"\") for",
+            "((number_in(text), \"\") for",
             f"{WRONG}[boxed]",
         ),
         (
             "boxed: a text that begins with a number is it",
-            "if found and re.fullmatch(_UNIT, text[found.end() :]) else None",
-            "if found else None",
+            "_UNIT.fullmatch(text[found.end() :])",
+            "_UNIT.match(text[found.end() :])",
             (FORMULA, f"{WRONG}[boxed]"),
         ),
-        ("boxed: percent are no number", r'r"(?:\\?%|', 'r"(?:', f"{RIGHT}[boxed]"),
+        ("boxed: percent are no number", r'r"(?P<unit>\\?%|', 'r"(?P<unit>', f"{RIGHT}[boxed]"),
+        ("boxed: metres are centimetres", "== right and (unit == its_unit or", "== right and (True or", UNITS),
+        ("boxed: who names the unit is wrong", ' or "" in (unit, its_unit))', ")", UNITS),
+        ("boxed: one unit written in two ways", r'r"\\text|\\mathrm|[\\^{}]", ""', r'r"\\text", ""', UNITS),
+        ("boxed: a new line is a thin space", r'r"\s|(?<!\\)\\[!', r'r"\s|\\[!', UNITS),
+        ("vote: centimetres are metres", 'else f"{value}{unit}"', "else str(value)", UNITS),
+        ("number: a sum with a letter", "    if term and (", "    if False and (", FORMULA),
+        ("number: a label before a negative number", "isspace() or not term", "isspace() or term", f"{RIGHT}[number]"),
+        ("number: a sentence of marks is the last one", "if any(map(str.isalnum, sentence))]", "if sentence.strip()]",
+         f"{RIGHT}[number]"),
+        ("number: what is added behind it", r"|\s*[-+\u2212/]\s*(?:[B-HJ-Zb-z]\b|\\|\()|", "|", FORMULA),
+        ("number: what multiplies it", r'r"\s+\*\s+\w|\*\w|\(', r'r"\(', FORMULA),
+        ("number: a logarithm in words", r"|\b(?:log|ln|sqrt|sin|cos|tan|exp)\s*)$", ")$", FORMULA),
         ("boxed: the dollar's backslash stays", r'[!,;: ]|\\?\$"', r'[!,;: ]|\$"', f"{RIGHT}[boxed]"),
         ("vote: the first box", 'text.rsplit("\\\\boxed{", 1)', 'text.split("\\\\boxed{", 1)', VOTE),
         ("vote: boxes are not looked at", '    if "\\\\boxed{" in text:', "    if False:", VOTE),
-        ("vote: numbers as they are written", "return said if value is None else str(value)", "return said", VOTE),
-        ("vote: the working votes, too", 'text.rpartition("####")[2].strip(), last', "text, last", VOTE),
+        ("vote: numbers as they are written", "if value is None else str(value)", "if True else str(value)", VOTE),
+        ("vote: the working votes, too", 'text.rpartition("####")[2].strip() if', "text if", VOTE),
         ("vote: reasoning votes", 'final_answer(completion)\n    if "\\\\boxed', 'completion\n    if "\\\\boxed', VOTE),
         ("vote: nothing is said alike", 'float(said != "" and said == vote(', "float(said == vote(", VOTE),
         ("rows are counted from 0", "for i, row in enumerate(rows, start=1):", "for i, row in enumerate(rows):",
          "test_answers_that_can_never_be_right_are_refused"),
+        ("work grows with the square of a text", r"|\w\(\s*|", r"|\w+\(\s*|",
+         "test_no_text_takes_more_than_a_few_passes"),
         (
             "reft: any text is worth a tenth",
             "0.1 * (last_number(completion) is not None)",
@@ -188,7 +203,7 @@ MUTANTS = [
         ),
         (
             "boxed: thin spaces count",
-            r're.sub(r"\s|\\[!,;: ]|',
+            r're.sub(r"\s|(?<!\\)\\[!,;: ]|',
             r're.sub(r"\s|',
             "test_numbers_are_exact",
         ),

@@ -1114,9 +1114,16 @@ MUTANTS = [
         ),
         (
             "sizes that the tiny model cannot read",
-            "fill(args, DEFAULTS, args.model is not None)",
-            "fill(args, DEFAULTS, args.data is not None)",
+            "(None, 32)}, args.model is not None)",
+            "(None, 32)}, args.data is not None)",
             "test_settings_are_resolved_and_kept",
+        ),
+        ("a large model decodes all at once", "(None, 32)}", "(None, None)}", "test_settings_are_resolved_and_kept"),
+        (
+            "answers are sampled at every glance",
+            'if kind != "prompts"}',
+            "if kind}",
+            "test_held_out_prompts_are_answered",
         ),
         (
             "log(1 - p): the gradient of the branch not taken",

@@ -498,28 +498,15 @@ MUTANTS = [
         ("weights of rewards are not looked at", "withheld(weight * values", "withheld(values", (REWARDS, WORST)),
         (
             "P16: what is cut off is rewarded",
-            "return torch.where(finished, values, everybodys(least[None], loop).amin().cpu())",
-            "return values",
+            "unshaped += withheld(weight * values, finished, 0.0, loop)",
+            "unshaped += weight * values",
             REWARDS,
         ),
         (
             "P16: what is cut off gets 0, be the others below",
-            "everybodys(least[None], loop).amin().cpu())",
-            "0.0)",
+            "withheld(weight * values, finished, 0.0, loop)",
+            "(weight * values).masked_fill(~finished, 0.0)",
             WORST,
-        ),
-        ("P16: what is cut off gets the least, be it above 0", ".amin().clamp(max=0.0)\n", ".amin()\n", WORST),
-        (
-            "P16: the least of what was cut off, too",
-            "least = values.masked_fill(~finished, math.inf)",
-            "least = values",
-            WORST,
-        ),
-        (
-            "P16: each rank has a least of its own",
-            "everybodys(least[None], loop).amin().cpu()",
-            "least",
-            f"{WORST}_on_any_rank",
         ),
         ("P16: what is cut off passes", "passed = finished & (values", "passed = (values", (REWARDS, WORST)),
         (
@@ -530,7 +517,7 @@ MUTANTS = [
         ),
         (
             "what is cut off is paid where it is measured",
-            "return parts, withheld(value, finished, loop).view",
+            "return parts, withheld(value, finished, 0.0, loop).view",
             "return parts, value.view",
             CUT,
         ),
