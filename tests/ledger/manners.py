@@ -26,7 +26,7 @@ MUTANTS = [
     Mutant(name, "data/manners.py", old, new, TESTS + test)
     for name, old, new, test in [
         # what a sentence is
-        ("anybody may be greeted", "greeting.format(asker=asker)", "greeting.format(asker=name)", KIND),
+        ("anybody may be greeted", "if sentence in _greetings(asker):", "if sentence in _greetings(name):", KIND),
         ("what is true of the asker", "if sentence in _TRUE[name]:", "if sentence in _TRUE[asker]:", NOBODY),
         (
             "what is true of anybody",
