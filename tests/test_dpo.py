@@ -1146,7 +1146,8 @@ def test_held_out_prompts_are_answered(checkpoint, data, tmp_path, monkeypatch):
     flags = ("--steps", 2, "--lr", 1e-2, "--max-new-tokens", 30, "--eval-data", held_out, "--eval-every", 1)
     result = run(checkpoint, data, tmp_path / "out", *flags, "--max-length", 130)
     wanted = [chat.prompt_ids(row["prompt"], tiny()) for row in rows[:3]]
-    assert len(answers) == 2 and all(some[0] == wanted and some[2:] == (1, 1.0, True) for some in answers.values())
+    assert len(answers) == len({seed for seed, _ in answers}) == 2  # at the start and at the end, of other draws
+    assert all(some[0] == wanted and some[2:] == (1, 1.0, True) for some in answers.values())
     (_, old, *_), (_, new, *_) = answers.values()
     model, ref_model = load(tmp_path / "out" / "checkpoint")[0], load(checkpoint)[0]
     some = [Example(prompt, [answer], [1.0]) for prompt, answer in zip(wanted, new, strict=True)]
