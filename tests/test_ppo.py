@@ -417,6 +417,7 @@ def test_a_run_is_a_plain_loop(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(ppo, "token_rewards", lambda *a, kl_coef: coefs.append(kl_coef) or of_tokens(
         *a, kl_coef=kl_coef))  # fmt: skip
     monkeypatch.setattr(ppo, "answers_to", lambda *a: seen.append((a[5], whole(*a))) or seen[-1][1])
+    monkeypatch.setattr(ppo, "withheld", None)  # is of rules
     flags = ("--kl-coef", 0.2, "--vf-coef", 0.5, "--passes", 2, "--gamma", 0.97, "--grad-clip", 0.5,
              "--value-clip", 0.1, "--schedule", "constant", "--temperature", 0.7, "--kl-target", 0.5)  # fmt: skip
     run(checkpoint, tmp_path / "out", *flags)
