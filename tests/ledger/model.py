@@ -324,7 +324,7 @@ MUTANTS = [
         (
             "prompts in the order of their first occurrence",
             "[place[key] for key in keys]",
-            "[i * len(place) // rows for i in range(rows)]",
+            "[i * len(place) // len(prompts) for i in range(len(prompts))]",
             "test_a_row_does_not_depend_on_the_rows_beside_it",
         ),
         ("uniforms of the place, not of the row", "uniforms[alive,", "uniforms[: len(alive),", ENDED),
@@ -436,7 +436,7 @@ MUTANTS = [
         ("pinned: keys as wide as an adapter makes them", "k.to(keys.dtype)", "k", NARROW),
         ("pinned: columns are read as if it grew", "self.bias.shape[-1] - 1", "self.bias.shape[-1] - 2", PINNED),
         ("pinned: uniforms of the step before", "cache.column - begun", "cache.column - begun - 1", PINNED),
-        ("pinned: uniforms of later steps behind a prefix", "begun = cache.column", "begun = longest", VIRTUAL),
+        ("pinned: uniforms of later steps behind a prefix", "begun = cache.column", "begun = cache.column - model.virtual", VIRTUAL),
         ("pinned: the column is another tensor", "self.column += T", "self.column = self.column + T", PINNED),
         (
             "pinned: lengths are another tensor",
