@@ -436,7 +436,12 @@ MUTANTS = [
         ("pinned: keys as wide as an adapter makes them", "k.to(keys.dtype)", "k", NARROW),
         ("pinned: columns are read as if it grew", "self.bias.shape[-1] - 1", "self.bias.shape[-1] - 2", PINNED),
         ("pinned: uniforms of the step before", "cache.column - begun", "cache.column - begun - 1", PINNED),
-        ("pinned: uniforms of later steps behind a prefix", "begun = cache.column", "begun = cache.column - model.virtual", VIRTUAL),
+        (
+            "pinned: uniforms of later steps behind a prefix",
+            "begun = cache.column",
+            "begun = cache.column - model.virtual",
+            VIRTUAL,
+        ),
         ("pinned: the column is another tensor", "self.column += T", "self.column = self.column + T", PINNED),
         (
             "pinned: lengths are another tensor",
