@@ -346,13 +346,16 @@ def test_peft_takes_a_lora_step_at_toy_size(monkeypatch):
 # grpo
 
 
-def test_grpo_trainer_at_toy_size(stopped, tmp_path, capsys):
+def test_grpo_trainer_at_toy_size(stopped, tmp_path, capsys, monkeypatch):
+    """By a clock on which a rollout takes 1 second, scoring 2 and an update 4."""
     oracle("trl")
+    clock = iter([8.0 * step + t for step in range(2) for t in (0, 1, 3, 7)])
+    monkeypatch.setattr(bench, "now", lambda device: next(clock))
     row = bench.grpo_trainer("trl.GRPOTrainer", ARGS, prompts=2, group=2, new=4, steps=2, width=32)
     check(row)
     assert (row["ours"], row["peer"], row["unit"]) == (60 * 2 / 2, 60 * 2 / 5, "steps/min") and row["higher_is_better"]
     seconds = re.search(r"a step of ours is rollout (\S+) s, scoring (\S+) s, update (\S+) s;", capsys.readouterr().out)
-    assert seconds and min(float(seconds[i]) for i in (1, 2, 3)) >= 0
+    assert [float(seconds[i]) * (ARGS.repeats + 1) for i in (1, 2, 3)] == pytest.approx([1, 2, 4], abs=0.01)
     model = bench.twins(32, tiny().vocab_size, "cpu", depth=1)[1]
     config = bench.their_grpo_trainer(model, ["a", "b"], str(tmp_path), ARGS, 2, 2, 4, 1).args
     assert not (config.bf16 or config.fp16 or config.gradient_checkpointing) and config.beta == 0.0

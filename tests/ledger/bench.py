@@ -195,5 +195,7 @@ MUTANTS = [
          "step = ours\n    step()\n    return peak_of", "test_peft_takes_a_lora_step_at_toy_size"),
         ("half the tokens of a LoRA step", "else 16) * 64 / s", "else 16) * 32 / s",
          "test_every_goal_belongs_to_a_row"),
+        ("scoring counts as sampling", 'spent["scoring"] -= start', 'spent["rollout"] -= start',
+         "test_grpo_trainer_at_toy_size"),
     ]
 ]
