@@ -370,10 +370,11 @@ def again(operations: list[tuple]) -> None:
 
 
 def floor(of: dict, step: Callable[[], object], args: argparse.Namespace) -> list[dict]:
-    """The row `of`, of `step`, as it would be if its products took all of the time, and if they and attention did.
+    """The row `of`, of `step`, as it would be if its products took all of the time, they and attention, all operations.
 
-    Prints what takes how much. The operations of a kind run again by themselves; what no kind accounts for is Python,
-    autograd and PyTorch's way to its operations.
+    The last is the floor without compiling: nothing is left to save but what is between the operations. Prints what
+    takes how much. The operations of a kind run again by themselves; what no kind accounts for is Python, autograd and
+    PyTorch's way to its operations.
     """
     step()
     with Operations() as noted:
@@ -383,7 +384,7 @@ def floor(of: dict, step: Callable[[], object], args: argparse.Namespace) -> lis
     shares = zip((*KINDS, "between them"), (*parts, whole - sum(parts)), strict=True)
     print(f"{of['name']}: of our {1e3 * whole:.1f} ms, " + ", ".join(f"{kind} {s / whole:.0%}" for kind, s in shares))
     return [row(f"floor: {of['name']}: {name}", of["ours"] * whole / sum(parts[:n]), of["peer"], of["unit"], True)
-            for n, name in ((1, "products"), (2, "products, attention"))]  # fmt: skip
+            for n, name in ((1, "products"), (2, "products, attention"), (4, "all operations"))]  # fmt: skip
 
 
 def twins(width: int, vocab_size: int, device: str, depth: int = 4) -> tuple[Transformer, nn.Module]:

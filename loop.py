@@ -57,8 +57,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 import kernels
@@ -297,10 +295,15 @@ def set_lr(optimizer: torch.optim.Optimizer, args: argparse.Namespace, step: int
     return lr
 
 
+def sharded(x: nn.Module | Tensor) -> bool:
+    """Whether each rank holds a part of x (FSDP), told by its methods: importing their classes takes 0.7 s."""
+    return hasattr(x, "reshard" if isinstance(x, nn.Module) else "full_tensor")
+
+
 def clip(model: nn.Module, max_norm: float) -> Tensor:
     """Scale the gradient of `model` down to norm `max_norm` (0: leave it); return the norm it had, over all shards."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return norm.full_tensor() if sharded(norm) else norm
 
 
 # 3. The loop
@@ -373,7 +376,10 @@ class Loop:
         seed = int(np.random.SeedSequence([self.args.seed, step, self.rank if step else 0]).generate_state(1)[0])
         random.seed(seed)
         np.random.seed(seed)
-        torch.manual_seed(seed)  # CUDA and MPS as well
+        if self.device.type == "cpu":  # for CUDA, which is not there, torch.manual_seed would note who asked, each time
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)  # the CPU's generator as well
 
     def batch_indices(self, n_rows: int, step: int) -> list[int]:
         """The --batch-size rows of `step`, over all ranks: the next in an endless run of seeded permutations."""
@@ -407,7 +413,7 @@ class Loop:
 
         A parameter without a gradient counts as zero on that rank, and keeps none if it has none on any.
         """
-        if self.world_size == 1 or isinstance(model, FSDPModule):
+        if self.world_size == 1 or sharded(model):
             return
         trainable = [p for p in model.parameters() if p.requires_grad]
         used = torch.tensor([p.grad is not None for p in trainable], dtype=torch.int32, device=self.device)
@@ -428,6 +434,8 @@ class Loop:
         """
         if self.world_size == 1 or self.args.parallel != "fsdp":
             return model
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
         _fp32_masters(model)
         narrow = None if self.dtype == torch.float32 else self.dtype
         policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -479,7 +487,7 @@ class Loop:
         packed = [m for m in model.modules() if hasattr(m, "codes")]  # 4 bits and the like, which are no parameters
         n += sum(math.prod(m.shape) for m in packed)
         state += sum(b.numel() * b.element_size() for b in model.buffers())
-        state /= self.world_size if isinstance(model, FSDPModule) else 1
+        state /= self.world_size if sharded(model) else 1
         rows = a.micro_batch_size or a.batch_size
         kept = rows * a.max_length * c.depth * (16 * c.width + 3 * c.ffn_width) * self.dtype.itemsize  # for backward
         ranks = f" on {self.world_size} ranks ({a.parallel})" if self.world_size > 1 else ""
@@ -586,7 +594,7 @@ class Loop:
             tensors |= {f"model.{name}": _whole(p) for name, p in model.named_parameters() if p.requires_grad}
         notes = {"step": step, "seconds": self._elapsed(), "tokens": self.tokens, "identity": self.identity}
         notes["extra"] = {key: v for key, v in extra.items() if not isinstance(v, Tensor)}
-        if isinstance(model, FSDPModule):
+        if sharded(model):
             _reshard(model)
             weights = {name: _whole(tensor) for name, tensor in model.state_dict().items()}
             if self.main:
@@ -824,17 +832,19 @@ def _order(n_rows: int, seed: int, epoch: int) -> np.ndarray:
 
 def _reshard(model: nn.Module) -> None:
     for module in model.modules():
-        if isinstance(module, FSDPModule):  # a forward pass without a backward leaves the root whole
+        if sharded(module):  # a forward pass without a backward leaves the root whole
             module.reshard()
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+    return (tensor.full_tensor() if sharded(tensor) else tensor).detach().cpu()
 
 
 def _split_like(like: Tensor, whole: Tensor) -> Tensor:
-    if not isinstance(like, DTensor):
+    if not sharded(like):
         return whole
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
 
 

@@ -305,7 +305,9 @@ class Prompt(nn.Module):
         """(n, D)"""
         if self.encoder is None:
             return self.embeddings
-        return self.layers(self.encoder(self.embeddings[None] / self.size)[0][0]) * self.size
+        with torch.autocast(self.embeddings.device.type, enabled=False):  # few CPUs have a recurrent network in bf16
+            made = self.encoder(self.embeddings[None] / self.size)[0][0]
+        return self.layers(made) * self.size
 
 
 class Prefix(nn.Module):

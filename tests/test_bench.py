@@ -249,7 +249,8 @@ def test_floor_leaves_the_time_of_products_and_of_attention(monkeypatch, capsys)
     monkeypatch.setattr(bench, "medians", medians)
     rows = bench.floor(bench.row("sampling, 3 x 4", 7.0, 5.0, "tokens/s", True), lambda: torch.ones(2).exp(), ARGS)
     assert rows == [bench.row("floor: sampling, 3 x 4: products", 7.0 * 10 / 4, 5.0, "tokens/s", True),
-                    bench.row("floor: sampling, 3 x 4: products, attention", 7.0 * 10 / 7, 5.0, "tokens/s", True)]
+                    bench.row("floor: sampling, 3 x 4: products, attention", 7.0 * 10 / 7, 5.0, "tokens/s", True),
+                    bench.row("floor: sampling, 3 x 4: all operations", 7.0 * 10 / 8.5, 5.0, "tokens/s", True)]
     assert bench.verdict(rows[0]) == "if nothing else took time"
     wanted = "products 40%, attention 30%, norms 10%, other operations 5%, between them 15%\n"
     assert capsys.readouterr().out == f"sampling, 3 x 4: of our 10000.0 ms, {wanted}"

@@ -424,6 +424,7 @@ def same(found: torch.Tensor, wanted: torch.Tensor, logits: torch.Tensor) -> Non
     assert gradients[0].abs().max() > 1e-3
 
 
+@pytest.mark.slow  # importing trl takes seconds
 @pytest.mark.parametrize(("name", "theirs", "smoothing"), [
     ("dpo", "sigmoid", 0.0), ("robust", "robust", 0.2), ("ipo", "ipo", 0.0), ("hinge", "hinge", 0.0),
     ("bco", "bco_pair", 0.0), ("apo_zero", "apo_zero", 0.0), ("apo_down", "apo_down", 0.0),
@@ -459,6 +460,7 @@ def test_parity_with_trl(name, theirs, smoothing):
             assert metrics[mine] == pytest.approx(it._metrics["train"][other][-1], rel=1e-6), mine
 
 
+@pytest.mark.slow  # importing trl takes seconds
 @pytest.mark.parametrize("B", range(1, 6))
 def test_parity_with_trl_of_kto(B, one):
     """KTOTrainer's own _compute_loss: lone answers, odd batches, two weights, baselines on both sides of 0."""
@@ -488,6 +490,7 @@ def test_parity_with_trl_of_kto(B, one):
         same(objective(s, args).mean(), wanted, logits)
 
 
+@pytest.mark.slow  # importing trl takes seconds
 @pytest.mark.parametrize("name", ["orpo", "simpo", "cpo"])
 def test_parity_with_trl_without_a_reference(name, monkeypatch):
     """The losses of ORPOTrainer and CPOTrainer; ORPO's casts to fp32 are left out, to compare in float64.

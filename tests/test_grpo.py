@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def in_float64(request):
     """Maths in float64; whole runs, which take a checkpoint, as they are."""
-    if "checkpoint" not in request.fixturenames and not request.node.get_closest_marker("slow"):
+    if "checkpoint" not in request.fixturenames and "default_run" not in request.node.name:
         torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -234,6 +234,7 @@ def trl_loss(x: Tokens, loss_type: str, *, level: str, beta: float, weighted: bo
     return trainer._compute_loss(it, None, inputs)
 
 
+@pytest.mark.slow  # importing trl takes seconds
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "gspo"])
 def test_parity_with_trl(name, weighted):
@@ -252,6 +253,7 @@ def test_parity_with_trl(name, weighted):
     assert gradients[0].abs().max() > 1e-3
 
 
+@pytest.mark.slow  # importing trl takes seconds
 def test_parity_with_trl_of_rloo():
     """RLOOTrainer's own _compute_loss."""
     trainer = oracle("trl.trainer.rloo_trainer").RLOOTrainer
@@ -994,7 +996,7 @@ def stopping(after: int):
 @pytest.mark.parametrize("flags", [
     (), ("--loss", "reinforce", "--passes", 2, "--minibatches", 2),
     pytest.param(("--loss", "dapo", "--overlong-buffer", 6), marks=pytest.mark.slow),
-    ("--preset", "reft"), ("--kl-coef", 0.1, "--preset", "cold"),
+    pytest.param(("--preset", "reft"), marks=pytest.mark.slow), ("--kl-coef", 0.1, "--preset", "cold"),
     pytest.param(("--tools", "--beta", 0.1), marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_resuming_is_exact(checkpoint, tmp_path, mine, monkeypatch, flags):

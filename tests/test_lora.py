@@ -218,6 +218,16 @@ def test_the_networks_of_p_tuning_and_prefix():
     torch.testing.assert_close(p().flatten(1), F.linear(hidden, p.layers[2].weight, p.layers[2].bias))
 
 
+def test_the_network_of_p_tuning_runs_in_fp32_where_the_rest_does_not():
+    """On a CPU without AVX-512 there is no recurrent network in bf16."""
+    net, seen = random_net(), []
+    adapt(net, "p-tuning:tokens=5", "")
+    net.prompt.encoder.register_forward_hook(lambda module, given, made: seen.append(made[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        made = net.prompt()
+    assert seen == [torch.float32] and made.dtype == torch.bfloat16
+
+
 def test_ia3_scales_keys_values_and_what_enters_down():
     net, plain = random_net("qwen2"), random_net("qwen2")
     adapt(net, "ia3", "")

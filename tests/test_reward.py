@@ -173,6 +173,7 @@ def test_a_margin_is_asked_of_the_winner_whichever_that_is():
         assert d.grad.item() == pytest.approx(0.0, abs=1e-12)
 
 
+@pytest.mark.slow  # importing trl takes seconds
 @pytest.mark.parametrize("margin, centre", [(0.0, None), (0.4, None), (0.4, 0.05)])
 def test_the_loss_is_that_of_trl(margin, centre):
     trl, rewards = oracle("trl"), [numbers(10), numbers(10)]

@@ -109,6 +109,7 @@ MUTANTS = [
             FLOOR,
         ),
         ("floor: norms are attention", "sum(parts[:n])", "sum(parts[: 2 * n - 1])", FLOOR),
+        ("floor: all operations but the small ones", '(4, "all operations")', '(3, "all operations")', FLOOR),
         (
             "floor: what is not an operation takes no time",
             "whole - sum(parts))",

@@ -19,10 +19,28 @@ MUTANTS = [
             "if step == 1 and total <= args.warmup + 1 and",
             "test_a_run_that_never_leaves_the_warm_up_says_so",
         ),
+        (
+            "on a CPU torch draws the same every step",
+            "default_generator.manual_seed(seed)",
+            "default_generator.manual_seed(0)",
+            "test_noise_is_a_function_of_seed_step_and_rank",
+        ),
         # ranks
         (
+            "what FSDP gathers passes for a whole tensor",
+            'else "full_tensor")',
+            'else "whole_tensor")',
+            "test_two_ranks_equal_one",
+        ),
+        (
+            "what FSDP splits passes for a whole model",
+            'hasattr(x, "reshard" if',
+            'hasattr(x, "reshards" if',
+            "test_two_ranks_equal_one",
+        ),
+        (
             "T1: no gradient all-reduce, private replicas",
-            "        if self.world_size == 1 or isinstance(model, FSDPModule):\n            return\n        trainable",
+            "        if self.world_size == 1 or sharded(model):\n            return\n        trainable",
             "        if True:\n            return\n        trainable",
             "test_two_ranks_equal_one",
         ),
