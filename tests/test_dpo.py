@@ -1048,7 +1048,8 @@ def test_a_run_begins_where_the_policy_is_its_reference(checkpoint, data, tmp_pa
     assert all(not torch.equal(before[name], p) for name, p in weights(tmp_path / "out").items())
 
 
-@pytest.mark.parametrize("name", ["dpo", "ipo", "kto", "bco", "orpo", "tdpo", "cpo"])
+@pytest.mark.parametrize("name", ["dpo", "kto", "cpo", *(pytest.param(name, marks=pytest.mark.slow)
+                                                         for name in ("ipo", "bco", "orpo", "tdpo"))])  # fmt: skip
 def test_splitting_a_batch_changes_nothing(checkpoint, data, tmp_path, name):
     """Ragged rows in one forward pass, in parts or one by one: the same loss, metrics, gradient norm and weights."""
     found = []
@@ -1179,7 +1180,8 @@ def stopping(after: int):
 
 
 @pytest.mark.parametrize(("world_run", "flags"), [
-    (False, ()), (False, ("--loss", "kto", "--precompute-ref")), (False, ("--rounds", 3, "--ref", "last")),
+    pytest.param(False, (), marks=pytest.mark.slow),
+    (False, ("--loss", "kto", "--precompute-ref")), (False, ("--rounds", 3, "--ref", "last")),
     (True, ("--online", "--rounds", 4)), (True, ("--online", "--rounds", 2, "--ref", "last", "--loss", "kto")),
     (True, ()),
 ])  # fmt: skip

@@ -850,7 +850,7 @@ def batches_of(monkeypatch) -> list:
     return seen
 
 
-PLAIN = [("grpo", 0.2), ("dr_grpo", 0.0), pytest.param("rloo", 0.2, marks=pytest.mark.slow)]
+PLAIN = [("grpo", 0.2), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("dr_grpo", 0.0), ("rloo", 0.2)))]
 
 
 @pytest.mark.parametrize(("name", "beta"), PLAIN)
@@ -994,7 +994,7 @@ def stopping(after: int):
 
 
 @pytest.mark.parametrize("flags", [
-    (), ("--loss", "reinforce", "--passes", 2, "--minibatches", 2),
+    pytest.param((), marks=pytest.mark.slow), ("--loss", "reinforce", "--passes", 2, "--minibatches", 2),
     pytest.param(("--loss", "dapo", "--overlong-buffer", 6), marks=pytest.mark.slow),
     pytest.param(("--preset", "reft"), marks=pytest.mark.slow), ("--kl-coef", 0.1, "--preset", "cold"),
     pytest.param(("--tools", "--beta", 0.1), marks=pytest.mark.slow),
@@ -1015,6 +1015,7 @@ def test_resuming_is_exact(checkpoint, tmp_path, mine, monkeypatch, flags):
     assert all(parts[name] == whole[name] for name in ("before", "after", "metrics"))
 
 
+@pytest.mark.slow
 def test_answers_are_decoded_as_many_at_a_time_as_asked(checkpoint, tmp_path, mine, monkeypatch):
     """In training and in all that is measured; a run may go on with another number."""
     asked, generate, flags = [], grpo.generate, ("--reward", mine, "--steps", 1, "--rollout-batch")

@@ -488,7 +488,7 @@ def test_a_run_is_a_plain_loop(checkpoint, tmp_path, monkeypatch):
     assert difference(weights(tmp_path / "out"), dict(model.named_parameters())) < 5e-4
 
 
-@pytest.mark.parametrize("critic", ["own", "shared"])
+@pytest.mark.parametrize("critic", ["own", pytest.param("shared", marks=pytest.mark.slow)])
 def test_splitting_a_batch_changes_nothing(checkpoint, tmp_path, critic):
     found = []
     for size in (8, 3):
@@ -662,7 +662,7 @@ def stopping(after: int):
 
 @pytest.mark.parametrize("flags", [
     (), ("--critic", "shared", "--kl-target", 1.0), ("--refresh-rm", 2, "--batch-size", 16, "--rm-pairs", 32),
-    ("--preset", "reft", "--sft-steps", 2),
+    pytest.param(("--preset", "reft", "--sft-steps", 2), marks=pytest.mark.slow),
     pytest.param(("--loss", "a2c", "--reward", "judge"), marks=pytest.mark.slow),
     pytest.param(("--critic-warmup", 2, "--weight-decay", 0.1), marks=pytest.mark.slow),
 ])  # fmt: skip
@@ -683,6 +683,7 @@ def test_resuming_is_exact(checkpoint, tmp_path, monkeypatch, flags):
     assert all(parts[name] == whole[name] for name in ("before", "after", "metrics", "baselines"))
 
 
+@pytest.mark.slow
 def test_answers_are_decoded_as_many_at_a_time_as_asked(checkpoint, tmp_path, monkeypatch):
     """In training, lessons and all that is measured; a run may go on with another number."""
     asked, generate, flags = [], ppo.generate, ("--rm-pairs", 32, "--steps", 1, "--rollout-batch")

@@ -1126,7 +1126,7 @@ def test_qat_is_a_plain_loop(start, tmp_path):
     assert (found - net.embed.weight).norm() < 1e-2 * (found - first).norm()
 
 
-@pytest.mark.parametrize("size", [3, 1])
+@pytest.mark.parametrize("size", [3, pytest.param(1, marks=pytest.mark.slow)])
 def test_splitting_a_batch_changes_nothing(start, tmp_path, size):
     found = []
     for n in (8, size):

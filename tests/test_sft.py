@@ -621,6 +621,7 @@ def test_compiled_runs_see_few_lengths(checkpoint, unequal, tmp_path, monkeypatc
     assert measured and all(length % 64 == 0 for length in measured)
 
 
+@pytest.mark.slow
 def test_a_compiled_run_with_many_lengths_stays_under_the_limit(checkpoint, tmp_path, monkeypatch):
     """As on CUDA, where beyond the limit the run fails; Dynamo itself, and in the compiler's place plain PyTorch."""
     rows = ({"prompt": "a " * n, "completion": str(n)} for n in range(1, 64, 5))
