@@ -10,8 +10,8 @@ Areas
               of value and gradient against the reference in float64
     sft       training and sampling against transformers, and training against trl, if that is installed: same weights,
               same batch, both in fp32, on a CPU with denormals flushed for both; there also where our time goes, and
-              rows "floor: ..." of what it would be if only the products with the weights, or these and attention, did,
-              and rows "..., compiled" of what torch.compile makes of our blocks
+              rows "floor: ..." of what it would be if only the products with the weights, these and attention, or all
+              operations did, and rows "..., compiled" of what torch.compile makes of our blocks
     dpo       the training step of dpo.py against trl's DPOTrainer, and its peak memory: the same in weights, pairs and
               precision
     lora      the training step of lora.py against peft's LoRA, and its peak memory: same base, same rank, same matrices
@@ -372,9 +372,9 @@ def again(operations: list[tuple]) -> None:
 def floor(of: dict, step: Callable[[], object], args: argparse.Namespace) -> list[dict]:
     """The row `of`, of `step`, as it would be if its products took all of the time, they and attention, all operations.
 
-    The last is the floor without compiling: nothing is left to save but what is between the operations. Prints what
-    takes how much. The operations of a kind run again by themselves; what no kind accounts for is Python, autograd and
-    PyTorch's way to its operations.
+    The last says what these operations cost even if Python, autograd and PyTorch's way to them took no time: only fewer
+    operations would be faster, and compiling shows what that gives. Prints what takes how much. The operations of a
+    kind run again by themselves; what no kind accounts for is between them.
     """
     step()
     with Operations() as noted:

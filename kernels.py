@@ -83,7 +83,9 @@ def eager() -> Iterator[None]:
 @functools.cache
 def _has_compiler() -> bool:
     if torch.cuda.is_available():
-        return torch.utils._triton.has_triton()
+        from torch.utils._triton import has_triton
+
+        return has_triton()
     from torch._inductor import cpp_builder, exc  # costs seconds, hence not at the top
 
     try:

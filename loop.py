@@ -376,7 +376,7 @@ class Loop:
         seed = int(np.random.SeedSequence([self.args.seed, step, self.rank if step else 0]).generate_state(1)[0])
         random.seed(seed)
         np.random.seed(seed)
-        if self.device.type == "cpu":  # for CUDA, which is not there, torch.manual_seed would note who asked, each time
+        if self.device.type == "cpu":  # torch.manual_seed would note for CUDA, until that is used, who asked each time
             torch.default_generator.manual_seed(seed)
         else:
             torch.manual_seed(seed)  # the CPU's generator as well

@@ -265,7 +265,6 @@ def test_floor_at_toy_size():
             assert row["peer"] == 5.0 and row["unit"] == "tokens/s"
 
 
-@pytest.mark.slow  # importing trl takes seconds
 def test_trl_trains_on_the_same_tokens_at_toy_size(tmp_path):
     oracle("trl")
     oracle("transformers")
@@ -288,7 +287,6 @@ def test_trl_trains_on_the_same_tokens_at_toy_size(tmp_path):
 # dpo
 
 
-@pytest.mark.slow  # importing trl takes seconds
 @pytest.mark.parametrize("before", [False, True])
 def test_trl_takes_the_same_dpo_step_at_toy_size(monkeypatch, before):
     """Of one batch, so that no order matters: what both then say has changed alike."""
@@ -349,7 +347,6 @@ def test_peft_takes_a_lora_step_at_toy_size(monkeypatch):
 # grpo
 
 
-@pytest.mark.slow  # importing trl takes seconds
 def test_grpo_trainer_at_toy_size(stopped, tmp_path, capsys, monkeypatch):
     """By a clock on which a rollout takes 1 second, scoring 2 and an update 4."""
     oracle("trl")

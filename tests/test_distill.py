@@ -1038,7 +1038,6 @@ def test_questions_of_a_file_and_a_rule(folders, tmp_path):
     assert result["metric"] == "bits per byte"
 
 
-@pytest.mark.slow
 def test_weak_to_strong_is_three_runs(folders, stages, tmp_path, monkeypatch):
     """The weak one learns the truth, the strong one what it says on other questions, the ceiling the truth."""
     runs, real = [], distill.main

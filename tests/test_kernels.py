@@ -1125,3 +1125,10 @@ def test_no_compiler_means_eager(monkeypatch, capsys):
     finally:
         kernels._has_compiler.cache_clear()
         kernels.use_compile(False)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_on_a_gpu_triton_is_the_compiler(monkeypatch, there):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: there)
+    assert kernels._has_compiler.__wrapped__() == there

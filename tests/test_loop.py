@@ -297,7 +297,7 @@ def test_ranks_and_micro_batches_share_the_batch(ranks, size):
     assert sorted(i for share in shares for rows in share for i in rows) == sorted(loop.batch_indices(20, 2))
 
 
-def test_noise_is_a_function_of_seed_step_and_rank(tmp_path):
+def test_noise_is_a_function_of_seed_step_and_rank(tmp_path, monkeypatch):
     def draw(loop, step):
         loop.seed(step)
         return random.random(), np.random.rand(), torch.rand(()).item()
@@ -312,6 +312,11 @@ def test_noise_is_a_function_of_seed_step_and_rank(tmp_path):
     others.append(draw(loop, 1))
     for a, b, c in others:
         assert a != first[0] and b != first[1] and c != first[2]
+    loop.device, asked = torch.device("meta"), []  # on a GPU torch seeds its generators, too
+    monkeypatch.setattr(torch, "manual_seed", asked.append)
+    for step in (1, 2, 1):
+        loop.seed(step)
+    assert asked[0] == asked[2] != asked[1]
 
 
 def test_gradient_does_not_depend_on_micro_batches():

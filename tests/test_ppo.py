@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def in_float64(request):
     """Maths in float64; whole runs, which take a checkpoint, as they are."""
-    if "checkpoint" not in request.fixturenames and not request.node.get_closest_marker("slow"):
+    if "checkpoint" not in request.fixturenames and "default_run" not in request.node.name:
         torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)

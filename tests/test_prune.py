@@ -653,7 +653,6 @@ def test_a_saved_pruned_model_is_itself_when_it_is_loaded(tmp_path, family, text
         assert any(name.endswith(end) for name in tensors) == pruned.config.out_bias
 
 
-@pytest.mark.slow  # importing transformers takes seconds
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("text", PLAIN)
 def test_transformers_loads_what_keeps_the_architecture(tmp_path, family, text):

@@ -364,7 +364,6 @@ def test_margins_say_whether_the_feedback_is_met():
 FAMILIES = ("llama", "qwen2", "qwen3")
 
 
-@pytest.mark.slow  # importing transformers takes seconds
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_reward_model_of_transformers_gives_the_same_scores_here_and_goes_back(family, tied, tmp_path):

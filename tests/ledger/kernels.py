@@ -800,6 +800,12 @@ MUTANTS = [
             "test_one_graph_serves_every_number_of_tokens",
         ),
         (
+            "a GPU without Triton compiles",
+            "        return has_triton()\n",
+            "        return True\n",
+            "test_on_a_gpu_triton_is_the_compiler",
+        ),
+        (
             "no compiler, no fallback",
             "on and _has_compiler()",
             "on and (_has_compiler() or on)",

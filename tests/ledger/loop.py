@@ -25,6 +25,12 @@ MUTANTS = [
             "default_generator.manual_seed(0)",
             "test_noise_is_a_function_of_seed_step_and_rank",
         ),
+        (
+            "on a GPU torch draws the same every step",
+            "            torch.manual_seed(seed)  #",
+            "            torch.manual_seed(0)  #",
+            "test_noise_is_a_function_of_seed_step_and_rank",
+        ),
         # ranks
         (
             "what FSDP gathers passes for a whole tensor",

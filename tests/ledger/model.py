@@ -189,7 +189,7 @@ MUTANTS = [
             "std",
             FRESH,
         ),
-        ("a new model keeps what the memory held", "if not self.embed.weight.is_meta:", "if False:", FRESH),
+        ("a new model starts as PyTorch would have it", "if not self.embed.weight.is_meta:", "if False:", FRESH),
         ("smaller by depth, not by its root", "std / math.sqrt(2 * c.depth)", "std / (2 * c.depth)", FRESH),
         ("one branch a block, not two", "std / math.sqrt(2 * c.depth)", "std / math.sqrt(c.depth)", FRESH),
         (
