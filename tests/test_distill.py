@@ -840,7 +840,8 @@ def test_a_run_is_a_plain_loop(folders, data, tmp_path, capsys):
     assert result["baselines"].keys() == {"the teacher"}
 
 
-@pytest.mark.parametrize("loss", ["forward_kl:hidden=1", "minillm", "jsd:on_policy=0.5,alpha=0.3", "tvd:top_k=3"])
+@pytest.mark.parametrize("loss", ["forward_kl:hidden=1", "minillm", "jsd:on_policy=0.5,alpha=0.3",
+                                  pytest.param("tvd:top_k=3", marks=pytest.mark.slow)])  # fmt: skip
 def test_splitting_a_batch_changes_nothing(folders, data, tmp_path, loss):
     flags = ("--data", data, "--model", folders["student"], "--teacher", folders["base"], *RUN, "--max-new-tokens", 8)
     for size in (1, 2, 5):

@@ -653,6 +653,7 @@ def test_a_saved_pruned_model_is_itself_when_it_is_loaded(tmp_path, family, text
         assert any(name.endswith(end) for name in tensors) == pruned.config.out_bias
 
 
+@pytest.mark.slow  # importing transformers takes seconds
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("text", PLAIN)
 def test_transformers_loads_what_keeps_the_architecture(tmp_path, family, text):
@@ -665,6 +666,7 @@ def test_transformers_loads_what_keeps_the_architecture(tmp_path, family, text):
         torch.testing.assert_close(theirs.eval()(ids(2, 9)).logits, pruned(ids(2, 9)), atol=2e-4, rtol=2e-4)
 
 
+@pytest.mark.slow  # importing transformers takes seconds
 @pytest.mark.parametrize("text", OURS)
 def test_transformers_refuses_what_does_not(tmp_path, text):
     """It would leave out biases and factors without a word, and be another model."""
@@ -792,7 +794,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("recover", ["lora", "kd"])
-@pytest.mark.parametrize("method", ["sparsegpt", "wanda --pattern 2:4"])
+@pytest.mark.parametrize("method", ["sparsegpt", pytest.param("wanda --pattern 2:4", marks=pytest.mark.slow)])
 def test_what_is_pruned_is_exactly_0_after_recovery(checkpoint, data, tmp_path, recover, method):
     said = prune.main(args_for(checkpoint, data, tmp_path / "a", "--method", method, "--recover", "none"))
     result = prune.main(args_for(checkpoint, data, tmp_path / "b", "--method", method, "--recover", recover))
@@ -808,7 +810,7 @@ def test_what_is_pruned_is_exactly_0_after_recovery(checkpoint, data, tmp_path, 
     assert all(torch.equal(pruned[name], trained[name]) == (recover == "lora") for name in others)
 
 
-@pytest.mark.parametrize("recover", ["lora", "kd"])
+@pytest.mark.parametrize("recover", ["lora", pytest.param("kd", marks=pytest.mark.slow)])
 def test_splitting_a_batch_changes_nothing(checkpoint, data, tmp_path, recover):
     for size in (6, 4, 1):
         prune.main(args_for(checkpoint, data, tmp_path / str(size), "--recover", recover, "--method", "magnitude",
@@ -819,7 +821,7 @@ def test_splitting_a_batch_changes_nothing(checkpoint, data, tmp_path, recover):
         assert max((whole[name] - split[name]).abs().max().item() for name in whole) < 1e-4, size
 
 
-@pytest.mark.parametrize("method", ["magnitude", "llm-pruner"])
+@pytest.mark.parametrize("method", ["magnitude", pytest.param("llm-pruner", marks=pytest.mark.slow)])
 def test_recovery_is_a_plain_loop(checkpoint, data, tmp_path, method):
     """All that is left learns what the dense model says: torch's AdamW on the rows of each step, one by one."""
     prune.main(args_for(checkpoint, data, tmp_path / "none", "--method", method, "--recover", "none"))
