@@ -281,7 +281,7 @@ MUTANTS = [
             "the lesson's labels are of other pairs",
             "labels = better[start : start + size]",
             "labels = better[:size]",
-            LESSON,
+            "test_a_lesson_is_a_plain_loop",
         ),
         ("ranks teach each its own reward model", "        loop.all_reduce(reward_model)\n", "", TEACH),
         (
