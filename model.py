@@ -252,7 +252,7 @@ class Transformer(nn.Module):
         self.adapter, self.prompt, self.prefix, self.virtual = None, None, None, 0
         self.cache: Callable[..., KVCache] | None = None  # what generates in the place of KVCache (quantize.py --kv)
         self._angles: tuple[Tensor, Tensor] | None = None
-        if not self.embed.weight.is_meta:  # as in `load`, which brings the weights: drawing none takes 1/10 of the time
+        if not self.embed.weight.is_meta:  # as in `load`, which brings the weights
             self._init_weights()
 
     def _init_weights(self) -> None:
