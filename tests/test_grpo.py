@@ -1203,7 +1203,7 @@ def test_presets_and_their_start():
     args = get_args(["--data", "x", "--sft-steps", "3", "--sft-data", "y"])
     assert (args.sft_steps, args.sft_data) == (3, "y") and get_args(["--baseline", "--sft-data", "y"]).sft_data == "y"
     steps = [get_args(["--loss", "all", *flags]).steps for flags in ([], ["--data", "x"], ["--steps", "9"])]
-    assert steps == [6, 200, 9] and get_args(["--adapter", "prompt"]).sft_lr == 0.5 and found[""].sft_lr == 1e-3
+    assert steps == [5, 200, 9] and get_args(["--adapter", "prompt"]).sft_lr == 0.5 and found[""].sft_lr == 1e-3
     assert found["reft"].questions == 500 and get_args(["--reward", "exact=2", "format"]).rewards == [
         ("exact", 2.0), ("format", 1.0)]  # fmt: skip
     assert grpo.weighted("a=b.py:f=0.5") == ("a=b.py:f", 0.5) and grpo.weighted("a=b.py:f") == ("a=b.py:f", 1.0)
